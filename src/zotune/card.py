@@ -1,0 +1,59 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from zotune.config import TrainConfig
+from zotune.tasks import Task
+
+
+def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
+    """What was trained, on what, how, with which outcome, and the command that does it again."""
+    data = ModelCardData(
+        library_name="peft" if config.scheme == "lora" else "transformers",
+        tags=["zotune", "zeroth-order", config.method],
+        **({"base_model": config.model} if not Path(config.model).exists() else {}),
+    )
+    words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
+    split = "held-out test" if result["test_split"] == "test" else "validation"
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {Path(config.model).name}, fine-tuned on {task.name} without back-propagation
+
+| | |
+|---|---|
+| base model | {config.model} |
+| task | {task.name}: `{task.prompt}`{f" ({words})" if words else ""} |
+| method | {config.method}, {config.direction} directions, scheme {config.scheme}, lr {config.lr}, eps {config.eps} |
+| steps | {result["steps"]}, batch {config.batch_size}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
+| {task.metric}, {split} | {result["test_before"]:.1f} before, {result["test_after"]:.1f} after ({result["test_rows"]} rows; one class always: {result["one_class"]:.1f}) |
+| device, dtype | {result["device"]}, {config.dtype} |
+
+Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]}:
+
+```
+{command(config)}
+```
+"""
+    return ModelCard(text)
+
+
+def command(config: TrainConfig) -> str:
+    """The `zotune train` command that describes the same run."""
+    defaults = TrainConfig.model_construct()
+    parts = ["zotune train"]
+    for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
+        if value is None or value == getattr(defaults, key, None):
+            continue
+        text = json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)
+        parts.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(text)}"))
+    return " \\\n  ".join(parts)

@@ -1,0 +1,142 @@
+"""The commands put together, and how their errors are said: a line each, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Annotated, Any, Optional
+
+import typer
+from pydantic_core import PydanticUndefined
+
+from zotune import config
+from zotune.errors import InputError, NonFiniteLoss
+
+# Typer may bring its own copy of click: its errors are found through typer's.
+ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="zotune",
+    help="Fine-tune language models without back-propagation, in the memory of inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def command(name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None]) -> None:
+    """A command whose flags are the fields of `kind`. Values go to pydantic as text, so that all faults are told at once."""
+    parameters = []
+    for key, field in kind.model_fields.items():
+        flag = "--" + key.replace("_", "-")
+        shown: Any = False
+        if field.default is not PydanticUndefined and field.default not in (None, False, []):
+            shown = str(field.default)
+        help_text = (field.description or "") + (" [required]" if field.is_required() else "")
+        if field.annotation is bool:
+            option = typer.Option(f"{flag}/--no-{flag[2:]}" if False else flag, help=help_text, show_default=False)
+            annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
+        else:
+            option = typer.Option(flag, help=help_text, show_default=shown, metavar=_metavar(field.annotation))
+            annotation = Annotated[Optional[str], option]  # noqa: UP045
+        parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    file = Annotated[Optional[str], typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]  # noqa: UP045
+    parameters.append(Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=file))
+
+    def body(**flags: Any) -> None:
+        run(config.resolve(kind, flags, flags.pop("config_file")))
+
+    body.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    body.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(name, help=summary)(body)
+
+
+def _metavar(annotation: Any) -> str:
+    text = str(annotation)
+    if "Literal" in text:
+        return "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"
+    for word, metavar in (("dict", "JSON"), ("list", "NAMES"), ("int", "N"), ("float", "F")):
+        if word in text:
+            return metavar
+    return "TEXT"
+
+
+def _train(options: config.TrainConfig) -> None:
+    from zotune.cli.train import train
+
+    train(options)
+
+
+def _eval(options: config.EvalConfig) -> None:
+    from zotune.cli.evaluate import evaluate
+
+    evaluate(options)
+
+
+def _predict(options: config.PredictConfig) -> None:
+    from zotune.cli.evaluate import predict
+
+    predict(options)
+
+
+def _merge(options: config.MergeConfig) -> None:
+    from zotune.cli.merge import merge
+
+    merge(options)
+
+
+command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
+command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
+command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
+command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
+
+
+@app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")
+def _list(kind: Annotated[str, typer.Argument(metavar="methods|schemes|tasks|engines")]) -> None:
+    from zotune.cli.about import show
+
+    show(kind)
+
+
+@app.command("env", help="What a bug report needs: versions, devices, threads.")
+def _env() -> None:
+    from zotune.cli.about import environment
+
+    environment()
+
+
+def run(argv: list[str] | None = None) -> int:
+    """The exit code of the command line."""
+    try:
+        app(args=argv, standalone_mode=False)
+    except ClickException as error:
+        return _fail(str(error.format_message()), getattr(error, "ctx", None))
+    except (typer.Exit, SystemExit) as error:
+        return int(getattr(error, "exit_code", getattr(error, "code", 0)) or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        print("zotune: interrupted", file=sys.stderr)
+        return 130
+    except InputError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (NonFiniteLoss, OSError) as error:
+        print(f"zotune: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (code := getattr(error, "code", None)) in (130, 143):
+            print(f"zotune: {error}", file=sys.stderr)
+            return int(code)
+        raise
+    return 0
+
+
+def _fail(message: str, context: Any = None) -> int:
+    for line in message.splitlines():
+        print(f"zotune: {line}", file=sys.stderr)
+    if context is not None and context.command is not None:
+        print(f"zotune: see {context.command_path} --help", file=sys.stderr)
+    return 2

@@ -1,0 +1,25 @@
+"""`zotune merge`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from zotune.config import MergeConfig
+from zotune.errors import InputError
+from zotune.models.adapters import put_adapter
+from zotune.run import load
+
+
+def merge(options: MergeConfig) -> None:
+    """The model with the adapter's products added to its weights, as a plain model."""
+    output = Path(options.output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not options.overwrite:
+            raise InputError(f"--output {output}: not empty; name another folder, or pass --overwrite")
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    model, tokenizer = load(options)
+    merged = put_adapter(model, options.adapter).merge_and_unload()
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"merged model: {output}")

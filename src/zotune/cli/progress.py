@@ -1,0 +1,53 @@
+"""Bars on a terminal; lines where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from zotune.run import Listener
+
+
+class Bars(Listener):
+    """A `Listener` that draws. Use as a context manager: the terminal is put right at the end, whatever happens."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description:<13}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.progress.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+    def begin(self, what: str, total: int) -> None:
+        self._tasks[what] = self.progress.add_task(what, total=total, shown="")
+
+    def advance(self, what: str, done: int, **shown: float) -> None:
+        text = "  ".join(f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f}" for name, value in shown.items())
+        self.progress.update(self._tasks[what], advance=done, **({"shown": text} if text else {}))
+
+    def end(self, what: str) -> None:
+        if what in self._tasks:
+            task = self._tasks.pop(what)
+            self.progress.update(task, visible=what == "train")
+            self.progress.stop_task(task)

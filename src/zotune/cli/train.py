@@ -1,0 +1,123 @@
+"""`zotune train`: the run with its cost told before, its progress shown, and its table at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zotune import run
+from zotune.cli.progress import Bars
+from zotune.config import TrainConfig
+from zotune.folder import RunFolder
+from zotune.memory import peak_bytes, readable
+from zotune.models.schemes import trainable_parameters
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.tasks.encoding import Collator
+from zotune.tasks.scoring import ROW_LOSSES
+
+
+def train(config: TrainConfig) -> None:
+    if config.dry_run:
+        dry_run(config)
+        return
+    with Bars() as bars:
+        result = run.train(config, bars)
+    summary(result, config.output)
+
+
+def summary(result: dict[str, Any], output: str) -> None:
+    """The table at the end of a run."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    split = "held-out texts" if result["test_split"] == "test" else "validation texts (there is no test split)"
+    metric = result["metric"]
+    table.add_row(f"{metric} before", f"{result['test_before']:.1f} %   on {result['test_rows']} {split}")
+    table.add_row(f"{metric} after", f"{result['test_after']:.1f} %   step {result['chosen_step']} of {result['steps']}, best on validation")
+    table.add_row("always one class", f"{result['one_class']:.1f} %")
+    table.add_row("forward passes", f"{result['forward_passes']:,}")
+    table.add_row("wall time", f"{result['wall_seconds'] / 60:.1f} minutes   {result['device']}")
+    table.add_row("peak memory", f"{readable(result['peak_memory_bytes'])}   evaluation alone: {readable(result['evaluation_peak_bytes'])}")
+    table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   weights, gradients, moments, activations (computed)")
+    if result["skipped_steps"]:
+        table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
+    if result["cut_rows"]:
+        table.add_row("cut rows", f"{result['cut_rows']}   longer than --max-length")
+    table.add_row("run", output)
+    Console().print(table)
+
+
+def dry_run(config: TrainConfig) -> None:
+    """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
+    folder = RunFolder(config.output)
+    folder.check({}, resume=True, overwrite=False)
+    ready = run.prepare(config)
+    ready.config = config = run.resolved(config, ready.model)
+    console = Console()
+    console.print(Text("configuration", style="bold"))
+    console.print(yaml.safe_dump(config.model_dump(exclude={"dry_run"}), sort_keys=False, allow_unicode=True), markup=False, highlight=False)
+    console.print(Text("rows as the model will see them (answer in bold)", style="bold"))
+    for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
+        prompt = ready.tokenizer.decode(list(encoded.prompt))
+        answer = ready.tokenizer.decode(list(encoded.candidates[encoded.label]))
+        line = Text(repr(prompt)[1:-1]).append(repr(answer)[1:-1], style="bold reverse").append(f"   {encoded.tokens} tokens", style="dim")
+        console.print(Text(f"{example.where}  ", style="dim").append(line))
+    step_seconds, row_seconds = _time(ready)
+    evaluations = -(-config.steps // config.evaluates_every)
+    scored = len(ready.test) * 2 + len(ready.validation) * evaluations
+    lengths = [row.tokens for row in ready.train]
+    weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("rows", f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}")
+    table.add_row("tokens a row", f"{sum(lengths) / len(lengths):.0f} mean, {max(lengths)} most")
+    table.add_row("always one class", f"{ready.one_class(ready.test):.1f} %")
+    table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
+    table.add_row("forward passes", f"{config.steps * 2 * config.queries if config.estimator == 'two-sided' else config.steps * (config.queries + 1):,}")
+    table.add_row("memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included")
+    table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
+    minutes = (config.steps * step_seconds + scored * row_seconds) / 60
+    table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")
+    console.print(table)
+    console.print("nothing was written")
+
+
+def _time(ready: run.Prepared) -> tuple[float, float]:
+    """Seconds a step, and seconds a scored row: the second of two steps, and one evaluation batch."""
+    config = ready.config
+    ready.model.eval()
+    optimizer = ZeroOrderOptimizer(
+        ready.model,
+        config.method,
+        lr=0.0,
+        eps=config.eps or 1e-3,
+        direction=config.direction,
+        queries=config.queries,
+        engine=config.engine,
+        estimator=config.estimator,
+    )
+    rows = (ready.train * config.batch_size)[: config.batch_size]
+    batch = {k: v.to(ready.device) for k, v in Collator(config.loss, ready.pad_id)(rows).items()}
+    seconds = 0.0
+    for _ in range(2):
+        began = _now(ready.device)
+        optimizer.step(lambda: ROW_LOSSES[config.loss](ready.model, batch))
+        seconds = _now(ready.device) - began
+    began = _now(ready.device)
+    scored = ready.validation[: 2 * config.batch_size]
+    ready.score(scored, run.Listener(), "timing")
+    # a step at lr 0 skips the update, which reads and writes the weights once more: half a probe's share of noise
+    return seconds * config.accumulate, (_now(ready.device) - began) / len(scored)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

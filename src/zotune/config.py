@@ -1,0 +1,226 @@
+"""The options of every command: one definition for flags, YAML files and the record of a run. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from zotune.errors import InputError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """Unknown keys are refused; strings are read as the numbers they spell."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelOptions(Options):
+    model: str = Field(description="hub name or local folder of a pretrained causal model")
+    gguf_file: str | None = Field(None, description="read the weights from this GGUF file of the model")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights [default: the checkpoint's own]"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
+
+
+class DataOptions(Options):
+    task: str | None = Field(None, description="built-in task, see `zotune list tasks`")
+    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+    data: str | None = Field(
+        None, description="your own data: a folder of train/validation/test .jsonl or .csv, one such file, or a hub name"
+    )
+    template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
+    label_field: str | None = Field(None, description="field that holds the label [default: label]")
+    label_words: dict[str, str] | None = Field(
+        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
+    )
+    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
+    batch_size: Positive = Field(16, description="rows a step")
+    eval_size: Positive | None = Field(None, description="at most so many validation and test rows [default: 500, 1000]")
+    max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
+
+    @field_validator("label_words", mode="before")
+    @classmethod
+    def _read_words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not JSON ({error.msg}); write {{\"0\": \"terrible\", \"1\": \"great\"}}") from None
+        if isinstance(value, Mapping):
+            return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        from zotune.tasks import get_task
+
+        if value is not None:
+            get_task(value)
+        return value
+
+
+class TrainConfig(ModelOptions, DataOptions):
+    output: str = Field(description="folder of the run")
+    resume: bool = Field(False, description="go on with the run in the output folder")
+    overwrite: bool = Field(False, description="delete the run in the output folder first")
+    dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
+    method: str = Field("zo-sgd", description="see `zotune list methods`")
+    scheme: str = Field("full", description="what trains, see `zotune list schemes`")
+    direction: Literal["gaussian", "rademacher"] = Field("gaussian", description="distribution of the directions")
+    estimator: Literal["two-sided", "one-sided"] = Field("two-sided", description="how the losses give a gradient")
+    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate [default: by scheme and model size]")
+    eps: Annotated[float, Field(gt=0)] | None = Field(None, description="perturbation of the weights [default: by scheme]")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="what becomes of lr over the run")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    queries: Positive = Field(1, description="directions a step; each costs two forwards")
+    groups: Literal[1] = Field(1, description="directions over the rows of a batch (this version: 1)")
+    loss: Literal["answer", "candidates"] = Field(
+        "answer", description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words"
+    )
+    engine: str = Field("auto", description="see `zotune list engines`")
+    steps: Positive = Field(1000, description="updates")
+    accumulate: Positive = Field(1, description="batches an update")
+    train_size: Positive = Field(1000, description="at most so many training rows")
+    eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    report_to: list[str] = Field([], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio")
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _one_group(cls, value: Any) -> Any:
+        if str(value) != "1":
+            raise ValueError(f"{value!r}: the engines of this version give a batch one direction; use 1")
+        return 1
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @field_validator("method", "engine", "scheme")
+    @classmethod
+    def _known(cls, value: str, info: Any) -> str:
+        from zotune.registry import names
+
+        known = names(info.field_name)
+        if value not in known:
+            raise ValueError(f"unknown {info.field_name} {value!r}; {nearest(value, known)}")
+        return value
+
+    @property
+    def evaluates_every(self) -> int:
+        return min(self.eval_every or max(1, self.steps // 10), self.steps)
+
+
+class EvalConfig(ModelOptions, DataOptions):
+    adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
+    output: str | None = Field(None, description="write the figures to this JSON file")
+
+
+class PredictConfig(ModelOptions, DataOptions):
+    adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
+    output: str = Field(description="write labels and scores to this .jsonl file")
+    overwrite: bool = Field(False, description="replace the output file")
+
+
+class MergeConfig(ModelOptions):
+    adapter: str = Field(description="folder of the PEFT adapter")
+    output: str = Field(description="folder of the merged model")
+    overwrite: bool = Field(False, description="replace the output folder")
+
+
+T = TypeVar("T", bound=Options)
+
+
+def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
+    """The options of a command: the YAML file's, over them the flags. All errors are raised as one InputError, a line each."""
+    from_file = _read_yaml(file) if file else {}
+    problems = [
+        f"{file}: unknown key {key!r}; {nearest(key, kind.model_fields)}"
+        for key in from_file
+        if key not in kind.model_fields and not _of_another_command(key, kind)
+    ]
+    given = {key: value for key, value in from_file.items() if key in kind.model_fields}
+    given |= {key: value for key, value in flags.items() if value is not None}
+    try:
+        options = kind.model_validate(given)
+    except ValidationError as error:
+        problems += [_line(e, None if e["loc"][0] in flags and flags[e["loc"][0]] is not None else file) for e in error.errors()]
+    if issubclass(kind, DataOptions):
+        problems += _data_problems(given)
+    if given.get("resume") in (True, "true") and given.get("overwrite") in (True, "true"):
+        problems.append("--resume and --overwrite: choose one")
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    return options
+
+
+def _data_problems(given: Mapping[str, Any]) -> list[str]:
+    """What pydantic cannot see: options that exclude or need each other."""
+    problems = []
+    task, data = given.get("task"), given.get("data")
+    if (task is None) == (data is None):
+        problems.append("--task, --data: give one of the two" + (", not both" if task else ""))
+    if data is not None:
+        if not given.get("template"):
+            problems.append("--template: needed with --data, such as '{text} It was'")
+        if (given.get("label_words") is None) == (given.get("choices_field") is None):
+            problems.append("--label-words, --choices-field: give one of the two with --data")
+    elif task is not None:
+        owned = ("template", "label_field", "label_words", "choices_field")
+        problems += [f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None]
+    return problems
+
+
+def _of_another_command(key: str, kind: type[Options]) -> bool:
+    """A run's config.yaml also serves `eval` and `predict`: what only training has is passed over there."""
+    return kind is not TrainConfig and key in TrainConfig.model_fields
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    import yaml
+
+    path = Path(file).expanduser()
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config {file}: not UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{file}{where}: not YAML ({getattr(error, 'problem', None) or 'nested too deeply'})") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: a {type(value).__name__} where keys and values were expected")
+    return {str(key).replace("-", "_"): item for key, item in value.items()}
+
+
+def _line(error: Any, file: str | None) -> str:
+    name = str(error["loc"][0])
+    where = f"{file}: {name}" if file else _flag(name)
+    if error["type"] == "missing":
+        return f"{_flag(name)}: required"
+    said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] in ("value_error", "assertion_error"):
+        return f"{where}: {said}"
+    if error["type"] == "literal_error":
+        choices = str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{where}: unknown {name.replace('_', ' ')} {error['input']!r}; {nearest(str(error['input']), choices)}"
+    return f"{where}: {error['input']!r} should be {said}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

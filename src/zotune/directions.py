@@ -1,0 +1,93 @@
+"""A displacement of the weights as what it is made from: seeds and coefficients.
+
+    θ + Σ_q coefs[g][q] · z(seeds[q])
+
+Q directions, G parameter groups: a direction is one z over all parameters, its coefficient may differ by group
+(each group has its own lr and eps). No z is held here; `zotune.noise` draws it where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zotune import noise
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """Σ_q coefs_GQ[g][q]·z(seeds_Q[q]); units of the weights. An empty one is no displacement."""
+
+    seeds_Q: tuple[int, ...] = ()
+    coefs_GQ: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert all(len(coefs_Q) == len(self.seeds_Q) for coefs_Q in self.coefs_GQ)
+
+    def is_zero(self, group: int) -> bool:
+        return not self.seeds_Q or not any(self.coefs_GQ[group])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a trainable parameter stands: its qualified name, noise id and parameter group."""
+
+    name: str
+    id: int
+    group: int
+
+
+class Directions:
+    """Draws the displacements of a fixed set of parameters.
+
+    params: groups of (qualified name, parameter). The name, not the order, decides the noise, so one parameter
+    draws the same z in any grouping. Raises ValueError where two names have one id.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[tuple[str, torch.nn.Parameter]]], distribution: str = "gaussian"
+    ) -> None:
+        self.distribution = distribution
+        self.params: list[torch.nn.Parameter] = []
+        self._on_device: dict[tuple[int, torch.device], tuple[Displacement, Tensor, Tensor]] = {}
+        self.slots: dict[int, Slot] = {}
+        ids = noise.parameter_ids([name for group in groups for name, _ in group])
+        for g, group in enumerate(groups):
+            for name, param in group:
+                self.params.append(param)
+                self.slots[id(param)] = Slot(name, ids[name], g)
+
+    def displaced(self, param: torch.nn.Parameter, by: Displacement, out: Tensor) -> Tensor:
+        """out ← param + displacement, rounded once to param's dtype. out may be param's own data."""
+        slot = self.slots[id(param)]
+        seeds, coefs = self._pairs(by, slot.group, param.device)
+        noise.add_noise(out, param.data, seeds, coefs, slot.id, self.distribution)
+        return out
+
+    def displaced_rows(
+        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement, out: Tensor
+    ) -> Tensor:
+        """out (K, D…) ← the named rows of param + displacement; nothing else of param is read."""
+        slot = self.slots[id(param)]
+        seeds, coefs = self._pairs(by, slot.group, param.device)
+        noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
+        return out
+
+    def apply(self, by: Displacement) -> None:
+        """θ ← θ + displacement, in place, one pass over each parameter."""
+        for param in self.params:
+            if not by.is_zero(self.slots[id(param)].group):
+                self.displaced(param, by, param.data)
+
+    def _pairs(self, by: Displacement, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Seeds (Q,) int64 and coefficients (Q,) float32 on the device: one copy a displacement, not one a parameter."""
+        held = self._on_device.get((group, device))
+        if held is None or held[0] is not by:
+            signed = [seed - (1 << 64) if seed >> 63 else seed for seed in by.seeds_Q]
+            seeds = torch.tensor(signed, dtype=torch.int64, device=device)
+            coefs = torch.tensor(by.coefs_GQ[group], dtype=torch.float32, device=device)
+            held = self._on_device[group, device] = (by, seeds, coefs)
+        return held[1], held[2]

@@ -1,0 +1,175 @@
+"""One forward a probe; every read of a trainable parameter sees a perturbed copy.
+
+The weights themselves are never perturbed. While the loss runs, a `TorchFunctionMode` hands each torch function
+that reads a trainable parameter a copy in reused scratch, θ + εz, drawn as it is needed and given up when the function
+returns. Following the reads instead of the modules makes tied weights, weights read outside the module that owns them
+(DeBERTa's relative embeddings, `nn.MultiheadAttention`), and modules nobody has heard of right without a case for each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zotune.directions import Directions, Displacement
+from zotune.engines.scratch import Scratch
+
+logger = logging.getLogger(__name__)
+
+# Properties of a tensor that give its values. The others (shape, dtype, device, …) say nothing of them.
+_VALUES = {"data", "T", "mT", "H", "mH", "real"}
+_NO_VALUES = {"__set__", "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "nelement"}
+
+
+class SequentialEngine:
+    """L(θ + displacement) for any closure and any module.
+
+    Scratch: the largest parameter that a single function reads (an embedding look-up draws only the rows it uses).
+    """
+
+    name = "sequential"
+
+    def __init__(self, directions: Directions) -> None:
+        self.directions = directions
+        self.scratch = Scratch()
+        self.forwards = 0
+        self._seen: set[int] = set()
+        self._unread: list[torch.nn.Parameter] | None = None  # unknown until a first loss has run
+
+    def loss(self, closure: Callable[[], Any], at: Displacement) -> Any:
+        """What the closure returns where every trainable parameter reads θ + displacement.
+
+        The weights are as they were whether or not the closure raises.
+        """
+        with torch.no_grad():
+            if not at.seeds_Q:
+                return self._run(closure)
+            result = self._displaced_loss(closure, at)
+            if self._unread is None:
+                self._unread = [p for p in self.directions.params if id(p) not in self._seen]
+                if self._unread:
+                    # Never read through a torch function: unused, or read by a kernel of someone's own. Copies that
+                    # stand in for the weights during the whole forward are right for both; this loss lacked them.
+                    names = [self.directions.slots[id(p)].name for p in self._unread]
+                    logger.warning(
+                        "%d trainable parameters are not read by any torch function (first: %s): "
+                        "they are perturbed as whole copies during each forward",
+                        len(names),
+                        names[0],
+                    )
+                    result = self._displaced_loss(closure, at)
+            return result
+
+    def apply(self, by: Displacement) -> None:
+        """θ ← θ + displacement."""
+        self.directions.apply(by)
+
+    def _run(self, closure: Callable[[], Any]) -> Any:
+        self.forwards += 1
+        return closure()
+
+    def _displaced_loss(self, closure: Callable[[], Any], at: Displacement) -> Any:
+        with self._stand_ins(at), _PerturbedReads(self, at):
+            return self._run(closure)
+
+    @contextmanager
+    def _stand_ins(self, at: Displacement) -> Iterator[None]:
+        swapped: list[tuple[torch.nn.Parameter, Tensor]] = []
+        try:
+            for param in self._unread or ():
+                own = param.data
+                copy = self.directions.displaced(param, at, torch.empty_like(own))
+                swapped.append((param, own))
+                param.data = copy
+            yield
+        finally:
+            for param, own in swapped:
+                param.data = own
+
+
+class _PerturbedReads(TorchFunctionMode):
+    def __init__(self, engine: SequentialEngine, at: Displacement) -> None:
+        super().__init__()
+        self.engine, self.at = engine, at
+        stand_ins = {id(p) for p in engine._unread or ()}
+        self.read = {key for key in engine.directions.slots if key not in stand_ins}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._reads(args) and not (kwargs and self._reads(tuple(kwargs.values()))):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
+            return func(*args, **kwargs)
+        if func is F.embedding and (rows := self._embedding_rows(*args, **kwargs)) is not None:
+            return rows
+        return self._call_with_copies(func, args, kwargs)
+
+    def _reads(self, args: tuple[Any, ...]) -> bool:
+        read = self.read
+        for arg in args:
+            if id(arg) in read:
+                return True
+            if type(arg) in (list, tuple) and any(id(inner) in read for inner in arg):
+                return True
+        return False
+
+    def _call_with_copies(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        directions, scratch = self.engine.directions, self.engine.scratch
+        copies: dict[int, Tensor] = {}
+
+        def substitute(arg: Any) -> Any:
+            key = id(arg)
+            if key in self.read:
+                if key not in copies:
+                    self.engine._seen.add(key)
+                    copies[key] = directions.displaced(arg, self.at, scratch.take(arg))
+                return copies[key]
+            if type(arg) in (list, tuple):
+                return type(arg)(substitute(inner) for inner in arg)
+            return arg
+
+        result = func(*map(substitute, args), **{k: substitute(v) for k, v in kwargs.items()})
+        alive = {t.untyped_storage().data_ptr() for t in _tensors(result)}
+        for copy in copies.values():
+            if copy.untyped_storage().data_ptr() in alive:
+                scratch.forget(copy)  # a view of the copy goes on: its memory is no longer ours to reuse
+            else:
+                scratch.give(copy)
+        return result
+
+    def _embedding_rows(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor | None:
+        """The rows that a look-up uses, perturbed; None where the whole table costs less or is renormalised."""
+        if max_norm is not None or id(weight) not in self.read or input.numel() > weight.shape[0]:
+            return None
+        self.engine._seen.add(id(weight))
+        rows_K = input.reshape(-1)
+        out = torch.empty((rows_K.numel(), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
+        self.engine.directions.displaced_rows(weight, rows_K.long(), self.at, out)  # type: ignore[arg-type]
+        return out.view(*input.shape, *weight.shape[1:])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)

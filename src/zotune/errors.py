@@ -1,0 +1,27 @@
+"""The errors that a user meets, and the line that suggests a name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message says what, where, and what to try, in one line. The command line exits with 2."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row whose loss was NaN or infinite. The command line exits with 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about a wrong name: the nearest known one, else all of them.
+
+    >>> nearest("zo-sdg", ["zo-sgd", "zo-adam"])
+    "did you mean 'zo-sgd'?"
+    >>> nearest("x", ["full", "lora"])
+    'choose from: full, lora'
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"

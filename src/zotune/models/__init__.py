@@ -1,0 +1,1 @@
+"""Models: loading them, and which of their parameters a scheme trains."""

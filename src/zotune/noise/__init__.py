@@ -1,0 +1,130 @@
+"""z = noise(seed, parameter, element): a function, not a stream.
+
+Definition 1. Philox4x32-10 (Salmon et al. 2011, Random123) with the 64-bit seed as key (low word, high word) and the
+counter (block low, block high, parameter id, stream). The block counts within the whole, unsharded parameter in row-major
+order, so device, dtype, shard, order and batch of parameters change nothing:
+
+    gaussian    element i: block i // 4, lane i % 4. Words x0…x3 make two Box–Muller pairs, (x0, x1) and (x2, x3):
+                u = ((x0 >> 8) + 1)·2⁻²⁴, t = (x1 >> 8)·2⁻²⁴, (z0, z1) = √(−2 ln u)·(cos 2πt, sin 2πt).
+    rademacher  element i: block i // 128, word (i % 128) // 32, bit i % 32; +1 where the bit is 0, −1 where it is 1.
+
+Three backends draw it: `reference` (plain torch), `cpu` (numba), `cuda` (Triton). They agree bit for bit on signs and to
+1e-6 on normals. The environment variable ZOTUNE_NOISE_BACKEND names one to use everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from enum import IntEnum
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NOISE_VERSION = 1
+DIRECTIONS = ("gaussian", "rademacher")
+BACKENDS = ("reference", "cpu", "cuda")
+
+_WORD = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """The last counter word: draws for different purposes never meet."""
+
+    NOISE = 0
+    MASK = 1
+    ROUNDING = 2
+    SEED = 3
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 in plain integers: four 32-bit words of a counter of four and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & _WORD, (a >> 32) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def step_seed(run_seed: int, step: int, query: int = 0, row: int = 0) -> int:
+    """The 64-bit seed of one direction: the first two words of Philox at counter (step, query, row, SEED), key run_seed.
+
+    run_seed: taken modulo 2⁶⁴. step, query, row: below 2³².
+    """
+    low, high, _, _ = philox((step, query, row, Stream.SEED), (run_seed & _WORD, run_seed >> 32 & _WORD))
+    return low | high << 32
+
+
+def parameter_id(name: str) -> int:
+    """32 bits of a parameter's qualified name: the first four bytes, low first, of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def parameter_ids(names: Iterable[str]) -> dict[str, int]:
+    """The ids of all names. Raises ValueError where two names share one: they would draw the same noise."""
+    ids: dict[str, int] = {}
+    owner: dict[int, str] = {}
+    for name in names:
+        ids[name] = parameter_id(name)
+        other = owner.setdefault(ids[name], name)
+        if other != name:
+            raise ValueError(f"parameters {other!r} and {name!r} share the noise id {ids[name]}; rename one of them")
+    return ids
+
+
+def backend_for(device: torch.device) -> Any:
+    """The module that draws on a device: numba on the CPU, Triton on CUDA where it is installed, else the reference."""
+    name = os.environ.get("ZOTUNE_NOISE_BACKEND") or _default_backend(device.type)
+    if name not in BACKENDS:
+        raise ValueError(f"ZOTUNE_NOISE_BACKEND={name!r}: choose from {', '.join(BACKENDS)}")
+    return _module(name)
+
+
+@cache
+def _default_backend(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    return "cuda" if device == "cuda" and find_spec("triton") else "reference"
+
+
+@cache
+def _module(name: str) -> Any:
+    return import_module(f"zotune.noise.{name}")
+
+
+def fill(out: Tensor, seed: int, pid: int, direction: str, start: int = 0) -> None:
+    """out ← z[start : start + n]. out: 1-D float32."""
+    import torch
+
+    seeds = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], dtype=torch.int64, device=out.device)
+    one = torch.ones(1, device=out.device)
+    add_noise(out, torch.zeros_like(out), seeds, one, pid, direction, start)
+
+
+def add_noise(
+    out: Tensor, w: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """out ← w + Σ_q coefs_Q[q]·z(seeds_Q[q])[start : start + n], summed in order of q and rounded once to w's dtype.
+
+    w: any shape, float32, bfloat16, float16 or float64; element i of it in row-major order is element start + i of the
+    parameter. out: the same shape and dtype, w itself or another tensor. seeds_Q: (Q,) int64, the seeds' bit patterns;
+    coefs_Q: (Q,) float32 (float64 is used in full with float64 weights); both on w's device, where kernels read them.
+    The sum is in float32 (float64 for float64 weights), rounded to nearest even. A zero coefficient adds nothing at all:
+    where all are zero, out is w bit for bit.
+    """
+    backend_for(w.device).add_noise(out, w, seeds_Q, coefs_Q, pid, direction, start)
+
+
+def add_noise_rows(
+    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """out (K, D…) ← the rows rows_K (int64) of w + Σ_q coefs_Q[q]·z(seeds_Q[q]), for w (R, D…); no other row is read."""
+    backend_for(w.device).add_noise_rows(out, w, rows_K, seeds_Q, coefs_Q, pid, direction)

@@ -1,0 +1,259 @@
+"""`ZeroOrderOptimizer`: a `torch.optim.Optimizer` whose step needs no backward."""
+
+# Q queries (directions), P probes, G parameter groups.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune import noise
+from zotune.directions import Directions, Displacement
+from zotune.engines import make_engine
+from zotune.errors import NonFiniteLoss, nearest
+from zotune.methods import make_method
+
+NamedParams = Iterable[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step saw and applied: all that it takes to apply it again.
+
+    losses_P in the order of the estimator's probes; g_GQ the projected gradients, lr_G and decay_G as used.
+    """
+
+    step: int
+    losses_P: tuple[float, ...]
+    g_GQ: tuple[tuple[float, ...], ...]
+    lr_G: tuple[float, ...]
+    decay_G: tuple[float, ...]
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses_P) / len(self.losses_P)
+
+
+class ZeroOrderOptimizer(torch.optim.Optimizer):
+    """θ ← θ + Σ_q c_q·z(seed_q): the gradient is estimated from the loss at displaced weights alone.
+
+    params: a module (its trainable parameters), an iterable of (name, parameter), of parameters, or of groups
+        (dicts whose "params" is one of the last two). Names decide the noise: give them where you can.
+    method: see `zotune.methods.METHODS`; its further options (`estimator`, …) are keywords here.
+    lr, eps, weight_decay: per group. eps in units of the weights; decay is decoupled, θ ← (1 − lr·decay)·θ first.
+    seed: of the run. The directions of step s are noise(seed, s), whatever the device, dtype or torch's own seeds.
+    direction: "gaussian" or "rademacher". queries: directions a step. groups: directions over the rows of a batch.
+    engine: see `zotune.engines.ENGINES`, or "auto".
+    max_skipped: a step whose loss is not finite changes nothing and is counted; after so many in a row `step` raises
+        `NonFiniteLoss`.
+
+    Weights change only by the update: a closure that raises leaves every one bit for bit as it was, and a step with
+    lr 0 as well. Dropout and other draws from torch's generators are the same in all probes of a step; better, call
+    `model.eval()`. Works in float64, float32, bfloat16 and float16, on any device.
+
+    >>> model = nn.Linear(3, 1)
+    >>> optimizer = ZeroOrderOptimizer(model, method="zo-sgd", lr=1e-2, eps=1e-3, seed=0)
+    >>> x = torch.ones(2, 3)
+    >>> loss = optimizer.step(lambda: model(x).square().mean())
+    >>> optimizer.forward_passes
+    2
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | NamedParams | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        method: str = "zo-sgd",
+        *,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        seed: int = 0,
+        direction: str = "gaussian",
+        queries: int = 1,
+        groups: int | str = 1,
+        engine: str = "auto",
+        weight_decay: float = 0.0,
+        max_skipped: int = 5,
+        **options: Any,
+    ) -> None:
+        _check("lr", lr, lr >= 0, "at least 0")
+        _check("eps", eps, eps > 0, "above 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        _check("queries", queries, queries >= 1 and queries == int(queries), "a whole number from 1")
+        _check("max_skipped", max_skipped, max_skipped >= 1, "at least 1")
+        if direction not in noise.DIRECTIONS:
+            raise ValueError(f"unknown direction {direction!r}; {nearest(direction, noise.DIRECTIONS)}")
+        if groups != 1:
+            raise ValueError(f"groups={groups!r}: the engines of this version give a batch one direction; use groups=1")
+        self.method = make_method(method, queries=int(queries), **options)
+        self.direction = direction
+        self.engine_name = engine
+        self.max_skipped = max_skipped
+        self.forward_passes = 0
+        self.skipped_steps = 0
+        self.last: StepRecord | None = None
+        self._skipped_in_a_row = 0
+        self._engine: Any = None
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
+        super().__init__(_groups(params), defaults)
+        self.engine  # noqa: B018  # built now, so that a wrong name or a collision is an error of the constructor
+
+    @property
+    def engine(self) -> Any:
+        """The engine over the present parameter groups."""
+        if self._engine is None:
+            named = [list(zip(g["names"], g["params"], strict=True)) for g in self.param_groups]
+            self._engine = make_engine(self.engine_name, Directions(named, self.direction))
+        return self._engine
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = dict(param_group)
+        if "names" not in group:
+            group = _named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
+        super().add_param_group(group)
+        self._engine = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included."""
+        return self.param_groups[0]["step"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. closure: () → the loss, a number, a 0-d tensor, or a vector of per-row losses (their mean is taken).
+
+        It is called once a probe, must see the same batch each time, and needs no gradient. Returns the loss near θ
+        (the mean over the probes), a tensor where the closure gives one. Raises `NonFiniteLoss` after `max_skipped`
+        steps in a row with a NaN or infinite loss; whatever the closure raises passes through, nothing applied.
+        """
+        if closure is None:
+            raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
+        estimator, groups, step = self.method.estimator, self.param_groups, self.steps
+        seeds_Q = tuple(noise.step_seed(groups[0]["seed"], step, q) for q in range(estimator.queries))
+
+        before = self.engine.forwards
+        raw_P: list[Any] = []
+        redraw = _same_draws(groups)
+        for probe in estimator.probes:
+            if raw_P:
+                redraw()
+            at = Displacement()
+            if probe.sign:
+                coefs_G1 = tuple((probe.sign * g["eps"],) for g in groups)
+                at = Displacement((seeds_Q[probe.query],), coefs_G1)
+            raw_P.append(self.engine.loss(closure, at))
+        self.forward_passes += self.engine.forwards - before
+        losses_P = _numbers(raw_P)
+
+        d_Q = estimator.differences(losses_P)
+        g_GQ = tuple(tuple(d / g["eps"] for d in d_Q) for g in groups)
+        coefs_GQ = tuple(
+            tuple(self.method.rule.coefficients(g_Q, float(group["lr"])))
+            for g_Q, group in zip(g_GQ, groups, strict=True)
+        )
+        skipped = not self._applicable(losses_P, coefs_GQ)
+        if not skipped:
+            self._decay()
+            self.engine.apply(Displacement(seeds_Q, coefs_GQ))
+        for group in groups:
+            group["step"] += 1
+        self.last = StepRecord(
+            step=step,
+            losses_P=tuple(losses_P),
+            g_GQ=g_GQ,
+            lr_G=tuple(float(g["lr"]) for g in groups),
+            decay_G=tuple(float(g["weight_decay"]) for g in groups),
+            skipped=skipped,
+        )
+        self._count(skipped)
+        loss = estimator.centre(losses_P)
+        return torch.tensor(loss) if isinstance(raw_P[0], Tensor) else loss
+
+    def flush(self) -> None:
+        """Apply whatever an engine holds back. The engines of this version hold nothing back."""
+
+    def _applicable(self, losses_P: Sequence[float], coefs_GQ: Sequence[Sequence[float]]) -> bool:
+        """Whether the update is finite, in the weights' own dtype too: 16 bits overflow where 32 do not."""
+        if not all(map(math.isfinite, losses_P)):
+            return False
+        largest = max((abs(c) for coefs_Q in coefs_GQ for c in coefs_Q), default=0.0)
+        room = min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"])
+        return largest < room / 16  # |z| stays under 6; NaN compares false
+
+    def _decay(self) -> None:
+        for group in self.param_groups:
+            shrink = float(group["lr"]) * float(group["weight_decay"])
+            if shrink:
+                for param in group["params"]:
+                    param.mul_(1 - shrink)
+
+    def _count(self, skipped: bool) -> None:
+        self.skipped_steps += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise NonFiniteLoss(
+                f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {self.steps}); "
+                "nothing of them was applied: try a smaller lr or eps, or look at the data of these batches"
+            )
+
+
+def _same_draws(groups: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    """A function to call before each probe but the first: torch's generators go back to where the step found them."""
+    devices = sorted({p.device.index or 0 for g in groups for p in g["params"] if p.is_cuda})
+    cpu = torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(i) for i in devices]
+
+    def redraw() -> None:
+        torch.set_rng_state(cpu)
+        for i, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, i)
+
+    return redraw
+
+
+def _numbers(raw_P: Sequence[Any]) -> list[float]:
+    """Each loss as a Python float: the mean of a vector, in float64; one wait for the device, not one a loss."""
+    if all(isinstance(raw, Tensor) for raw in raw_P):
+        return torch.stack([raw.detach().double().mean() for raw in raw_P]).tolist()
+    return [float(torch.as_tensor(raw, dtype=torch.float64).mean()) for raw in raw_P]
+
+
+def _groups(params: Any) -> list[dict[str, Any]]:
+    if isinstance(params, nn.Module):
+        params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
+        if not params:
+            raise ValueError("the model has no trainable parameter: none has requires_grad=True")
+    params = list(params)
+    if not params:
+        raise ValueError("no parameters to optimize")
+    if not isinstance(params[0], dict):
+        params = [{"params": params}]
+    groups: list[dict[str, Any]] = []
+    for group in params:
+        groups.append(_named_group(group, offset=sum(len(g["params"]) for g in groups)))
+    return groups
+
+
+def _named_group(group: dict[str, Any], offset: int) -> dict[str, Any]:
+    """A group with plain `params` and their `names`; parameters without one are named by their position."""
+    given = group["params"]
+    given = [given] if isinstance(given, Tensor) else list(given)
+    pairs = [p if isinstance(p, tuple) else (f"param.{offset + i}", p) for i, p in enumerate(given)]
+    for name, param in pairs:
+        if not isinstance(param, Tensor) or not param.is_floating_point():
+            raise ValueError(
+                f"parameter {name!r} is {getattr(param, 'dtype', type(param).__name__)}: only floating-point tensors "
+                "can be perturbed; freeze it (requires_grad=False) and train an adapter on top"
+            )
+    rest = {k: v for k, v in group.items() if k != "params"}
+    return {**rest, "params": [p for _, p in pairs], "names": [n for n, _ in pairs]}
+
+
+def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r}: must be {wanted}")

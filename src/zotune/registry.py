@@ -1,0 +1,28 @@
+"""What there is to choose from, for help, checks and `zotune list`. Loads torch only for schemes."""
+
+from __future__ import annotations
+
+
+def names(kind: str) -> list[str]:
+    """The names that an option takes: kind is "method", "scheme", "engine" or "task"."""
+    return [name for name, _ in entries(kind)] + (["auto"] if kind == "engine" else [])
+
+
+def entries(kind: str) -> list[tuple[str, str]]:
+    """(name, what it is) of each."""
+    if kind == "method":
+        from zotune.methods import METHODS
+
+        return [(name, f"{preset.rule}  [{preset.paper}]") for name, preset in METHODS.items()]
+    if kind == "scheme":
+        from zotune.models.schemes import SCHEMES
+
+        return [(name, scheme.trains) for name, scheme in SCHEMES.items()]
+    if kind == "engine":
+        from zotune.engines import ENGINES
+
+        return list(ENGINES.items())
+    assert kind == "task"
+    from zotune.tasks import TASKS
+
+    return [(name, f"{task.prompt!r} → {' / '.join((task.words or {}).values())}") for name, task in TASKS.items()]

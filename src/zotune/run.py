@@ -1,0 +1,482 @@
+"""`zotune train`: one run, from options to a folder. The parts are elsewhere; this is their order."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from zotune import noise
+from zotune.config import DataOptions, ModelOptions, TrainConfig
+from zotune.errors import InputError
+from zotune.folder import RunFolder
+from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
+from zotune.models.loading import length_limit, load_model, load_tokenizer, pick_device
+from zotune.models.schemes import get_scheme, trainable_parameters
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.tasks import Task, get_task
+from zotune.tasks.encoding import Collator, Encoded, Encoder
+from zotune.tasks.scoring import ROW_LOSSES, accuracy, score_rows
+from zotune.tasks.splits import Splits, find_source, training_splits
+from zotune.trainer import ZOTrainer, ZOTrainingArguments
+from zotune.trajectory import Header, Record, TrajectoryWriter
+
+
+class Listener:
+    """What a run tells whoever watches it. The command line draws it; this one is silent."""
+
+    def say(self, line: str) -> None: ...
+    def begin(self, what: str, total: int) -> None: ...
+    def advance(self, what: str, done: int, **shown: float) -> None: ...
+    def end(self, what: str) -> None: ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved. `code` is the exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Prepared:
+    """A model with its scheme on, and the rows that it will see."""
+
+    config: TrainConfig
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+    splits: Splits
+    train: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+    def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
+        """Accuracy in percent."""
+        listener.begin(what, len(rows))
+        scores = score_rows(
+            self.model,
+            rows,
+            batch_size=2 * self.config.batch_size,
+            pad_id=self.pad_id,
+            advance=lambda n: listener.advance(what, n),
+        )
+        listener.end(what)
+        return accuracy(scores, rows)
+
+    def one_class(self, rows: list[Encoded]) -> float:
+        """Percent right by always answering the label that is most frequent among the rows."""
+        counts: dict[int, int] = {}
+        for row in rows:
+            counts[row.label] = counts.get(row.label, 0) + 1
+        return 100 * max(counts.values()) / len(rows)
+
+    def adam_cost(self) -> AdamCost:
+        longest = max(self.train, key=lambda row: row.tokens)
+        loss, collate = ROW_LOSSES[self.config.loss], Collator(self.config.loss, self.pad_id)
+        batch = {k: v.to(self.device) for k, v in collate([longest]).items()}
+        return adam_cost(self.model, lambda: loss(self.model, batch), self.config.batch_size)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any id serves: nothing that a loss reads comes after padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def task_of(options: DataOptions) -> Task:
+    if options.task is not None:
+        return get_task(options.task)
+    assert options.data is not None and options.template is not None
+    return Task(
+        name=Path(options.data).name or options.data,
+        prompt=options.template,
+        words=options.label_words,
+        label_field=options.label_field or "label",
+        choices_field=options.choices_field,
+    )
+
+
+def load(options: ModelOptions) -> tuple[nn.Module, Any]:
+    """The model and tokenizer that the options name."""
+    extra = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
+    device = pick_device(options.device)
+    tokenizer = load_tokenizer(options.model, **extra)
+    return load_model(options.model, dtype=options.dtype, device=device, **extra), tokenizer
+
+
+def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encoder:
+    return Encoder(tokenizer, length_limit(model), options.max_length)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
+    task = task_of(config)
+    splits = training_splits(
+        task,
+        find_source(task, config.data, config.data_dir),
+        train_size=config.train_size,
+        validation_size=min(500, config.eval_size or 500),
+        test_size=min(1000, config.eval_size or 1000),
+        seed=config.seed,
+    )
+    model, tokenizer = load(config)
+    transformers.set_seed(config.seed)  # for an adapter's first values
+    model = get_scheme(config.scheme).prepare(model)
+    encode = encoder_for(model, tokenizer, config)
+    parts = [[encode(example) for example in part] for part in (splits.train, splits.validation, splits.test)]
+    return Prepared(config, task, model, tokenizer, splits, *parts)
+
+
+def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
+    """The options with what depends on the model filled in."""
+    scheme = get_scheme(config.scheme)
+    return config.model_copy(
+        update={
+            "lr": config.lr if config.lr is not None else scheme.default_lr(model),
+            "eps": config.eps if config.eps is not None else scheme.eps,
+            "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
+            "eval_every": config.evaluates_every,
+        }
+    )
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the largest parameter: an adapter may have its own."""
+    return max(model.parameters(), key=lambda p: p.numel()).dtype
+
+
+def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
+    """Run, or go on with, the run that the options describe. Returns what result.json holds."""
+    listener = listener or Listener()
+    folder = RunFolder(config.output)
+    recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
+    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype", "eval_every") or v is not None}
+    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
+    with folder.locked():
+        folder.check(asked, resume=config.resume, overwrite=config.overwrite)
+        if config.overwrite:
+            folder.clear()
+        if config.resume and (done := folder.read_json("result.json")):
+            listener.say(f"{folder.path}: this run is finished; nothing to do")
+            return done
+        ready = prepare(config)
+        ready.config = config = resolved(config, ready.model)
+        folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+        return _Run(ready, folder, listener).go()
+
+
+@dataclass
+class _Run:
+    ready: Prepared
+    folder: RunFolder
+    listener: Listener
+    stop: int | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    def go(self) -> dict[str, Any]:
+        ready, config, folder = self.ready, self.ready.config, self.folder
+        began = time.monotonic()
+        checkpoint = folder.last_checkpoint()
+        if checkpoint is None:
+            for name in ("metrics.jsonl", "trajectory.zot"):
+                (folder / name).unlink(missing_ok=True)
+            self.progress = {"resumed_at": [], "wall_seconds": 0.0, "skipped_steps": 0}
+        else:
+            self.progress = folder.read_json("progress.json")
+            self.progress["resumed_at"].append(int(checkpoint.name.removeprefix("checkpoint-")))
+        self.earlier = self.progress["wall_seconds"]
+        self.began = began
+
+        reset_peak(ready.device)
+        if "test_before" not in self.progress:
+            self.progress["test_before"] = ready.score(ready.test, self.listener, "test, before")
+            self.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
+            folder.write_json("progress.json", self.progress)
+        trainer = self._trainer()
+        with self._signals():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.listener.end("train")
+        if self.stop is not None:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {config.steps}, saved; "
+                "go on with the same command and --resume",
+                128 + self.stop,
+            )
+        peak = peak_bytes(ready.device)
+        return self._finish(trainer, peak)
+
+    def _finish(self, trainer: ZOTrainer, peak: int) -> dict[str, Any]:
+        ready, config, folder = self.ready, self.ready.config, self.folder
+        chosen = int(trainer.state.best_global_step or trainer.state.global_step)
+        test_after = ready.score(ready.test, self.listener, "test, after")
+        self.trajectory.mark_chosen(chosen)
+        self.trajectory.close()
+        cost = ready.adam_cost()
+        weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+        optimizer = trainer.zo_optimizer
+        result = {
+            "task": ready.task.name,
+            "metric": ready.task.metric,
+            "test_before": self.progress["test_before"],
+            "test_after": test_after,
+            "test_split": ready.splits.test_split,
+            "test_rows": len(ready.test),
+            "one_class": ready.one_class(ready.test),
+            "validation_best": trainer.state.best_metric,
+            "steps": trainer.state.global_step,
+            "chosen_step": chosen,
+            "resumed_at": self.progress["resumed_at"],
+            "skipped_steps": optimizer.skipped_steps,
+            "cut_rows": sum(bool(row.cut) for rows in (ready.train, ready.validation, ready.test) for row in rows),
+            "forward_passes": optimizer.forward_passes,
+            "trainable_parameters": trainable_parameters(ready.model),
+            "wall_seconds": round(self._wall(), 3),
+            "peak_memory_bytes": peak,
+            "evaluation_peak_bytes": self.progress.get("evaluation_peak_bytes"),
+            "adam_memory_bytes": weights + cost.total,
+            "method": config.method,
+            "scheme": config.scheme,
+            "engine": optimizer.engine.name,
+            "lr": config.lr,
+            "eps": config.eps,
+            "dtype": config.dtype,
+            "device": device_name(ready.device),
+            "model": config.model,
+            "seed": config.seed,
+            "versions": versions(),
+        }
+        save_model(ready, folder / "model", result)
+        folder.write_json("result.json", result)
+        folder.drop_checkpoints()
+        return result
+
+    def _trainer(self) -> ZOTrainer:
+        ready, config = self.ready, self.ready.config
+        args = ZOTrainingArguments(
+            output_dir=str(self.folder.path),
+            method=config.method,
+            method_options={"estimator": config.estimator},
+            eps=config.eps,
+            direction=config.direction,
+            queries=config.queries,
+            engine=config.engine,
+            learning_rate=config.lr,
+            lr_scheduler_type=config.lr_schedule,
+            weight_decay=config.weight_decay,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulate,
+            seed=config.seed,
+            logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=config.evaluates_every,
+            save_strategy="steps",
+            save_steps=config.evaluates_every,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=ready.task.metric,
+            greater_is_better=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            report_to=config.report_to,
+            use_cpu=ready.device.type == "cpu",
+        )
+        trainer = _TaskTrainer(
+            model=ready.model,
+            args=args,
+            train_dataset=ready.train,
+            eval_dataset=ready.validation,
+            data_collator=Collator(config.loss, ready.pad_id),
+            row_loss=ROW_LOSSES[config.loss],
+            score=lambda: ready.score(ready.validation, self.listener, "validation"),
+            metric=ready.task.metric,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.add_callback(_Recorder(self, trainer))
+        return trainer
+
+    def open_trajectory(self, optimizer: ZeroOrderOptimizer, step: int) -> None:
+        path = self.folder / "trajectory.zot"
+        if step:
+            self.trajectory = TrajectoryWriter.resume(path, step)
+            return
+        config = self.ready.config
+        header = Header(
+            noise_version=noise.NOISE_VERSION,
+            direction=config.direction,
+            method=config.method,
+            seed=config.seed,
+            planned_steps=config.steps,
+            pairs=config.queries,
+            groups=len(optimizer.param_groups),
+        )
+        self.trajectory = TrajectoryWriter.create(path, header)
+
+    def _wall(self) -> float:
+        return self.earlier + time.monotonic() - self.began
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step that runs, then save. A second one is not caught."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stop = number
+            signal.signal(number, before[number])
+
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop)
+        except ValueError:  # not the main thread: whoever runs us has the signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _TaskTrainer(ZOTrainer):
+    """Evaluation by the task's metric; of checkpoints equal on validation the latest is the best."""
+
+    def __init__(self, *args: Any, score: Any, metric: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._score, self._metric = score, f"eval_{metric}"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {self._metric: self._score()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if metrics[self._metric] == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+
+class _Recorder(transformers.TrainerCallback):
+    """Writes the trajectory and metrics.jsonl, shows progress, and passes on a request to stop."""
+
+    def __init__(self, run: _Run, trainer: ZOTrainer) -> None:
+        self.run, self.trainer = run, trainer
+        self.path = run.folder / "metrics.jsonl"
+        self.line: dict[str, Any] = {}
+        self.accuracy: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        self.run.open_trajectory(self.trainer.zo_optimizer, step)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.run.listener.begin("train", state.max_steps)
+        self.run.listener.advance("train", step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = self.trainer.zo_optimizer.last
+        assert last is not None
+        losses = last.losses_P
+        self.run.trajectory.append(
+            Record(
+                step=last.step,
+                loss_plus=losses[0],
+                loss_minus=losses[1],
+                g=last.g_GQ[0],
+                lr=last.lr_G,
+                decay=last.decay_G,
+                skipped=last.skipped,
+            )
+        )
+        shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
+        self.run.listener.advance("train", 1, **shown)
+        if last.skipped:
+            self.run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
+        if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+        if self.run.stop is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if "loss" in logs:
+            self._write()
+            self.line = {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "projected_gradient": logs["projected_gradient"],
+                "forward_passes": logs["forward_passes"],
+                "skipped_steps": logs["skipped_steps"],
+                "seconds": round(self.run._wall(), 3),
+            }
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        name, value = next(iter(metrics.items()))
+        self.accuracy = value
+        self.line[name.replace("eval_", "validation_")] = value
+        self.run.listener.say(f"step {state.global_step}: validation {value:.1f}")
+        self._write()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write()
+        self.run.progress["wall_seconds"] = self.run._wall()
+        self.run.folder.write_json("progress.json", self.run.progress)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self.line:
+            finite = {k: (v if v == v and abs(v) != float("inf") else None) for k, v in self.line.items()}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+            self.line = {}
+
+
+def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
+    """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
+    from zotune.card import model_card
+
+    ready.model.save_pretrained(path)
+    ready.tokenizer.save_pretrained(path)
+    model_card(ready.config, ready.task, result).save(path / "README.md")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    names = ("zotune", "torch", "transformers", "peft", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def find_result(path: str | Path) -> dict[str, Any]:
+    """A finished run's result. Raises InputError where there is none."""
+    result = RunFolder(path).read_json("result.json")
+    if not result:
+        raise InputError(f"{path}: no result.json in it")
+    return result

@@ -1,0 +1,15 @@
+"""Built-in tasks. A further one is a `Task` in a file of its family and a line here."""
+
+from zotune.errors import InputError, nearest
+from zotune.tasks.sentiment import sst2
+from zotune.tasks.task import Example, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (sst2,)}
+
+__all__ = ["TASKS", "Example", "Task", "get_task"]
+
+
+def get_task(name: str) -> Task:
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}; {nearest(name, TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,91 @@
+"""Rows of labelled text from JSON lines, CSV or the hub, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zotune.errors import InputError
+
+SUFFIXES = (".jsonl", ".csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's fields and where it stands, as `file:line`, for the errors that name it."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def __getitem__(self, field: str) -> Any:
+        if field not in self.fields or self.fields[field] is None:
+            has = ", ".join(repr(name) for name in self.fields)
+            raise InputError(f"{self.where}: no field {field!r} (has {has})")
+        return self.fields[field]
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of a .jsonl or .csv file. Raises InputError that names file, line and what was expected."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if path.suffix == ".jsonl":
+        return list(_json_lines(path, text))
+    if path.suffix == ".csv":
+        return list(_csv_lines(path, text))
+    raise InputError(f"{path}: not a .jsonl or .csv file")
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', 'nested too deeply')})") from None
+        if not isinstance(fields, dict):
+            raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
+        yield Row(fields, where)
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for fields in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in fields:
+                raise InputError(f"{where}: more values than the header has names; quote fields that hold a comma")
+            yield Row(dict(fields), where)
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+
+
+def read_hub(name: str, subset: str | None, split: str) -> list[Row]:
+    """A split of a hub data set. Raises InputError where it cannot be had."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the hub's client raises a dozen kinds, none of them ours to list
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"hub data set {name!r} (split {split!r}): {reason}; offline, pass --data-dir") from None
+    return [Row(dict(fields), f"{name}/{split}:{i}") for i, fields in enumerate(loaded, start=1)]
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split in a folder, or None; two of one name are refused."""
+    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: both {found[0].name} and {found[1].name}; keep one")
+    return found[0] if found else None

@@ -1,0 +1,122 @@
+"""A task's rows → the examples to train on, to choose on, and to score."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from zotune.errors import InputError, nearest
+from zotune.tasks.rows import Row, read_file, read_hub, split_file
+from zotune.tasks.task import Example, Task
+
+CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows are: a folder with a file a split, one file, or a hub data set (name, subset, scored split)."""
+
+    folder: Path | None = None
+    file: Path | None = None
+    hub: tuple[str, str | None, str] | None = None
+
+    def rows(self, split: str) -> list[Row] | None:
+        """The rows of a split, None where the source has no such split, InputError where it is empty."""
+        if self.folder is not None:
+            path = split_file(self.folder, split)
+            return None if path is None else _not_empty(read_file(path), str(path))
+        if self.file is not None:
+            return _not_empty(read_file(self.file), str(self.file)) if split == "train" else None
+        assert self.hub is not None
+        name, subset, scored = self.hub
+        if split == "validation" and scored == "validation":
+            return None  # it is scored as test, so it chooses nothing
+        return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}")
+
+    def __str__(self) -> str:
+        return str(self.folder or self.file or (self.hub or ("",))[0])
+
+
+def find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
+    """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name)."""
+    if data is not None:
+        path = Path(data).expanduser()
+        if path.is_dir():
+            return Source(folder=path)
+        if path.is_file():
+            return Source(file=path)
+        if path.suffix or path.is_absolute() or data.count("/") != 1 or data.startswith("."):
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            hint = f"; {nearest(path.name, near)}" if near else ""
+            raise InputError(f"--data {data}: no such file or folder{hint}")
+        return Source(hub=(data, None, "test"))
+    if data_dir is not None:
+        folder = Path(data_dir).expanduser() / task.name
+        if not folder.is_dir():
+            raise InputError(f"--data-dir {data_dir}: no folder {task.name!r} in it (wanted {folder}/train.jsonl, …)")
+        return Source(folder=folder)
+    assert task.source is not None
+    return Source(hub=(task.source.name, task.source.subset, task.source.test_split))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Drawn examples. Where there is no test split, test is validation and `test_split` says so."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    test_split: str
+
+
+def training_splits(
+    task: Task, source: Source, *, train_size: int, validation_size: int, test_size: int, seed: int
+) -> Splits:
+    """The examples of a run. Train and validation rows are drawn by the run's seed, test rows are the same for all.
+
+    A missing validation split is carved from train, at most a fifth of it.
+    """
+    train = source.rows("train")
+    if train is None:
+        raise InputError(f"{source}: no train.jsonl or train.csv in it")
+    validation, test = source.rows("validation"), source.rows("test")
+    if validation is None:
+        if len(train) < 2:
+            raise InputError(f"{source}: one training row, and no validation split to choose the best step on")
+        share = max(1, min(validation_size, len(train) // CARVED_SHARE))
+        order = _draw(train, len(train), seed, "carve")
+        validation, train = order[:share], order[share:]
+    train = _draw(train, train_size, seed, "train")
+    validation = _draw(validation, validation_size, seed, "validation")
+    scored = validation if test is None else _draw(test, test_size, 0, "test")
+    return Splits(
+        train=[task.example(row) for row in train],
+        validation=[task.example(row) for row in validation],
+        test=[task.example(row) for row in scored],
+        test_split="validation" if test is None else "test",
+    )
+
+
+def scored_rows(source: Source, size: int, *, in_order: bool = False) -> tuple[list[Row], str]:
+    """The rows that `eval` scores and their split: test, else validation, else a file's own.
+
+    in_order: the first rows as they stand, instead of a draw.
+    """
+    for split in ("test", "validation", "train") if source.file else ("test", "validation"):
+        rows = source.rows(split)
+        if rows is not None:
+            name = "file" if source.file else split
+            return rows[:size] if in_order else _draw(rows, size, 0, "test"), name
+    raise InputError(f"{source}: neither a test nor a validation split in it")
+
+
+def _draw(rows: list[Row], size: int, seed: int, what: str) -> list[Row]:
+    """`size` of the rows (all, where there are fewer), by seed, in the order drawn."""
+    return random.Random(f"{what}:{seed}").sample(rows, min(size, len(rows)))
+
+
+def _not_empty(rows: list[Row], where: str) -> list[Row]:
+    if not rows:
+        raise InputError(f"{where}: no rows in it")
+    return rows

@@ -1,0 +1,142 @@
+"""`ZOTrainer`: a `transformers.Trainer` that steps without back-propagation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from zotune.errors import nearest
+from zotune.methods import METHODS
+from zotune.optimizer import ZeroOrderOptimizer
+
+RowLoss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class ZOTrainingArguments(transformers.TrainingArguments):
+    """`TrainingArguments` and the zeroth-order ones, with defaults that fit: constant lr, no gradient clipping.
+
+    The run's `seed` also seeds the directions, `weight_decay` is decoupled, and the schedule steps once an update.
+    """
+
+    method: str = field(default="zo-sgd", metadata={"help": "a method of `zotune list methods`"})
+    eps: float = field(default=1e-3, metadata={"help": "size of the perturbation, in units of the weights"})
+    direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher"})
+    queries: int = field(default=1, metadata={"help": "directions a step; each costs two forwards"})
+    engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
+    method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
+    max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "constant"
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_grad_norm:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: a zeroth-order step has no gradient to clip; leave it at 0")
+
+
+_ZO_FIELDS = ("method", "eps", "direction", "queries", "engine", "method_options", "max_skipped")
+
+
+class _TrainersOptimizer(ZeroOrderOptimizer):
+    """The Trainer calls `optimizer.step()` after `training_step`. A zeroth-order step is the evaluation of the loss, so
+    it has been taken by then."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        return None if closure is None else super().step(closure)
+
+
+class ZOTrainer(transformers.Trainer):
+    """`transformers.Trainer` with `training_step` replaced: no backward, no gradient, forward passes in eval mode.
+
+    Everything else is the Trainer's own: data loading, gradient accumulation (the micro-batches of an update share its
+    directions and are evaluated in every probe, so that k of them equal one batch), schedules, logging and `report_to`,
+    callbacks, evaluation, checkpoints and `resume_from_checkpoint`.
+
+    args: `ZOTrainingArguments`, or plain `TrainingArguments` with the zeroth-order options as keywords
+        (`method="zo-sgd", eps=…`); keywords win.
+    row_loss: (model, inputs) → (B,) losses, instead of `compute_loss`; the batch's loss is their mean.
+
+    Each logged step also carries `projected_gradient`, `forward_passes` and `skipped_steps`. After a step with a
+    non-finite loss nothing has changed; after `max_skipped` in a row `NonFiniteLoss` ends training.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, row_loss: RowLoss | None = None, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in _ZO_FIELDS if name in kwargs}
+        self.row_loss = row_loss
+        args = args if args is not None else ZOTrainingArguments()
+        self._zo = {
+            f.name: getattr(args, f.name, _default(f)) for f in dataclasses.fields(ZOTrainingArguments) if f.name in _ZO_FIELDS
+        } | given
+        if self._zo["method"] not in METHODS:
+            raise ValueError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
+        if args.fp16:
+            raise ValueError("fp16=True scales gradients, and there are none here: load the model with dtype=torch.float16")
+        args.max_grad_norm = 0.0
+        args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: its replicas are copies that no perturbation reaches
+        self._micro_batches: list[Any] = []
+        super().__init__(model, args, *positional, **kwargs)
+
+    @property
+    def zo_optimizer(self) -> ZeroOrderOptimizer:
+        """The optimizer itself, without what accelerate wraps around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            options = dict(self._zo)
+            options |= options.pop("method_options")
+            self.optimizer = _TrainersOptimizer(
+                self._parameter_groups(model), lr=self.args.learning_rate, seed=self.args.seed, **options
+            )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Decay reaches what the Trainer decays: no biases and no norms."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not self.args.weight_decay:
+            return [{"params": named}]
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._micro_batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        model.eval()
+        with self.compute_loss_context_manager():
+            loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
+        return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
+
+    def _loss(self, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> Tensor:
+        if self.row_loss is not None:
+            return torch.cat([self.row_loss(model, batch) for batch in batches])
+        summed = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+        losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in batches]
+        return torch.stack(losses).sum() if summed else torch.stack(losses).mean()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        optimizer = self.zo_optimizer
+        if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
+            g_Q = optimizer.last.g_GQ[0]
+            logs["projected_gradient"] = sum(g_Q) / len(g_Q)
+            logs["forward_passes"] = optimizer.forward_passes
+            logs["skipped_steps"] = optimizer.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+
+def _default(f: Any) -> Any:
+    return f.default_factory() if f.default is dataclasses.MISSING else f.default
