@@ -52,6 +52,7 @@ from zotune.errors import InputError
 MAGIC = b"\x89ZOT\r\n\x1a\n"
 VERSION = 1
 MAX_HEADER = 1 << 16  # bytes of JSON
+MAX_DEPTH = 16  # of nested JSON
 MAX_VALUES = 1 << 16  # pairs × parameter groups
 FEATURES: frozenset[str] = frozenset()  # names that `required` may hold
 LAYOUT = ("lr", "decay")  # names that `layout` may hold, in the order of the bytes
@@ -72,7 +73,7 @@ class TrajectoryError(InputError):
 def float32(x: float) -> float:
     """x rounded to the nearest float32, ties to even; beyond its range an infinity."""
     try:
-        rounded: float = struct.unpack("<f", struct.pack("<f", x))[0]
+        rounded: float = struct.unpack("<f", struct.pack("<f", float(x)))[0]
         return rounded
     except OverflowError:
         return math.inf if x > 0 else -math.inf
@@ -386,8 +387,15 @@ def _parse(text: bytes) -> Header:
 
 
 def _json(value: Any) -> bytes:
-    """Canonical JSON, so that one header has one text: sorted keys, no white space, no NaN."""
+    """Canonical JSON, so that one header has one text: sorted keys, no white space, no NaN, little depth."""
+    if not _shallow(value, MAX_DEPTH):
+        raise ValueError(f"JSON nested more than {MAX_DEPTH} deep")
     return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth >= 0 and all(_shallow(item, depth - 1) for item in inner)
 
 
 def _list_of(value: Any, *kinds: type) -> bool:

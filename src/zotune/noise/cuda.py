@@ -1,0 +1,175 @@
+"""The noise on CUDA, by Triton: a program draws what its elements need and forgets it.
+
+Seeds and coefficients are read from memory, so that a captured graph can be replayed with new ones. The arithmetic is that of
+`zotune.noise.cpu`, names included. With TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
+"""
+
+# Q pairs, K rows, D elements a row. A tile is (G, E): G groups of E neighbours that share their words.
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NORMAL_GROUP = 4  # elements: one block's two Box–Muller pairs
+SIGN_GROUP = 8  # elements: 16 bytes of a 16-bit weight; the words of 128 signs are drawn by each of 16 groups
+TILE = 1024  # elements a program
+
+_P0 = tl.constexpr(0.06971611827611923)
+_P1 = tl.constexpr(-0.11479733884334564)
+_P2 = tl.constexpr(0.11685419827699661)
+_P3 = tl.constexpr(-0.12425687164068222)
+_P4 = tl.constexpr(0.14249058067798615)
+_P5 = tl.constexpr(-0.1666780263185501)
+_P6 = tl.constexpr(0.20000715553760529)
+_P7 = tl.constexpr(-0.2499999701976776)
+_P8 = tl.constexpr(0.3333333134651184)
+_S0 = tl.constexpr(-75.401611328125)
+_S1 = tl.constexpr(81.59254455566406)
+_S2 = tl.constexpr(-41.3416633605957)
+_S3 = tl.constexpr(6.2831854820251465)
+_C0 = tl.constexpr(59.22016906738281)
+_C1 = tl.constexpr(-85.4428482055664)
+_C2 = tl.constexpr(64.93931579589844)
+_C3 = tl.constexpr(-19.739208221435547)
+_LN2_HIGH = tl.constexpr(0.693359375)
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+_SQRT_HALF = tl.constexpr(0x3F3504F3)
+_24 = tl.constexpr(2.0**-24)
+
+
+@triton.jit
+def _words(seed, pid, block):  # type: ignore[no-untyped-def]
+    """Four uint32 words of each int64 block."""
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = ((block >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero + pid.to(tl.uint32, bitcast=True), zero, 10)
+
+
+@triton.jit
+def _pair(radius_word, turn_word):  # type: ignore[no-untyped-def]
+    """A Box–Muller pair of two words."""
+    u = ((radius_word >> 8).to(tl.int32) + 1).to(tl.float32) * _24
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - _SQRT_HALF) >> 23
+    x = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = _P0 * x + _P1
+    p = p * x + _P2
+    p = p * x + _P3
+    p = p * x + _P4
+    p = p * x + _P5
+    p = p * x + _P6
+    p = p * x + _P7
+    p = p * x + _P8
+    square = x * x
+    exponent = e.to(tl.float32)
+    low = (p * square * x + exponent * _LN2_LOW) - 0.5 * square
+    r = tl.sqrt_rn(-2.0 * ((x + low) + exponent * _LN2_HIGH))
+    turn = (turn_word >> 8).to(tl.int32)
+    quarter = (turn + (1 << 21)) >> 22
+    t = (turn - (quarter << 22)).to(tl.float32) * _24
+    square = t * t
+    sine = (((_S0 * square + _S1) * square + _S2) * square + _S3) * t
+    cosine = (((_C0 * square + _C1) * square + _C2) * square + _C3) * square + 1.0
+    odd = (quarter & 1) != 0
+    x = tl.where(odd, sine, cosine)
+    y = tl.where(odd, cosine, sine)
+    x = tl.where(((quarter + 1) & 2) != 0, -x, x)
+    y = tl.where((quarter & 2) != 0, -y, y)
+    return r * x, r * y
+
+
+@triton.jit
+def _draw(seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(G, E) float32: elements E·group, … of z."""
+    if GAUSSIAN:
+        x0, x1, x2, x3 = _words(seed, pid, group_G)
+        z0, z1 = _pair(x0, x1)
+        z2, z3 = _pair(x2, x3)
+        return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (G, E))
+    else:
+        element_G = group_G * E
+        x0, x1, x2, x3 = _words(seed, pid, element_G // 128)
+        k = (element_G % 128) // 32
+        word_G = tl.where(k == 0, x0, tl.where(k == 1, x1, tl.where(k == 2, x2, x3)))
+        bit_GE = (element_G % 32).to(tl.uint32)[:, None] + tl.arange(0, E)[None, :].to(tl.uint32)
+        return 1.0 - 2.0 * ((word_G[:, None] >> bit_GE) & 1).to(tl.float32)
+
+
+@triton.jit
+def _displaced(w_GE, group_G, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """w + Σ_q coefs[q]·z(seeds[q]), rounded once; w itself where every coefficient is zero."""
+    wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
+    total_GE = tl.zeros((G, E), dtype=wide)
+    nonzero = 0
+    for q in range(Q):
+        coef = tl.load(coefs + q).to(wide)
+        z_GE = _draw(tl.load(seeds + q), pid, group_G, GAUSSIAN, E, G)
+        total_GE += coef * z_GE.to(wide)
+        nonzero += (coef != 0).to(tl.int32)
+    return tl.where(nonzero != 0, (w_GE.to(wide) + total_GE).to(w_GE.dtype), w_GE)
+
+
+@triton.jit(do_not_specialize=["pid"])
+def _add_kernel(out, w, n, group, shift, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Element i of w is element E·group − shift + i of the parameter."""
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - shift
+    inside = (at_GE >= 0) & (at_GE < n)
+    w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    tl.store(out + at_GE, _displaced(w_GE, group + step_G, seeds, coefs, Q, pid, GAUSSIAN, E, G), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pid"])
+def _rows_kernel(out, w, rows, D, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = tl.load(rows + tl.program_id(0)) * D
+    group = start // E
+    step_G = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - (start - group * E)
+    inside = (at_GE >= 0) & (at_GE < D)
+    w_GE = tl.load(w + start + at_GE, mask=inside, other=0.0)
+    into = out + tl.program_id(0).to(tl.int64) * D + at_GE
+    tl.store(into, _displaced(w_GE, group + step_G, seeds, coefs, Q, pid, GAUSSIAN, E, G), mask=inside)
+
+
+def _shape(direction: str) -> dict[str, Any]:
+    gaussian = direction == "gaussian"
+    group = NORMAL_GROUP if gaussian else SIGN_GROUP
+    return {"GAUSSIAN": gaussian, "E": group, "G": TILE // group}
+
+
+def _signed(pid: int) -> int:
+    return pid - (1 << 32) if pid >> 31 else pid
+
+
+def add_noise(
+    out: Tensor, w: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """See `zotune.noise.add_noise`."""
+    if w.numel() == 0:
+        return
+    w_flat, tile = w.detach().reshape(-1), _shape(direction)
+    out_flat = out.detach().view(-1) if out.is_contiguous() else torch.empty_like(w_flat)
+    shift = start % tile["E"]
+    grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
+    group = start // tile["E"]
+    _add_kernel[grid](out_flat, w_flat, w_flat.numel(), group, shift, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile)
+    if not out.is_contiguous():
+        out.copy_(out_flat.view(w.shape))
+
+
+def add_noise_rows(
+    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """See `zotune.noise.add_noise_rows`. out is contiguous."""
+    width, tile = prod(w.shape[1:]), _shape(direction)
+    if len(rows_K) == 0 or width == 0:
+        return
+    grid = (len(rows_K), triton.cdiv(width + tile["E"] - 1, TILE))
+    _rows_kernel[grid](out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile)
