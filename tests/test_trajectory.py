@@ -192,8 +192,9 @@ def runs(draw: st.DrawFn) -> tuple[Header, list[Record], int | None]:
     )  # fmt: skip
     records = [
         Record(
-            step, draw(f32), draw(f32), draw(st.tuples(*[f32] * pairs)),
-            *(draw(st.tuples(*[f32] * groups)) if name in layout else held[name] for name in ("lr", "decay")),
+            step, draw(f32), draw(f32), g=draw(st.tuples(*[f32] * pairs)),
+lr=draw(st.tuples(*[f32] * groups)) if "lr" in layout else held["lr"],
+            decay=draw(st.tuples(*[f32] * groups)) if "decay" in layout else held["decay"],
             skipped=draw(st.booleans()), folded=draw(st.booleans()), choice=draw(st.integers(0, 2)),
         )
         for step in range(steps)

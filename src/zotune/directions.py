@@ -8,6 +8,7 @@ Q directions, G parameter groups: a direction is one z over all parameters, its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,14 @@ class Directions:
         slot = self.slots[id(param)]
         seeds, coefs = self._pairs(by, slot.group, param.device)
         noise.add_noise(out, param.data, seeds, coefs, slot.id, self.distribution)
+        return out
+
+    def displaced_span(self, param: torch.nn.Parameter, first: int, last: int, by: Displacement, out: Tensor) -> Tensor:
+        """out ← the rows first to last (exclusive) of param + displacement."""
+        slot = self.slots[id(param)]
+        seeds, coefs = self._pairs(by, slot.group, param.device)
+        start = first * math.prod(param.shape[1:])
+        noise.add_noise(out, param.data[first:last], seeds, coefs, slot.id, self.distribution, start)
         return out
 
     def displaced_rows(

@@ -17,6 +17,7 @@ from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
 from zotune.errors import NonFiniteLoss, nearest
 from zotune.methods import make_method
+from zotune.trajectory import shrinkage
 
 NamedParams = Iterable[tuple[str, nn.Parameter]]
 
@@ -174,6 +175,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss = estimator.centre(losses_P)
         return torch.tensor(loss) if isinstance(raw_P[0], Tensor) else loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
+        counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
+        return super().state_dict() | {"counts": counts | {"skipped_in_a_row": self._skipped_in_a_row}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        counts = state_dict.get("counts", {})
+        self.forward_passes = counts.get("forward_passes", 0)
+        self.skipped_steps = counts.get("skipped_steps", 0)
+        self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
+
     def flush(self) -> None:
         """Apply whatever an engine holds back. The engines of this version hold nothing back."""
 
@@ -187,10 +200,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def _decay(self) -> None:
         for group in self.param_groups:
-            shrink = float(group["lr"]) * float(group["weight_decay"])
-            if shrink:
+            factor = shrinkage(float(group["lr"]), float(group["weight_decay"]))
+            if factor != 1:
                 for param in group["params"]:
-                    param.mul_(1 - shrink)
+                    param.mul_(factor)
 
     def _count(self, skipped: bool) -> None:
         self.skipped_steps += skipped

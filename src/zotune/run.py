@@ -22,7 +22,7 @@ from zotune.config import DataOptions, ModelOptions, TrainConfig
 from zotune.errors import InputError
 from zotune.folder import RunFolder
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
-from zotune.models.loading import length_limit, load_model, load_tokenizer, pick_device
+from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.tasks import Task, get_task
@@ -191,6 +191,7 @@ class _Run:
     folder: RunFolder
     listener: Listener
     stop: int | None = None
+    peak: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
 
     def go(self) -> dict[str, Any]:
@@ -211,6 +212,7 @@ class _Run:
         if "test_before" not in self.progress:
             self.progress["test_before"] = ready.score(ready.test, self.listener, "test, before")
             self.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
+            reset_peak(ready.device)
             folder.write_json("progress.json", self.progress)
         trainer = self._trainer()
         with self._signals():
@@ -222,10 +224,9 @@ class _Run:
                 "go on with the same command and --resume",
                 128 + self.stop,
             )
-        peak = peak_bytes(ready.device)
-        return self._finish(trainer, peak)
+        return self._finish(trainer)
 
-    def _finish(self, trainer: ZOTrainer, peak: int) -> dict[str, Any]:
+    def _finish(self, trainer: ZOTrainer) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
         chosen = int(trainer.state.best_global_step or trainer.state.global_step)
         test_after = ready.score(ready.test, self.listener, "test, after")
@@ -251,7 +252,7 @@ class _Run:
             "forward_passes": optimizer.forward_passes,
             "trainable_parameters": trainable_parameters(ready.model),
             "wall_seconds": round(self._wall(), 3),
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": self.peak,
             "evaluation_peak_bytes": self.progress.get("evaluation_peak_bytes"),
             "adam_memory_bytes": weights + cost.total,
             "method": config.method,
@@ -331,6 +332,13 @@ class _Run:
             planned_steps=config.steps,
             pairs=config.queries,
             groups=len(optimizer.param_groups),
+            layout=("lr", "decay") if config.weight_decay else ("lr",),
+            method_options={"estimator": config.estimator, "eps": config.eps},
+            dtype=str(config.dtype),
+            engine=optimizer.engine.name,
+            base={"name": config.model, "gguf_file": config.gguf_file, "scheme": config.scheme},
+            task=self.ready.task.name,
+            versions=versions(),
         )
         self.trajectory = TrajectoryWriter.create(path, header)
 
@@ -370,6 +378,15 @@ class _TaskTrainer(ZOTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _load_best_model(self) -> None:
+        """Tensor by tensor into the weights that are there: no second copy of them in memory."""
+        if not load_weights(self.model, Path(self.state.best_model_checkpoint or "")):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_weights(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if metrics[self._metric] == self.state.best_metric:
@@ -412,6 +429,7 @@ class _Recorder(transformers.TrainerCallback):
         )
         shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
         self.run.listener.advance("train", 1, **shown)
+        self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
         if last.skipped:
             self.run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:

@@ -36,7 +36,7 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
             shown = str(field.default)
         help_text = (field.description or "") + (" [required]" if field.is_required() else "")
         if field.annotation is bool:
-            option = typer.Option(f"{flag}/--no-{flag[2:]}" if False else flag, help=help_text, show_default=False)
+            option = typer.Option(flag, help=help_text, show_default=False)
             annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
         else:
             option = typer.Option(flag, help=help_text, show_default=shown, metavar=_metavar(field.annotation))
@@ -63,25 +63,37 @@ def _metavar(annotation: Any) -> str:
     return "TEXT"
 
 
+def _quiet() -> None:
+    """What transformers prints while it loads and saves says nothing that a user of this command needs."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _train(options: config.TrainConfig) -> None:
+    _quiet()
     from zotune.cli.train import train
 
     train(options)
 
 
 def _eval(options: config.EvalConfig) -> None:
+    _quiet()
     from zotune.cli.evaluate import evaluate
 
     evaluate(options)
 
 
 def _predict(options: config.PredictConfig) -> None:
+    _quiet()
     from zotune.cli.evaluate import predict
 
     predict(options)
 
 
 def _merge(options: config.MergeConfig) -> None:
+    _quiet()
     from zotune.cli.merge import merge
 
     merge(options)

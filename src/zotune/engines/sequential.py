@@ -23,6 +23,9 @@ from zotune.engines.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
+# A weight over this is read in tiles of its rows where the function allows it.
+TILE_BYTES = 16 << 20
+
 # Properties of a tensor that give its values. The others (shape, dtype, device, …) say nothing of them.
 _VALUES = {"data", "T", "mT", "H", "mH", "real"}
 _NO_VALUES = {"__set__", "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "nelement"}
@@ -31,7 +34,8 @@ _NO_VALUES = {"__set__", "size", "dim", "numel", "stride", "is_contiguous", "ele
 class SequentialEngine:
     """L(θ + displacement) for any closure and any module.
 
-    Scratch: the largest parameter that a single function reads (an embedding look-up draws only the rows it uses).
+    Scratch: the largest parameter that a single function reads. An embedding look-up draws only the rows it uses, a linear
+    map over `TILE_BYTES` goes by tiles of its rows.
     """
 
     name = "sequential"
@@ -110,6 +114,8 @@ class _PerturbedReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
             return func(*args, **kwargs)
+        if func is F.linear and (product := self._tiled_linear(*args, **kwargs)) is not None:
+            return product
         if func is F.embedding and (rows := self._embedding_rows(*args, **kwargs)) is not None:
             return rows
         return self._call_with_copies(func, args, kwargs)
@@ -146,6 +152,26 @@ class _PerturbedReads(TorchFunctionMode):
             else:
                 scratch.give(copy)
         return result
+
+    def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """A product with a weight over TILE_BYTES (a head, mostly), a tile of its rows at a time; None for others."""
+        size = weight.numel() * weight.element_size()
+        if id(weight) not in self.read or size <= TILE_BYTES or weight.dim() != 2:
+            return None
+        directions, scratch = self.engine.directions, self.engine.scratch
+        self.engine._seen.add(id(weight))
+        if bias is not None and id(bias) in self.read:
+            self.engine._seen.add(id(bias))
+            bias = directions.displaced(bias, self.at, torch.empty_like(bias))  # type: ignore[arg-type]
+        rows = -(-weight.shape[0] // -(-size // TILE_BYTES))
+        copy = scratch.take(weight[:rows])
+        products = []
+        for first in range(0, weight.shape[0], rows):
+            last = min(first + rows, weight.shape[0])
+            tile = directions.displaced_span(weight, first, last, self.at, copy[: last - first])  # type: ignore[arg-type]
+            products.append(F.linear(input, tile, None if bias is None else bias[first:last]))
+        scratch.give(copy)
+        return torch.cat(products, dim=-1)
 
     def _embedding_rows(
         self,

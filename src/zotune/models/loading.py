@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,20 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
 
 
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> bool:
+    """Copy a saved model's tensors into the model's own, one at a time. False where the folder holds no whole model."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("model*.safetensors"))
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for file in files:
+        with safe_open(file, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  # not a dict
+                own[name].copy_(saved.get_tensor(name))
+    return bool(files)
+
+
 def length_limit(model: nn.Module) -> int | None:
     """How many tokens the model takes, from its config; None where the config does not say."""
     config = getattr(model.config, "text_config", model.config)
@@ -95,11 +108,8 @@ def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
     if gguf_file and path.is_dir() and not (path / gguf_file).is_file():
         here = sorted(p.name for p in path.glob("*.gguf"))
         raise InputError(f"--gguf-file {gguf_file}: not in {name} (it has {', '.join(here) or 'no .gguf file'})")
-    level = logging.getLogger("transformers").level
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(f"--model {name}: {lines[0].strip()}") from error
-    finally:
-        logging.getLogger("transformers").setLevel(level)

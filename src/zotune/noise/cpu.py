@@ -184,8 +184,12 @@ def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):  # ty
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start  # element j of the chunk is element shift + j of w
-        for j in range(max(0, first - shift), min(CHUNK, last - shift)):
-            out[shift + j] = w[shift + j] + total[j]
+        low, high = max(0, first - shift), min(CHUNK, last - shift)
+        # slices, since an index that might be negative keeps a loop from becoming vector code
+        to, here, part = out[shift + low : shift + high], w[shift + low : shift + high], total[low:high]
+        for j in range(part.size):
+            part[j] += here[j]
+        to[:] = part
 
 
 @njit(nogil=True, cache=True)
@@ -197,15 +201,16 @@ def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):  # t
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start
         low, high = max(0, first - shift), min(CHUNK, last - shift)
-        for j in range(low, high):
-            wide_bits[j] = uint32(w[shift + j]) << uint32(16)
-        for j in range(low, high):
-            total[j] = wide[j] + total[j]
-        for j in range(low, high):
+        to, here = out[shift + low : shift + high], w[shift + low : shift + high]
+        for j in range(here.size):
+            wide_bits[j] = uint32(here[j]) << uint32(16)
+        for j in range(here.size):
+            total[j] = wide[j] + total[low + j]
+        for j in range(here.size):
             bits = total_bits[j]
             nearest = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)  # ties to even
             is_nan = (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000)  # which rounding could carry to infinity
-            out[shift + j] = np.uint16(uint32(0x7FC0) if is_nan else nearest)
+            to[j] = np.uint16(uint32(0x7FC0) if is_nan else nearest)
 
 
 @njit(nogil=True, cache=True)
@@ -215,8 +220,8 @@ def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):  # type:
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start
-        for j in range(max(0, first - shift), min(CHUNK, last - shift)):
-            out[shift + j] = total[j]
+        low, high = max(0, first - shift), min(CHUNK, last - shift)
+        out[shift + low : shift + high] = total[low:high]
 
 
 def _parallel(kernel: Any) -> Any:
