@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,12 +24,42 @@ class Displacement:
 
     seeds_Q: tuple[int, ...] = ()
     coefs_GQ: tuple[tuple[float, ...], ...] = ()
+    _held: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         assert all(len(coefs_Q) == len(self.seeds_Q) for coefs_Q in self.coefs_GQ)
 
     def is_zero(self, group: int) -> bool:
         return not self.seeds_Q or not any(self.coefs_GQ[group])
+
+    def on(self, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Seeds (Q,) int64 and coefficients (Q,) float32 on the device: one copy a displacement, not one a parameter."""
+        key = (group, device)
+        if key not in self._held:
+            seeds = torch.tensor([signed(seed) for seed in self.seeds_Q], dtype=torch.int64, device=device)
+            self._held[key] = seeds, torch.tensor(self.coefs_GQ[group], dtype=torch.float32, device=device)
+        return self._held[key]
+
+
+@dataclass(frozen=True)
+class HeldDisplacement:
+    """A displacement whose numbers are on the device already, where a captured graph finds new ones at each replay."""
+
+    seeds_Q: Tensor
+    coefs_GQ: Sequence[Tensor]
+
+    def is_zero(self, group: int) -> bool:
+        return False  # a zero coefficient is found on the device
+
+    def on(self, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self.seeds_Q, self.coefs_GQ[group]
+
+
+def signed(seed: int) -> int:
+    """The int64 with the bits of a 64-bit seed."""
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 @dataclass(frozen=True)
@@ -53,7 +83,6 @@ class Directions:
     ) -> None:
         self.distribution = distribution
         self.params: list[torch.nn.Parameter] = []
-        self._on_device: dict[tuple[int, torch.device], tuple[Displacement, Tensor, Tensor]] = {}
         self.slots: dict[int, Slot] = {}
         ids = noise.parameter_ids([name for group in groups for name, _ in group])
         for g, group in enumerate(groups):
@@ -61,42 +90,32 @@ class Directions:
                 self.params.append(param)
                 self.slots[id(param)] = Slot(name, ids[name], g)
 
-    def displaced(self, param: torch.nn.Parameter, by: Displacement, out: Tensor) -> Tensor:
+    def displaced(self, param: torch.nn.Parameter, by: Displacement | HeldDisplacement, out: Tensor) -> Tensor:
         """out ← param + displacement, rounded once to param's dtype. out may be param's own data."""
         slot = self.slots[id(param)]
-        seeds, coefs = self._pairs(by, slot.group, param.device)
+        seeds, coefs = by.on(slot.group, param.device)
         noise.add_noise(out, param.data, seeds, coefs, slot.id, self.distribution)
         return out
 
-    def displaced_span(self, param: torch.nn.Parameter, first: int, last: int, by: Displacement, out: Tensor) -> Tensor:
+    def displaced_span(self, param: torch.nn.Parameter, first: int, last: int, by: Displacement | HeldDisplacement, out: Tensor) -> Tensor:
         """out ← the rows first to last (exclusive) of param + displacement."""
         slot = self.slots[id(param)]
-        seeds, coefs = self._pairs(by, slot.group, param.device)
+        seeds, coefs = by.on(slot.group, param.device)
         start = first * math.prod(param.shape[1:])
         noise.add_noise(out, param.data[first:last], seeds, coefs, slot.id, self.distribution, start)
         return out
 
     def displaced_rows(
-        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement, out: Tensor
+        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement | HeldDisplacement, out: Tensor
     ) -> Tensor:
         """out (K, D…) ← the named rows of param + displacement; nothing else of param is read."""
         slot = self.slots[id(param)]
-        seeds, coefs = self._pairs(by, slot.group, param.device)
+        seeds, coefs = by.on(slot.group, param.device)
         noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
         return out
 
-    def apply(self, by: Displacement) -> None:
+    def apply(self, by: Displacement | HeldDisplacement) -> None:
         """θ ← θ + displacement, in place, one pass over each parameter."""
         for param in self.params:
             if not by.is_zero(self.slots[id(param)].group):
                 self.displaced(param, by, param.data)
-
-    def _pairs(self, by: Displacement, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Seeds (Q,) int64 and coefficients (Q,) float32 on the device: one copy a displacement, not one a parameter."""
-        held = self._on_device.get((group, device))
-        if held is None or held[0] is not by:
-            signed = [seed - (1 << 64) if seed >> 63 else seed for seed in by.seeds_Q]
-            seeds = torch.tensor(signed, dtype=torch.int64, device=device)
-            coefs = torch.tensor(by.coefs_GQ[group], dtype=torch.float32, device=device)
-            held = self._on_device[group, device] = (by, seeds, coefs)
-        return held[1], held[2]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
+from zotune.engines.graphs import StepGraphs
 from zotune.errors import NonFiniteLoss, nearest
 from zotune.methods import make_method
 from zotune.trajectory import shrinkage
@@ -100,6 +102,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.last: StepRecord | None = None
         self._skipped_in_a_row = 0
         self._engine: Any = None
+        self._graphs: StepGraphs | None = None
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(_groups(params), defaults)
         self.engine  # noqa: B018  # built now, so that a wrong name or a collision is an error of the constructor
@@ -125,31 +128,28 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return self.param_groups[0]["step"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:  # type: ignore[override]
         """One step. closure: () → the loss, a number, a 0-d tensor, or a vector of per-row losses (their mean is taken).
 
         It is called once a probe, must see the same batch each time, and needs no gradient. Returns the loss near θ
         (the mean over the probes), a tensor where the closure gives one. Raises `NonFiniteLoss` after `max_skipped`
         steps in a row with a NaN or infinite loss; whatever the closure raises passes through, nothing applied.
+
+        batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`. On CUDA such a step is captured as one
+        graph for each shape of batch, so pass the same function every time and pad to a few lengths.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
         estimator, groups, step = self.method.estimator, self.param_groups, self.steps
         seeds_Q = tuple(noise.step_seed(groups[0]["seed"], step, q) for q in range(estimator.queries))
-
         before = self.engine.forwards
-        raw_P: list[Any] = []
-        redraw = _same_draws(groups)
-        for probe in estimator.probes:
-            if raw_P:
-                redraw()
-            at = Displacement()
-            if probe.sign:
-                coefs_G1 = tuple((probe.sign * g["eps"],) for g in groups)
-                at = Displacement((seeds_Q[probe.query],), coefs_G1)
-            raw_P.append(self.engine.loss(closure, at))
+        losses_P = None if batch is None else self._captured_step(closure, batch, seeds_Q)
+        captured = losses_P is not None
+        if losses_P is None:
+            loss_of = closure if batch is None else functools.partial(closure, batch)
+            raw_P = self._probe(loss_of, seeds_Q)
+            losses_P = _numbers(raw_P)
         self.forward_passes += self.engine.forwards - before
-        losses_P = _numbers(raw_P)
 
         d_Q = estimator.differences(losses_P)
         g_GQ = tuple(tuple(d / g["eps"] for d in d_Q) for g in groups)
@@ -158,7 +158,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             for g_Q, group in zip(g_GQ, groups, strict=True)
         )
         skipped = not self._applicable(losses_P, coefs_GQ)
-        if not skipped:
+        if not skipped and not captured:
             self._decay()
             self.engine.apply(Displacement(seeds_Q, coefs_GQ))
         for group in groups:
@@ -173,7 +173,33 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         )
         self._count(skipped)
         loss = estimator.centre(losses_P)
-        return torch.tensor(loss) if isinstance(raw_P[0], Tensor) else loss
+        return torch.tensor(loss) if captured or isinstance(raw_P[0], Tensor) else loss
+
+    def _probe(self, closure: Callable[[], Any], seeds_Q: Sequence[int]) -> list[Any]:
+        """What the closure returns at each probe."""
+        estimator, groups = self.method.estimator, self.param_groups
+        raw_P: list[Any] = []
+        redraw = _same_draws(groups)
+        for probe in estimator.probes:
+            if raw_P:
+                redraw()
+            at = Displacement()
+            if probe.sign:
+                coefs_G1 = tuple((probe.sign * g["eps"],) for g in groups)
+                at = Displacement((seeds_Q[probe.query],), coefs_G1)
+            raw_P.append(self.engine.loss(closure, at))
+        return raw_P
+
+    def _captured_step(self, loss_of: Callable[[Any], Any], batch: Any, seeds_Q: Sequence[int]) -> list[float] | None:
+        """The probes' losses where the step could be taken as a CUDA graph, else None."""
+        groups = self.param_groups
+        on_cuda = all(p.is_cuda for g in groups for p in g["params"]) and all(t.is_cuda for t in batch.values())
+        if not on_cuda or any(g["weight_decay"] for g in groups):
+            return None
+        eps_G = tuple(g["eps"] for g in groups)
+        if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
+            self._graphs = StepGraphs(self.engine, self.method.estimator, self.method.rule, eps_G, self._room())
+        return self._graphs.step(loss_of, batch, seeds_Q, [float(g["lr"]) for g in groups])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
@@ -194,9 +220,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Whether the update is finite, in the weights' own dtype too: 16 bits overflow where 32 do not."""
         if not all(map(math.isfinite, losses_P)):
             return False
-        largest = max((abs(c) for coefs_Q in coefs_GQ for c in coefs_Q), default=0.0)
-        room = min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"])
-        return largest < room / 16  # |z| stays under 6; NaN compares false
+        room = self._room()
+        return all(abs(c) < room for coefs_Q in coefs_GQ for c in coefs_Q)  # NaN compares false
+
+    def _room(self) -> float:
+        """What a coefficient must stay under: the narrowest weight's largest number, over 16, since |z| stays under 6."""
+        return min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"]) / 16
 
     def _decay(self) -> None:
         for group in self.param_groups:

@@ -32,6 +32,8 @@ from zotune.tasks.splits import Splits, find_source, training_splits
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
 
+LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
+
 
 class Listener:
     """What a run tells whoever watches it. The command line draws it; this one is silent."""
@@ -309,7 +311,7 @@ class _Run:
             args=args,
             train_dataset=ready.train,
             eval_dataset=ready.validation,
-            data_collator=Collator(config.loss, ready.pad_id),
+            data_collator=Collator(config.loss, ready.pad_id, LENGTHS if ready.device.type == "cuda" else 1),
             row_loss=ROW_LOSSES[config.loss],
             score=lambda: ready.score(ready.validation, self.listener, "validation"),
             metric=ready.task.metric,
@@ -332,7 +334,7 @@ class _Run:
             planned_steps=config.steps,
             pairs=config.queries,
             groups=len(optimizer.param_groups),
-            layout=("lr", "decay") if config.weight_decay else ("lr",),
+            decay=tuple(group["weight_decay"] for group in optimizer.param_groups),
             method_options={"estimator": config.estimator, "eps": config.eps},
             dtype=str(config.dtype),
             engine=optimizer.engine.name,
@@ -460,6 +462,7 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
+        self.run.trajectory.sync()
         self.run.progress["wall_seconds"] = self.run._wall()
         self.run.folder.write_json("progress.json", self.run.progress)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +50,8 @@ class _TrainersOptimizer(ZeroOrderOptimizer):
     """The Trainer calls `optimizer.step()` after `training_step`. A zeroth-order step is the evaluation of the loss, so
     it has been taken by then."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        return None if closure is None else super().step(closure)
+    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:  # type: ignore[override]
+        return None if closure is None else super().step(closure, batch=batch)
 
 
 class ZOTrainer(transformers.Trainer):
@@ -82,6 +83,7 @@ class ZOTrainer(transformers.Trainer):
         args.max_grad_norm = 0.0
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: its replicas are copies that no perturbation reaches
         self._micro_batches: list[Any] = []
+        self._row_loss_of: Callable[[Any], Tensor] | None = None
         super().__init__(model, args, *positional, **kwargs)
 
     @property
@@ -118,8 +120,17 @@ class ZOTrainer(transformers.Trainer):
         batches, self._micro_batches = self._micro_batches, []
         model.eval()
         with self.compute_loss_context_manager():
-            loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
+            if self.row_loss is not None and len(batches) == 1:
+                loss = self.zo_optimizer.step(self._rows_of(model), batch=batches[0])
+            else:
+                loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
         return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
+
+    def _rows_of(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """The row loss of the model, the same object each time: captured steps are found by it."""
+        if self._row_loss_of is None:
+            self._row_loss_of = functools.partial(self.row_loss, model)  # type: ignore[arg-type]
+        return self._row_loss_of
 
     def _loss(self, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> Tensor:
         if self.row_loss is not None:

@@ -6,8 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zotune.trajectory import coefficient
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,3 +24,7 @@ class Sgd:
 
     def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [coefficient(lr, g, 1 / len(g_Q)) for g in g_Q]
+
+    def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
+        return (-(lr.float().double() * g_Q.float().double()) * (1 / g_Q.numel())).float()

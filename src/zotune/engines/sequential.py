@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zotune.directions import Directions, Displacement
+from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.scratch import Scratch
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class SequentialEngine:
         self._seen: set[int] = set()
         self._unread: list[torch.nn.Parameter] | None = None  # unknown until a first loss has run
 
-    def loss(self, closure: Callable[[], Any], at: Displacement) -> Any:
+    def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         """What the closure returns where every trainable parameter reads θ + displacement.
 
         The weights are as they were whether or not the closure raises.
         """
         with torch.no_grad():
-            if not at.seeds_Q:
+            if len(at.seeds_Q) == 0:
                 return self._run(closure)
             result = self._displaced_loss(closure, at)
             if self._unread is None:
@@ -71,7 +71,7 @@ class SequentialEngine:
                     result = self._displaced_loss(closure, at)
             return result
 
-    def apply(self, by: Displacement) -> None:
+    def apply(self, by: Displacement | HeldDisplacement) -> None:
         """θ ← θ + displacement."""
         self.directions.apply(by)
 
@@ -79,12 +79,12 @@ class SequentialEngine:
         self.forwards += 1
         return closure()
 
-    def _displaced_loss(self, closure: Callable[[], Any], at: Displacement) -> Any:
+    def _displaced_loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         with self._stand_ins(at), _PerturbedReads(self, at):
             return self._run(closure)
 
     @contextmanager
-    def _stand_ins(self, at: Displacement) -> Iterator[None]:
+    def _stand_ins(self, at: Displacement | HeldDisplacement) -> Iterator[None]:
         swapped: list[tuple[torch.nn.Parameter, Tensor]] = []
         try:
             for param in self._unread or ():
@@ -99,7 +99,7 @@ class SequentialEngine:
 
 
 class _PerturbedReads(TorchFunctionMode):
-    def __init__(self, engine: SequentialEngine, at: Displacement) -> None:
+    def __init__(self, engine: SequentialEngine, at: Displacement | HeldDisplacement) -> None:
         super().__init__()
         self.engine, self.at = engine, at
         stand_ins = {id(p) for p in engine._unread or ()}

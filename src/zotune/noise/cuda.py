@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 NORMAL_GROUP = 4  # elements: one block's two Box–Muller pairs
-SIGN_GROUP = 8  # elements: 16 bytes of a 16-bit weight; the words of 128 signs are drawn by each of 16 groups
-TILE = 1024  # elements a program
+SIGN_GROUP = 16  # elements: two 16-byte accesses of 16-bit weights; the words of 128 signs are drawn by each of 8 groups
+TILE = 2048  # elements a program
 
 _P0 = tl.constexpr(0.06971611827611923)
 _P1 = tl.constexpr(-0.11479733884334564)

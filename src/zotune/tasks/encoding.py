@@ -97,6 +97,7 @@ class Collator:
     Right padding comes after every token that a loss reads, so a causal model needs no mask and no position ids. The
     last answer token is not fed: nothing is predicted from it.
 
+    multiple: T is rounded up to one of it, so that batches have few shapes.
     loss "answer": a sequence a row, prompt and right answer.
     loss "candidates": all candidates of all rows; where each is a single token they share one sequence, the prompt.
 
@@ -107,6 +108,7 @@ class Collator:
 
     loss: str
     pad_id: int
+    multiple: int = 1
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         labels = torch.tensor([row.label for row in rows])
@@ -125,7 +127,8 @@ class Collator:
         return {**self._sequences(flat), "sequences": sequences, "labels": labels}
 
     def _sequences(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Tensor]:
-        length = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+        longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+        length = -(-longest // self.multiple) * self.multiple
         most = max(len(answer) for _, answer in pairs)
         input_ids = torch.full((len(pairs), length), self.pad_id)
         positions = torch.zeros((len(pairs), most), dtype=torch.long)

@@ -1,0 +1,130 @@
+"""A whole step as one CUDA graph: probes, estimate, update, without the host in between.
+
+A graph is captured for each shape of batch and replayed with new numbers in the same places: the batch, the step's seeds, the
+learning rates. What a step computes is what the host would: the same kernels, and scalars in the same precision.
+"""
+
+# Q queries (directions), P probes, G parameter groups.
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.directions import HeldDisplacement, signed
+from zotune.engines.scratch import Scratch
+from zotune.engines.sequential import SequentialEngine
+from zotune.estimators import Estimator
+from zotune.updates import Sgd
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 24  # shapes of batch; further ones run without
+
+
+class StepGraphs:
+    """The captured steps of one optimizer.
+
+    loss: batch → the loss, a function of the batch's tensors and the model's weights that needs no host.
+    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`).
+    """
+
+    def __init__(self, engine: SequentialEngine, estimator: Estimator, rule: Sgd, eps_G: Sequence[float], room: float) -> None:
+        self.engine, self.estimator, self.rule, self.eps_G, self.room = engine, estimator, rule, tuple(eps_G), room
+        self.usable = True
+        self._graphs: dict[Any, _Captured] = {}
+        self._pool: Any = None
+
+    def step(
+        self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], seeds_Q: Sequence[int], lr_G: Sequence[float]
+    ) -> list[float] | None:
+        """The probes' losses of a step that has been taken, or None where it has to be taken without a graph."""
+        if not self.usable:
+            return None
+        key = (loss, *((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())))
+        captured = self._graphs.get(key)
+        if captured is None:
+            if len(self._graphs) >= MOST_GRAPHS:
+                return None
+            captured = self._capture(loss, batch)
+            if captured is None:
+                return None
+            self._graphs[key] = captured
+        captured.load(batch, seeds_Q, lr_G)
+        captured.graph.replay()
+        self.engine.forwards += len(self.estimator.probes)
+        return captured.losses_P.tolist()
+
+    def _capture(self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor]) -> _Captured | None:
+        own, forwards = self.engine.scratch, self.engine.forwards
+        device = next(iter(batch.values())).device
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        captured = _Captured(self, loss, batch, device)
+        self.engine.scratch = captured.scratch = Scratch()  # its buffers live as long as the graph
+        try:
+            draws = torch.cuda.get_rng_state(device)
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # every kernel once; lr is 0 still, so that no weight changes
+                captured.run()
+            torch.cuda.current_stream(device).wait_stream(side)
+            if not torch.equal(draws, torch.cuda.get_rng_state(device)):
+                torch.cuda.set_rng_state(draws, device)
+                raise RuntimeError("the loss draws from torch's generator (dropout?)")
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(captured.graph, pool=self._pool):
+                captured.run()
+        except Exception as error:  # anything a model does may be what a graph cannot hold
+            self.usable = False
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
+            return None
+        finally:
+            self.engine.scratch, self.engine.forwards = own, forwards
+        return captured
+
+
+class _Captured:
+    def __init__(
+        self, graphs: StepGraphs, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self.graphs, self.loss = graphs, loss
+        self.graph = torch.cuda.CUDAGraph()
+        self.scratch: Scratch | None = None
+        self.batch = {name: t.clone() for name, t in batch.items()}
+        queries = graphs.estimator.queries
+        self.seeds_Q = torch.arange(queries, dtype=torch.int64, device=device)
+        self.lr_G = torch.zeros(len(graphs.eps_G), dtype=torch.float64, device=device)
+        self.steps_GP = [
+            [torch.full((1,), probe.sign * eps, dtype=torch.float32, device=device) for probe in graphs.estimator.probes]
+            for eps in graphs.eps_G
+        ]
+        self.losses_P = torch.zeros(len(graphs.estimator.probes), dtype=torch.float64, device=device)
+
+    def load(self, batch: Mapping[str, Tensor], seeds_Q: Sequence[int], lr_G: Sequence[float]) -> None:
+        for name, tensor in batch.items():
+            self.batch[name].copy_(tensor, non_blocking=True)
+        self.seeds_Q.copy_(torch.tensor([signed(seed) for seed in seeds_Q]), non_blocking=True)
+        self.lr_G.copy_(torch.tensor(lr_G, dtype=torch.float64), non_blocking=True)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        engine, estimator = self.graphs.engine, self.graphs.estimator
+        for p, probe in enumerate(estimator.probes):
+            coefs_G1 = [steps_P[p] for steps_P in self.steps_GP]
+            at = HeldDisplacement(self.seeds_Q[probe.query : probe.query + 1], coefs_G1)
+            loss = engine.loss(lambda: self.loss(self.batch), at)
+            self.losses_P[p] = loss.double().mean()
+        differences_Q = torch.stack(estimator.differences(list(self.losses_P)))
+        coefs_GQ = []
+        for lr, eps in zip(self.lr_G, self.graphs.eps_G, strict=True):
+            coefs_GQ.append(self.graphs.rule.coefficients_on_device(differences_Q / eps, lr))
+        finite = torch.isfinite(self.losses_P).all()
+        for coefs_Q in coefs_GQ:
+            finite = finite & (coefs_Q.abs() < self.graphs.room).all()
+        applied = [torch.where(finite, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
+        engine.apply(HeldDisplacement(self.seeds_Q, applied))
