@@ -50,8 +50,26 @@ def main() -> None:
         name = "-".join((scheme, dtype, kind, str(seed)))
         folder = args.runs / name
         command = [sys.executable, "-m", "zotune.cli"] if kind == "zotune" else [sys.executable, __file__, "in-place"]
-        command += ["train"] * (kind == "zotune") + ["--model", args.model, "--task", "sst2", "--data-dir", args.data_dir]
-        command += ["--scheme", scheme, "--dtype", dtype, "--seed", str(seed), "--output", str(folder), "--resume", *flags]
+        command += ["train"] * (kind == "zotune") + [
+            "--model",
+            args.model,
+            "--task",
+            "sst2",
+            "--data-dir",
+            args.data_dir,
+        ]
+        command += [
+            "--scheme",
+            scheme,
+            "--dtype",
+            dtype,
+            "--seed",
+            str(seed),
+            "--output",
+            str(folder),
+            "--resume",
+            *flags,
+        ]
         error = None
         if not (folder / "result.json").exists():
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -65,7 +83,12 @@ def main() -> None:
                 (m["step"], m["validation_accuracy"]) for m in map(json.loads, lines) if "validation_accuracy" in m
             ]
         write(args.output, args, flags, results)
-        print(name, results[name].get("test_after", results[name].get("error")), f"{time.monotonic() - began:.0f} s", flush=True)
+        print(
+            name,
+            results[name].get("test_after", results[name].get("error")),
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, grid))
@@ -108,7 +131,10 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         if dtype != "float32" and len(pairs) > 1:
             mean = statistics.mean(pairs)
             half = T_95.get(len(pairs), 2.3) * statistics.stdev(pairs) / len(pairs) ** 0.5
-            said[cell]["minus float32"] = {"mean": round(mean, 2), "95 %": [round(mean - half, 2), round(mean + half, 2)]}
+            said[cell]["minus float32"] = {
+                "mean": round(mean, 2),
+                "95 %": [round(mean - half, 2), round(mean + half, 2)],
+            }
     return said
 
 

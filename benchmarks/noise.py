@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,21 @@ def main() -> None:
             for pairs in (1, 16):
                 seeds = torch.arange(pairs, device=device)
                 coefs = torch.full((pairs,), 1e-3, device=device)
-                took = seconds(lambda: noise.add_noise(out, w, seeds, coefs, 5, direction), device, 20 if pairs == 1 else 3)  # noqa: B023
+                work = partial(noise.add_noise, out, w, seeds, coefs, 5, direction)
+                took = seconds(work, device, 20 if pairs == 1 else 3)
                 row[f"{direction} × {pairs}: share of copy"] = copy / took
         rows.append(row)
         print(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     if args.output:
         args.output.write_text(
             json.dumps(
-                {"device": name, "torch": torch.__version__, "elements": n, "date": datetime.date.today().isoformat(), "rows": rows},
+                {
+                    "device": name,
+                    "torch": torch.__version__,
+                    "elements": n,
+                    "date": datetime.date.today().isoformat(),
+                    "rows": rows,
+                },
                 indent=1,
             )
         )

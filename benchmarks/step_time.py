@@ -57,8 +57,12 @@ def main() -> None:
         optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction)
         steps[f"zotune full, {direction}"] = partial(optimizer.step, forward)
         if device.type == "cuda":
-            steps[f"zotune full, {direction}, CUDA graph"] = partial(optimizer.step, partial(candidate_losses, model), batch=batch)
-        steps[f"MeZO in place, {direction}"] = partial(InPlaceMeZO(model, 1e-9, 1e-3, direction=direction).step, forward)
+            steps[f"zotune full, {direction}, CUDA graph"] = partial(
+                optimizer.step, partial(candidate_losses, model), batch=batch
+            )
+        steps[f"MeZO in place, {direction}"] = partial(
+            InPlaceMeZO(model, 1e-9, 1e-3, direction=direction).step, forward
+        )
     took, peak = rounds(steps, device, args.rounds)
     reset_peak(device)
     forward()
@@ -67,7 +71,10 @@ def main() -> None:
     adapted = get_scheme("lora").prepare(model)
     forward_lora = torch.no_grad()(partial(candidate_losses, adapted, batch))
     lora = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3)
-    lora_steps = {"two forwards": lambda: (forward_lora(), forward_lora()), "zotune lora, gaussian": partial(lora.step, forward_lora)}
+    lora_steps = {
+        "two forwards": lambda: (forward_lora(), forward_lora()),
+        "zotune lora, gaussian": partial(lora.step, forward_lora),
+    }
     took_lora, peak_lora = rounds(lora_steps, device, args.rounds)
 
     report: dict[str, Any] = {
@@ -92,12 +99,16 @@ def main() -> None:
                 "of_evaluation": peaks[name] / evaluation,
             }
             report["rows"].append(row)
-            print(f"{name:<38}{row['seconds']:>9.4f}{ratio:>16.2f}{peaks[name] / 2**20:>10.0f}{row['of_evaluation']:>14.2f}")
+            print(
+                f"{name:<38}{row['seconds']:>9.4f}{ratio:>16.2f}{peaks[name] / 2**20:>10.0f}{row['of_evaluation']:>14.2f}"
+            )
     if args.output:
         args.output.write_text(json.dumps(report, indent=1))
 
 
-def rounds(steps: dict[str, Callable[[], Any]], device: torch.device, count: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def rounds(
+    steps: dict[str, Callable[[], Any]], device: torch.device, count: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each step in each round, the first round left out, and each one's peak of memory."""
     took: dict[str, list[float]] = {name: [] for name in steps}
     peak: dict[str, int] = {}

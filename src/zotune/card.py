@@ -19,9 +19,11 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
     data = ModelCardData(
         library_name="peft" if config.scheme == "lora" else "transformers",
         tags=["zotune", "zeroth-order", config.method],
-        **({"base_model": config.model} if not Path(config.model).exists() else {}),
+        base_model=None if Path(config.model).exists() else config.model,
     )
     words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
+    rows, steps = result["test_rows"], f"{result['steps']}, batch {config.batch_size}"
+    figures = f"{result['test_before']:.1f} before, {result['test_after']:.1f} after"
     split = "held-out test" if result["test_split"] == "test" else "validation"
     text = f"""---
 {data.to_yaml()}
@@ -34,8 +36,8 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
 | base model | {config.model} |
 | task | {task.name}: `{task.prompt}`{f" ({words})" if words else ""} |
 | method | {config.method}, {config.direction} directions, scheme {config.scheme}, lr {config.lr}, eps {config.eps} |
-| steps | {result["steps"]}, batch {config.batch_size}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
-| {task.metric}, {split} | {result["test_before"]:.1f} before, {result["test_after"]:.1f} after ({result["test_rows"]} rows; one class always: {result["one_class"]:.1f}) |
+| steps | {steps}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
+| {task.metric}, {split} | {figures} ({rows} rows; one class always: {result["one_class"]:.1f}) |
 | device, dtype | {result["device"]}, {config.dtype} |
 
 Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]}:
@@ -54,6 +56,8 @@ def command(config: TrainConfig) -> str:
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
         if value is None or value == getattr(defaults, key, None):
             continue
-        text = json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)
+        text = (
+            json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)
+        )
         parts.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(text)}"))
     return " \\\n  ".join(parts)

@@ -34,7 +34,8 @@ class DataOptions(Options):
     task: str | None = Field(None, description="built-in task, see `zotune list tasks`")
     data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
     data: str | None = Field(
-        None, description="your own data: a folder of train/validation/test .jsonl or .csv, one such file, or a hub name"
+        None,
+        description="your own data: a folder of train/validation/test .jsonl or .csv, one such file, or a hub name",
     )
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
     label_field: str | None = Field(None, description="field that holds the label [default: label]")
@@ -43,7 +44,9 @@ class DataOptions(Options):
     )
     choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
     batch_size: Positive = Field(16, description="rows a step")
-    eval_size: Positive | None = Field(None, description="at most so many validation and test rows [default: 500, 1000]")
+    eval_size: Positive | None = Field(
+        None, description="at most so many validation and test rows [default: 500, 1000]"
+    )
     max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
 
@@ -54,7 +57,7 @@ class DataOptions(Options):
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"not JSON ({error.msg}); write {{\"0\": \"terrible\", \"1\": \"great\"}}") from None
+                raise ValueError(f'not JSON ({error.msg}); write {{"0": "terrible", "1": "great"}}') from None
         if isinstance(value, Mapping):
             return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
         return value
@@ -78,9 +81,15 @@ class TrainConfig(ModelOptions, DataOptions):
     scheme: str = Field("full", description="what trains, see `zotune list schemes`")
     direction: Literal["gaussian", "rademacher"] = Field("gaussian", description="distribution of the directions")
     estimator: Literal["two-sided", "one-sided"] = Field("two-sided", description="how the losses give a gradient")
-    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate [default: by scheme and model size]")
-    eps: Annotated[float, Field(gt=0)] | None = Field(None, description="perturbation of the weights [default: by scheme]")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="what becomes of lr over the run")
+    lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="learning rate [default: by scheme and model size]"
+    )
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="perturbation of the weights [default: by scheme]"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="what becomes of lr over the run"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     queries: Positive = Field(1, description="directions a step; each costs two forwards")
     groups: Literal[1] = Field(1, description="directions over the rows of a batch (this version: 1)")
@@ -93,7 +102,9 @@ class TrainConfig(ModelOptions, DataOptions):
     train_size: Positive = Field(1000, description="at most so many training rows")
     eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    report_to: list[str] = Field([], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio")
+    report_to: list[str] = Field(
+        [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
+    )
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -155,7 +166,8 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     try:
         options = kind.model_validate(given)
     except ValidationError as error:
-        problems += [_line(e, None if e["loc"][0] in flags and flags[e["loc"][0]] is not None else file) for e in error.errors()]
+        flagged = {key for key, value in flags.items() if value is not None}
+        problems += [_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     if given.get("resume") in (True, "true") and given.get("overwrite") in (True, "true"):
@@ -178,7 +190,9 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
             problems.append("--label-words, --choices-field: give one of the two with --data")
     elif task is not None:
         owned = ("template", "label_field", "label_words", "choices_field")
-        problems += [f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None]
+        problems += [
+            f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None
+        ]
     return problems
 
 
@@ -200,7 +214,9 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{where}: not YAML ({getattr(error, 'problem', None) or 'nested too deeply'})") from None
+        raise InputError(
+            f"{file}{where}: not YAML ({getattr(error, 'problem', None) or 'nested too deeply'})"
+        ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):

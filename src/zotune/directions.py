@@ -97,7 +97,9 @@ class Directions:
         noise.add_noise(out, param.data, seeds, coefs, slot.id, self.distribution)
         return out
 
-    def displaced_span(self, param: torch.nn.Parameter, first: int, last: int, by: Displacement | HeldDisplacement, out: Tensor) -> Tensor:
+    def displaced_span(
+        self, param: torch.nn.Parameter, first: int, last: int, by: Displacement | HeldDisplacement, out: Tensor
+    ) -> Tensor:
         """out ← the rows first to last (exclusive) of param + displacement."""
         slot = self.slots[id(param)]
         seeds, coefs = by.on(slot.group, param.device)

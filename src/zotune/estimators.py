@@ -22,7 +22,8 @@ class Probe:
 
 
 class Estimator(Protocol):
-    queries: int
+    @property
+    def queries(self) -> int: ...
 
     @property
     def probes(self) -> tuple[Probe, ...]: ...
@@ -81,6 +82,3 @@ class OneSided:
 
     def centre(self, losses_P: Sequence[float]) -> float:
         return losses_P[0]
-
-
-ESTIMATORS = {"two-sided": TwoSided, "one-sided": OneSided}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zotune.errors import nearest
-from zotune.estimators import ESTIMATORS, Estimator
+from zotune.estimators import Estimator, OneSided, TwoSided
 from zotune.updates import Sgd
 
 
@@ -50,9 +50,10 @@ def preset(name: str, paper: str) -> Callable[[Callable[..., Method]], Callable[
 @preset("zo-sgd", paper="arXiv 2305.17333")
 def zo_sgd(queries: int = 1, estimator: str = "two-sided") -> Method:
     """θ ← θ − lr·ĝ, ĝ = (1/Q) Σ_q g_q·z_q."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; {nearest(estimator, ESTIMATORS)}")
-    return Method(ESTIMATORS[estimator](queries), Sgd())
+    kinds: dict[str, type[TwoSided] | type[OneSided]] = {"two-sided": TwoSided, "one-sided": OneSided}
+    if estimator not in kinds:
+        raise ValueError(f"unknown estimator {estimator!r}; {nearest(estimator, kinds)}")
+    return Method(kinds[estimator](queries), Sgd())
 
 
 def make_method(name: str, **options: Any) -> Method:

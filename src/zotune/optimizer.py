@@ -128,7 +128,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return self.param_groups[0]["step"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:
         """One step. closure: () → the loss, a number, a 0-d tensor, or a vector of per-row losses (their mean is taken).
 
         It is called once a probe, must see the same batch each time, and needs no gradient. Returns the loss near θ

@@ -108,7 +108,8 @@ def pad_id(tokenizer: Any) -> int:
 def task_of(options: DataOptions) -> Task:
     if options.task is not None:
         return get_task(options.task)
-    assert options.data is not None and options.template is not None
+    assert options.data is not None
+    assert options.template is not None
     return Task(
         name=Path(options.data).name or options.data,
         prompt=options.template,
@@ -120,7 +121,7 @@ def task_of(options: DataOptions) -> Task:
 
 def load(options: ModelOptions) -> tuple[nn.Module, Any]:
     """The model and tokenizer that the options name."""
-    extra = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
+    extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
     device = pick_device(options.device)
     tokenizer = load_tokenizer(options.model, **extra)
     return load_model(options.model, dtype=options.dtype, device=device, **extra), tokenizer
@@ -275,6 +276,8 @@ class _Run:
 
     def _trainer(self) -> ZOTrainer:
         ready, config = self.ready, self.ready.config
+        assert config.lr is not None
+        assert config.eps is not None
         args = ZOTrainingArguments(
             output_dir=str(self.folder.path),
             method=config.method,
@@ -355,7 +358,7 @@ class _Run:
             self.stop = number
             signal.signal(number, before[number])
 
-        before = {}
+        before: dict[int, Any] = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, stop)
@@ -364,12 +367,14 @@ class _Run:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
 
 
 class _TaskTrainer(ZOTrainer):
     """Evaluation by the task's metric; of checkpoints equal on validation the latest is the best."""
+
+    model: nn.Module
 
     def __init__(self, *args: Any, score: Any, metric: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -481,7 +486,8 @@ def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
     from zotune.card import model_card
 
-    ready.model.save_pretrained(path)
+    model: Any = ready.model
+    model.save_pretrained(path)
     ready.tokenizer.save_pretrained(path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 

@@ -40,7 +40,9 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_grad_norm:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm}: a zeroth-order step has no gradient to clip; leave it at 0")
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: a zeroth-order step has no gradient to clip; leave it at 0"
+            )
 
 
 _ZO_FIELDS = ("method", "eps", "direction", "queries", "engine", "method_options", "max_skipped")
@@ -50,7 +52,7 @@ class _TrainersOptimizer(ZeroOrderOptimizer):
     """The Trainer calls `optimizer.step()` after `training_step`. A zeroth-order step is the evaluation of the loss, so
     it has been taken by then."""
 
-    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:
         return None if closure is None else super().step(closure, batch=batch)
 
 
@@ -69,17 +71,23 @@ class ZOTrainer(transformers.Trainer):
     non-finite loss nothing has changed; after `max_skipped` in a row `NonFiniteLoss` ends training.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, *positional: Any, row_loss: RowLoss | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any = None, args: Any = None, *positional: Any, row_loss: RowLoss | None = None, **kwargs: Any
+    ) -> None:
         given = {name: kwargs.pop(name) for name in _ZO_FIELDS if name in kwargs}
         self.row_loss = row_loss
         args = args if args is not None else ZOTrainingArguments()
         self._zo = {
-            f.name: getattr(args, f.name, _default(f)) for f in dataclasses.fields(ZOTrainingArguments) if f.name in _ZO_FIELDS
+            f.name: getattr(args, f.name, _default(f))
+            for f in dataclasses.fields(ZOTrainingArguments)
+            if f.name in _ZO_FIELDS
         } | given
         if self._zo["method"] not in METHODS:
             raise ValueError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
         if args.fp16:
-            raise ValueError("fp16=True scales gradients, and there are none here: load the model with dtype=torch.float16")
+            raise ValueError(
+                "fp16=True scales gradients, and there are none here: load the model with dtype=torch.float16"
+            )
         args.max_grad_norm = 0.0
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: its replicas are copies that no perturbation reaches
         self._micro_batches: list[Any] = []
@@ -89,11 +97,13 @@ class ZOTrainer(transformers.Trainer):
     @property
     def zo_optimizer(self) -> ZeroOrderOptimizer:
         """The optimizer itself, without what accelerate wraps around it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
+            assert model is not None
             options = dict(self._zo)
             options |= options.pop("method_options")
             self.optimizer = _TrainersOptimizer(
@@ -129,14 +139,19 @@ class ZOTrainer(transformers.Trainer):
     def _rows_of(self, model: nn.Module) -> Callable[[Any], Tensor]:
         """The row loss of the model, the same object each time: captured steps are found by it."""
         if self._row_loss_of is None:
-            self._row_loss_of = functools.partial(self.row_loss, model)  # type: ignore[arg-type]
+            assert self.row_loss is not None
+            self._row_loss_of = functools.partial(self.row_loss, model)
         return self._row_loss_of
 
     def _loss(self, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> Tensor:
         if self.row_loss is not None:
             return torch.cat([self.row_loss(model, batch) for batch in batches])
-        summed = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-        losses = [self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in batches]
+        summed = self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+        losses: list[Any] = [
+            self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch) for batch in batches
+        ]
         return torch.stack(losses).sum() if summed else torch.stack(losses).mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,7 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
             option = typer.Option(flag, help=help_text, show_default=shown, metavar=_metavar(field.annotation))
             annotation = Annotated[Optional[str], option]  # noqa: UP045
         parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    file = Annotated[Optional[str], typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]  # noqa: UP045
+    file = Annotated[str | None, typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]
     parameters.append(Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=file))
 
     def body(**flags: Any) -> None:

@@ -28,7 +28,13 @@ def evaluate(options: EvalConfig) -> None:
     if split == "validation":
         print("no test split here: these are validation's figures")
     encoded, scores = _scores(options, examples)
-    figures = {"task": task.name, "metric": task.metric, "value": accuracy(scores, encoded), "n": len(rows), "split": split}
+    figures = {
+        "task": task.name,
+        "metric": task.metric,
+        "value": accuracy(scores, encoded),
+        "n": len(rows),
+        "split": split,
+    }
     print(f"{task.name}  {task.metric} {figures['value']:.1f}  ({len(rows)} rows of {split})")
     if options.output:
         write_atomically(Path(options.output).expanduser(), json.dumps(figures, indent=2) + "\n")

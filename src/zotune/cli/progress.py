@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from zotune.run import Listener
 
@@ -43,8 +51,11 @@ class Bars(Listener):
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")
 
     def advance(self, what: str, done: int, **shown: float) -> None:
-        text = "  ".join(f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f}" for name, value in shown.items())
-        self.progress.update(self._tasks[what], advance=done, **({"shown": text} if text else {}))
+        text = "  ".join(
+            f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f}" for name, value in shown.items()
+        )
+        extra: Any = {"shown": text} if text else {}
+        self.progress.update(self._tasks[what], advance=done, **extra)
 
     def end(self, what: str) -> None:
         if what in self._tasks:

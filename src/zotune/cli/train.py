@@ -39,12 +39,20 @@ def summary(result: dict[str, Any], output: str) -> None:
     split = "held-out texts" if result["test_split"] == "test" else "validation texts (there is no test split)"
     metric = result["metric"]
     table.add_row(f"{metric} before", f"{result['test_before']:.1f} %   on {result['test_rows']} {split}")
-    table.add_row(f"{metric} after", f"{result['test_after']:.1f} %   step {result['chosen_step']} of {result['steps']}, best on validation")
+    table.add_row(
+        f"{metric} after",
+        f"{result['test_after']:.1f} %   step {result['chosen_step']} of {result['steps']}, best on validation",
+    )
     table.add_row("always one class", f"{result['one_class']:.1f} %")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
     table.add_row("wall time", f"{result['wall_seconds'] / 60:.1f} minutes   {result['device']}")
-    table.add_row("peak memory", f"{readable(result['peak_memory_bytes'])}   evaluation alone: {readable(result['evaluation_peak_bytes'])}")
-    table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   weights, gradients, moments, activations (computed)")
+    table.add_row(
+        "peak memory",
+        f"{readable(result['peak_memory_bytes'])}   evaluation alone: {readable(result['evaluation_peak_bytes'])}",
+    )
+    table.add_row(
+        "with Adam", f"{readable(result['adam_memory_bytes'])}   weights, gradients, moments, activations (computed)"
+    )
     if result["skipped_steps"]:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
@@ -61,12 +69,20 @@ def dry_run(config: TrainConfig) -> None:
     ready.config = config = run.resolved(config, ready.model)
     console = Console()
     console.print(Text("configuration", style="bold"))
-    console.print(yaml.safe_dump(config.model_dump(exclude={"dry_run"}), sort_keys=False, allow_unicode=True), markup=False, highlight=False)
+    console.print(
+        yaml.safe_dump(config.model_dump(exclude={"dry_run"}), sort_keys=False, allow_unicode=True),
+        markup=False,
+        highlight=False,
+    )
     console.print(Text("rows as the model will see them (answer in bold)", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         prompt = ready.tokenizer.decode(list(encoded.prompt))
         answer = ready.tokenizer.decode(list(encoded.candidates[encoded.label]))
-        line = Text(repr(prompt)[1:-1]).append(repr(answer)[1:-1], style="bold reverse").append(f"   {encoded.tokens} tokens", style="dim")
+        line = (
+            Text(repr(prompt)[1:-1])
+            .append(repr(answer)[1:-1], style="bold reverse")
+            .append(f"   {encoded.tokens} tokens", style="dim")
+        )
         console.print(Text(f"{example.where}  ", style="dim").append(line))
     step_seconds, row_seconds = _time(ready)
     evaluations = -(-config.steps // config.evaluates_every)
@@ -76,12 +92,20 @@ def dry_run(config: TrainConfig) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("rows", f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}")
+    table.add_row(
+        "rows",
+        f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
+    )
     table.add_row("tokens a row", f"{sum(lengths) / len(lengths):.0f} mean, {max(lengths)} most")
     table.add_row("always one class", f"{ready.one_class(ready.test):.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
-    table.add_row("forward passes", f"{config.steps * 2 * config.queries if config.estimator == 'two-sided' else config.steps * (config.queries + 1):,}")
-    table.add_row("memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included")
+    table.add_row(
+        "forward passes",
+        f"{config.steps * 2 * config.queries if config.estimator == 'two-sided' else config.steps * (config.queries + 1):,}",
+    )
+    table.add_row(
+        "memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included"
+    )
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")

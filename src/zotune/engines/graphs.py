@@ -33,7 +33,9 @@ class StepGraphs:
     room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`).
     """
 
-    def __init__(self, engine: SequentialEngine, estimator: Estimator, rule: Sgd, eps_G: Sequence[float], room: float) -> None:
+    def __init__(
+        self, engine: SequentialEngine, estimator: Estimator, rule: Sgd, eps_G: Sequence[float], room: float
+    ) -> None:
         self.engine, self.estimator, self.rule, self.eps_G, self.room = engine, estimator, rule, tuple(eps_G), room
         self.usable = True
         self._graphs: dict[Any, _Captured] = {}
@@ -100,7 +102,10 @@ class _Captured:
         self.seeds_Q = torch.arange(queries, dtype=torch.int64, device=device)
         self.lr_G = torch.zeros(len(graphs.eps_G), dtype=torch.float64, device=device)
         self.steps_GP = [
-            [torch.full((1,), probe.sign * eps, dtype=torch.float32, device=device) for probe in graphs.estimator.probes]
+            [
+                torch.full((1,), probe.sign * eps, dtype=torch.float32, device=device)
+                for probe in graphs.estimator.probes
+            ]
             for eps in graphs.eps_G
         ]
         self.losses_P = torch.zeros(len(graphs.estimator.probes), dtype=torch.float64, device=device)
@@ -119,7 +124,7 @@ class _Captured:
             at = HeldDisplacement(self.seeds_Q[probe.query : probe.query + 1], coefs_G1)
             loss = engine.loss(lambda: self.loss(self.batch), at)
             self.losses_P[p] = loss.double().mean()
-        differences_Q = torch.stack(estimator.differences(list(self.losses_P)))
+        differences_Q = torch.stack(estimator.differences(list(self.losses_P)))  # type: ignore[arg-type]
         coefs_GQ = []
         for lr, eps in zip(self.lr_G, self.graphs.eps_G, strict=True):
             coefs_GQ.append(self.graphs.rule.coefficients_on_device(differences_Q / eps, lr))

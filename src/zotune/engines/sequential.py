@@ -28,7 +28,17 @@ TILE_BYTES = 16 << 20
 
 # Properties of a tensor that give its values. The others (shape, dtype, device, …) say nothing of them.
 _VALUES = {"data", "T", "mT", "H", "mH", "real"}
-_NO_VALUES = {"__set__", "size", "dim", "numel", "stride", "is_contiguous", "element_size", "is_floating_point", "nelement"}
+_NO_VALUES = {
+    "__set__",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "element_size",
+    "is_floating_point",
+    "nelement",
+}
 
 
 class SequentialEngine:

@@ -41,7 +41,9 @@ def _lora(model: nn.Module) -> nn.Module:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         kind = getattr(model.config, "model_type", type(model).__name__)
-        raise InputError(f"--scheme lora: PEFT names no modules of {kind!r} to adapt ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"--scheme lora: PEFT names no modules of {kind!r} to adapt ({str(error).splitlines()[0]})"
+        ) from None
 
 
 SCHEMES = {

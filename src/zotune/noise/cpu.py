@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,attr-defined"
 """The noise on the CPU, by numba: loops that LLVM turns into vector code, over chunks that stay in the first cache.
 
 Every chunk is computed whole and at a fixed alignment, also where only a part of it is wanted, so that an element has the
@@ -61,14 +62,14 @@ _24 = _f(2.0**-24)
 
 
 @njit(inline="always")
-def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+def _round(c0, c1, c2, c3, k0, k1):
     a = uint64(c0) * _MUL0
     b = uint64(c2) * _MUL1
     return uint32(b >> _HALF) ^ c1 ^ k0, uint32(b), uint32(a >> _HALF) ^ c3 ^ k1, uint32(a)
 
 
 @njit(nogil=True, cache=True)
-def _words(x0, x1, x2, x3, blocks, first, pid, stream, seed):  # type: ignore[no-untyped-def]
+def _words(x0, x1, x2, x3, blocks, first, pid, stream, seed):
     for b in range(blocks):
         block = first + uint64(b)
         c0, c1, c2, c3 = uint32(block), uint32(block >> _HALF), pid, stream
@@ -100,7 +101,7 @@ def _words(x0, x1, x2, x3, blocks, first, pid, stream, seed):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
-def _add_normals(total, coef, radius_words, turn_words, lane, u, m, r):  # type: ignore[no-untyped-def]
+def _add_normals(total, coef, radius_words, turn_words, lane, u, m, r):
     """total[4b + lane], total[4b + lane + 1] += coef times the Box–Muller pair of block b."""
     u_bits, m_bits = u.view(np.int32), m.view(np.int32)
     for b in range(_NORMAL_BLOCKS):
@@ -142,7 +143,7 @@ def _add_normals(total, coef, radius_words, turn_words, lane, u, m, r):  # type:
 
 
 @njit(nogil=True, cache=True)
-def _add_signs(total, coef, x0, x1, x2, x3, word):  # type: ignore[no-untyped-def]
+def _add_signs(total, coef, x0, x1, x2, x3, word):
     for b in range(_SIGN_BLOCKS):
         word[4 * b], word[4 * b + 1], word[4 * b + 2], word[4 * b + 3] = x0[b], x1[b], x2[b], x3[b]
     for k in range(4 * _SIGN_BLOCKS):
@@ -152,13 +153,13 @@ def _add_signs(total, coef, x0, x1, x2, x3, word):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True)
-def _buffers():  # type: ignore[no-untyped-def]
+def _buffers():
     words = np.empty((4, _NORMAL_BLOCKS), np.uint32)
     return words, np.empty(4 * _SIGN_BLOCKS, np.uint32), np.empty((3, _NORMAL_BLOCKS), np.float32)
 
 
 @njit(nogil=True, cache=True)
-def _sum(total, chunk, seeds, coefs, pid, gaussian, buffers):  # type: ignore[no-untyped-def]
+def _sum(total, chunk, seeds, coefs, pid, gaussian, buffers):
     """total ← Σ_q coefs[q]·z(seeds[q]) over the elements of a chunk."""
     words, word, floats = buffers
     x0, x1, x2, x3 = words[0], words[1], words[2], words[3]
@@ -179,7 +180,7 @@ def _sum(total, chunk, seeds, coefs, pid, gaussian, buffers):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
-def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):  # type: ignore[no-untyped-def]
+def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):
     buffers, total = _buffers(), np.empty(CHUNK, np.float32)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
@@ -193,7 +194,7 @@ def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):  # ty
 
 
 @njit(nogil=True, cache=True)
-def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):  # type: ignore[no-untyped-def]
+def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):
     """out and w as their bits, uint16."""
     buffers, total, wide = _buffers(), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     total_bits, wide_bits = total.view(np.uint32), wide.view(np.uint32)
@@ -214,7 +215,7 @@ def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):  # t
 
 
 @njit(nogil=True, cache=True)
-def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):  # type: ignore[no-untyped-def]
+def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):
     """out ← the sum itself, float32; w is not read."""
     buffers, total = _buffers(), np.empty(CHUNK, np.float32)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
@@ -226,7 +227,7 @@ def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):  # type:
 
 def _parallel(kernel: Any) -> Any:
     @njit(parallel=True, nogil=True, cache=True)
-    def over(cuts, out, w, start, seeds, coefs, pid, gaussian):  # type: ignore[no-untyped-def]
+    def over(cuts, out, w, start, seeds, coefs, pid, gaussian):
         for k in prange(cuts.size - 1):
             kernel(out, w, cuts[k], cuts[k + 1], start, seeds, coefs, pid, gaussian)
 
@@ -262,13 +263,17 @@ def _add_flat(out: Tensor, w: Tensor, seeds: Any, coefs: Any, pid: int, directio
             part = slice(first, min(n, first + STAGED))
             staged = torch.empty(part.stop - part.start)
             if w.dtype == torch.float16:
-                _over_threads(_only_sum, len(staged), start + first, staged.numpy(), staged.numpy(), seeds, narrow, *tail)
+                _over_threads(
+                    _only_sum, len(staged), start + first, staged.numpy(), staged.numpy(), seeds, narrow, *tail
+                )
                 out[part] = (w[part].float() + staged).half()
                 continue
             total = torch.zeros(len(staged), dtype=torch.float64)
             for q in np.flatnonzero(coefs):
                 one = np.ones(1, np.float32)
-                _over_threads(_only_sum, len(staged), start + first, staged.numpy(), staged.numpy(), seeds[q : q + 1], one, *tail)
+                _over_threads(
+                    _only_sum, len(staged), start + first, staged.numpy(), staged.numpy(), seeds[q : q + 1], one, *tail
+                )
                 total += float(coefs[q]) * staged.double()
             out[part] = w[part] + total
 

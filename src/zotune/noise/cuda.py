@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,attr-defined"
 """The noise on CUDA, by Triton: a program draws what its elements need and forgets it.
 
 Seeds and coefficients are read from memory, so that a captured graph can be replayed with new ones. The arithmetic is that of
@@ -17,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 NORMAL_GROUP = 4  # elements: one block's two Box–Muller pairs
-SIGN_GROUP = 16  # elements: two 16-byte accesses of 16-bit weights; the words of 128 signs are drawn by each of 8 groups
+SIGN_GROUP = (
+    16  # elements: two 16-byte accesses of 16-bit weights; the words of 128 signs are drawn by each of 8 groups
+)
 TILE = 2048  # elements a program
 
 _P0 = tl.constexpr(0.06971611827611923)
@@ -44,7 +47,7 @@ _24 = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def _words(seed, pid, block):  # type: ignore[no-untyped-def]
+def _words(seed, pid, block):
     """Four uint32 words of each int64 block."""
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = ((block >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -53,7 +56,7 @@ def _words(seed, pid, block):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pair(radius_word, turn_word):  # type: ignore[no-untyped-def]
+def _pair(radius_word, turn_word):
     """A Box–Muller pair of two words."""
     u = ((radius_word >> 8).to(tl.int32) + 1).to(tl.float32) * _24
     bits = u.to(tl.int32, bitcast=True)
@@ -86,7 +89,7 @@ def _pair(radius_word, turn_word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _draw(seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _draw(seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
     """(G, E) float32: elements E·group, … of z."""
     if GAUSSIAN:
         x0, x1, x2, x3 = _words(seed, pid, group_G)
@@ -103,7 +106,9 @@ def _draw(seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.con
 
 
 @triton.jit
-def _displaced(w_GE, group_G, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _displaced(
+    w_GE, group_G, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
     """w + Σ_q coefs[q]·z(seeds[q]), rounded once; w itself where every coefficient is zero."""
     wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
     total_GE = tl.zeros((G, E), dtype=wide)
@@ -117,7 +122,20 @@ def _displaced(w_GE, group_G, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.c
 
 
 @triton.jit(do_not_specialize=["pid"])
-def _add_kernel(out, w, n, group, shift, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_kernel(
+    out,
+    w,
+    n,
+    group,
+    shift,
+    seeds,
+    coefs,
+    Q: tl.constexpr,
+    pid,
+    GAUSSIAN: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+):
     """Element i of w is element E·group − shift + i of the parameter."""
     step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - shift
@@ -127,7 +145,9 @@ def _add_kernel(out, w, n, group, shift, seeds, coefs, Q: tl.constexpr, pid, GAU
 
 
 @triton.jit(do_not_specialize=["pid"])
-def _rows_kernel(out, w, rows, D, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_kernel(
+    out, w, rows, D, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
     start = tl.load(rows + tl.program_id(0)) * D
     group = start // E
     step_G = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)
@@ -159,7 +179,9 @@ def add_noise(
     shift = start % tile["E"]
     grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
     group = start // tile["E"]
-    _add_kernel[grid](out_flat, w_flat, w_flat.numel(), group, shift, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile)
+    _add_kernel[grid](
+        out_flat, w_flat, w_flat.numel(), group, shift, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile
+    )
     if not out.is_contiguous():
         out.copy_(out_flat.view(w.shape))
 
@@ -172,4 +194,6 @@ def add_noise_rows(
     if len(rows_K) == 0 or width == 0:
         return
     grid = (len(rows_K), triton.cdiv(width + tile["E"] - 1, TILE))
-    _rows_kernel[grid](out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile)
+    _rows_kernel[grid](
+        out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile
+    )

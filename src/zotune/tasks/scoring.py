@@ -20,7 +20,7 @@ def head_reads_only(model: nn.Module, positions_SK: Tensor, tokens: int) -> Iter
 
     tokens: T of the input. A scheme that puts virtual tokens before the input shifts the positions by as many.
     """
-    head = model.get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_STH = args[0]
