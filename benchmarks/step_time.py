@@ -52,21 +52,23 @@ def main() -> None:
     batch = {k: v.to(device) for k, v in Collator("candidates", 0)(rows).items()}
     forward = torch.no_grad()(partial(candidate_losses, model, batch))
 
+    forward()
+    reset_peak(device)
+    forward()
+    evaluation = peak_bytes(device)
     steps: dict[str, Callable[[], Any]] = {"two forwards": lambda: (forward(), forward())}
+    loss_of = partial(candidate_losses, model)
     for direction in ("rademacher", "gaussian"):
         optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction)
         steps[f"zotune full, {direction}"] = partial(optimizer.step, forward)
         if device.type == "cuda":
-            steps[f"zotune full, {direction}, CUDA graph"] = partial(
-                optimizer.step, partial(candidate_losses, model), batch=batch
-            )
-        steps[f"MeZO in place, {direction}"] = partial(
-            InPlaceMeZO(model, 1e-9, 1e-3, direction=direction).step, forward
-        )
-    took, peak = rounds(steps, device, args.rounds)
-    reset_peak(device)
-    forward()
-    evaluation = peak_bytes(device)
+            steps[f"zotune full, {direction}, CUDA graph"] = partial(optimizer.step, loss_of, batch=batch)
+    peak = peaks(steps, device)  # before the step in place, which leaves the process larger than it found it
+    for direction in ("rademacher", "gaussian"):
+        reference = InPlaceMeZO(model, 1e-9, 1e-3, direction=direction)
+        steps[f"MeZO in place, {direction}"] = partial(reference.step, forward)
+    peak |= peaks({name: step for name, step in steps.items() if name not in peak}, device)
+    took = rounds(steps, device, args.rounds)
 
     adapted = get_scheme("lora").prepare(model)
     forward_lora = torch.no_grad()(partial(candidate_losses, adapted, batch))
@@ -75,7 +77,8 @@ def main() -> None:
         "two forwards": lambda: (forward_lora(), forward_lora()),
         "zotune lora, gaussian": partial(lora.step, forward_lora),
     }
-    took_lora, peak_lora = rounds(lora_steps, device, args.rounds)
+    peak_lora = peaks(lora_steps, device)
+    took_lora = rounds(lora_steps, device, args.rounds)
 
     report: dict[str, Any] = {
         "command": "python benchmarks/step_time.py",
@@ -87,7 +90,7 @@ def main() -> None:
         "rows": [],
     }
     print(f"{'step':<38}{'seconds':>9}{'× two forwards':>16}{'peak MiB':>10}{'× evaluation':>14}")
-    for times, peaks in ((took, peak), (took_lora, peak_lora)):
+    for times, peak_of in ((took, peak), (took_lora, peak_lora)):
         floor = times["two forwards"]
         for name, seconds in times.items():
             ratio = statistics.median(s / f for s, f in zip(seconds, floor, strict=True))
@@ -95,34 +98,37 @@ def main() -> None:
                 "step": name,
                 "seconds": statistics.median(seconds),
                 "ratio": ratio,
-                "peak_bytes": peaks[name],
-                "of_evaluation": peaks[name] / evaluation,
+                "peak_bytes": peak_of[name],
+                "of_evaluation": peak_of[name] / evaluation,
             }
             report["rows"].append(row)
             print(
-                f"{name:<38}{row['seconds']:>9.4f}{ratio:>16.2f}{peaks[name] / 2**20:>10.0f}{row['of_evaluation']:>14.2f}"
+                f"{name:<38}{row['seconds']:>9.4f}{ratio:>16.2f}{peak_of[name] / 2**20:>10.0f}{row['of_evaluation']:>14.2f}"
             )
     if args.output:
         args.output.write_text(json.dumps(report, indent=1))
 
 
-def rounds(
-    steps: dict[str, Callable[[], Any]], device: torch.device, count: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each step in each round, the first round left out, and each one's peak of memory."""
-    took: dict[str, list[float]] = {name: [] for name in steps}
+def peaks(steps: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, int]:
+    """The peak of memory of one warm step each, in the order given."""
     peak: dict[str, int] = {}
-    for number in range(count + 1):
+    for name, step in steps.items():
+        step()
+        reset_peak(device)
+        step()
+        peak[name] = peak_bytes(device)
+    return peak
+
+
+def rounds(steps: dict[str, Callable[[], Any]], device: torch.device, count: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(count):
         for name, step in steps.items():
-            if number == count:
-                reset_peak(device)
             began = now(device)
             step()
-            if number:
-                took[name].append(now(device) - began)
-            if number == count:
-                peak[name] = peak_bytes(device)
-    return took, peak
+            took[name].append(now(device) - began)
+    return took
 
 
 def now(device: torch.device) -> float:

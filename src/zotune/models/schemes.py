@@ -48,7 +48,7 @@ def _lora(model: nn.Module) -> nn.Module:
 
 SCHEMES = {
     "full": Scheme("all parameters", _full, lr=1e-6, small_lr=1e-5, eps=1e-3),
-    "lora": Scheme("LoRA r 8, α 16 on q_proj and v_proj", _lora, lr=1e-4, small_lr=1e-4, eps=1e-2),
+    "lora": Scheme("LoRA r 8, α 16 on q_proj and v_proj", _lora, lr=1e-4, small_lr=3e-4, eps=1e-2),
 }
 
 
