@@ -35,7 +35,7 @@ def summary(result: dict[str, Any], output: str) -> None:
     """The table at the end of a run."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     split = "held-out texts" if result["test_split"] == "test" else "validation texts (there is no test split)"
     metric = result["metric"]
     table.add_row(f"{metric} before", f"{result['test_before']:.1f} %   on {result['test_rows']} {split}")
@@ -50,9 +50,7 @@ def summary(result: dict[str, Any], output: str) -> None:
         "peak memory",
         f"{readable(result['peak_memory_bytes'])}   evaluation alone: {readable(result['evaluation_peak_bytes'])}",
     )
-    table.add_row(
-        "with Adam", f"{readable(result['adam_memory_bytes'])}   weights, gradients, moments, activations (computed)"
-    )
+    table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   computed: gradients, moments, activations")
     if result["skipped_steps"]:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
