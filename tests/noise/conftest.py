@@ -52,7 +52,8 @@ class Backend:
 
     def add_rows(self, w: Tensor, rows: Tensor, seeds: Any, coefs: Any, pid: int, direction: str) -> Tensor:
         out = w.new_full((len(rows), *w.shape[1:]), math.nan)
-        self.module.add_noise_rows(out, w, rows, *self.pairs(seeds, coefs), pid, direction)
+        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        self.module.add_noise_rows(out, w, rows, *self.pairs(seeds, coefs, wide), pid, direction)
         return out
 
     def z(self, direction: str, seed: int, pid: int, start: int, stop: int) -> Tensor:

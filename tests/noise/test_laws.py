@@ -116,10 +116,16 @@ def test_a_pair_with_coefficient_zero_adds_nothing(backend, direction, dtype):
     assert same_bits(padded, backend.add(w, SEEDS[:1], (0.5,), PID, direction))
 
 
+def skip_bfloat16_in_the_interpreter(backend, dtype):
+    if backend.interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts float32 to bfloat16 where the GPU rounds; benchmarks/noise.py checks the GPU")
+
+
 def test_the_sum_follows_the_order_of_pairs_and_is_rounded_once(backend, direction, dtype):
     """Bit for bit: float32 (float64 for float64) sums, then one rounding to nearest even."""
     if backend.fuses and direction == "gaussian":
         pytest.skip("a GPU fuses c·z into the sum")
+    skip_bfloat16_in_the_interpreter(backend, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for scale in (1e-6, 1.0, 300.0):
         w = weights(4099, dtype, backend.device, scale)
@@ -132,6 +138,7 @@ HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def test_the_sum_is_near_that_of_the_reference_in_float64(fast, reference, direction, dtype):
+    skip_bfloat16_in_the_interpreter(fast, dtype)
     w = weights(4099, dtype, fast.device)
     out = fast.add(w, SEEDS, COEFS, PID, direction, 3).cpu().double()
     terms = torch.stack(
@@ -153,7 +160,7 @@ def test_float64_coefficients_are_used_in_full(backend):
 
 def test_rounding_is_to_nearest_even_and_to_infinity(backend):
     """Ties, subnormals, overflow and NaN, against torch's own conversion; ±1 times 2⁻ᵏ adds exactly."""
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float16,) if backend.interpreted else (torch.bfloat16, torch.float16):
         w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(backend.device)
         for coef in (2.0**-9, 2.0**-25, 2.0**-12 + 2.0**-30, 16.0):
             z = backend.z("rademacher", 3, PID, 0, w.numel())

@@ -174,7 +174,7 @@ def add_noise(
     """See `zotune.noise.add_noise`."""
     if w.numel() == 0:
         return
-    w_flat, tile = w.detach().reshape(-1), _shape(direction)
+    w_flat, tile = w.detach().reshape(-1).contiguous(), _shape(direction)  # no copy where w lies in order
     out_flat = out.detach().view(-1) if out.is_contiguous() else torch.empty_like(w_flat)
     shift = start % tile["E"]
     grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
