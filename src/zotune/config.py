@@ -72,7 +72,7 @@ class DataOptions(Options):
         return value
 
 
-class TrainConfig(ModelOptions, DataOptions):
+class TrainConfig(DataOptions, ModelOptions):
     output: str = Field(description="folder of the run")
     resume: bool = Field(False, description="go on with the run in the output folder")
     overwrite: bool = Field(False, description="delete the run in the output folder first")
@@ -133,12 +133,12 @@ class TrainConfig(ModelOptions, DataOptions):
         return min(self.eval_every or max(1, self.steps // 10), self.steps)
 
 
-class EvalConfig(ModelOptions, DataOptions):
+class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     output: str | None = Field(None, description="write the figures to this JSON file")
 
 
-class PredictConfig(ModelOptions, DataOptions):
+class PredictConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     output: str = Field(description="write labels and scores to this .jsonl file")
     overwrite: bool = Field(False, description="replace the output file")

@@ -157,6 +157,7 @@ class ZOTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         optimizer = self.zo_optimizer
         if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
+            logs.pop("grad_norm", None)  # the Trainer's, of gradients that are not there
             g_Q = optimizer.last.g_GQ[0]
             logs["projected_gradient"] = sum(g_Q) / len(g_Q)
             logs["forward_passes"] = optimizer.forward_passes

@@ -118,7 +118,9 @@ def test_a_pair_with_coefficient_zero_adds_nothing(backend, direction, dtype):
 
 def skip_bfloat16_in_the_interpreter(backend, dtype):
     if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter cuts float32 to bfloat16 where the GPU rounds; benchmarks/noise.py checks the GPU")
+        pytest.skip(
+            "Triton's interpreter cuts float32 to bfloat16 where the GPU rounds; benchmarks/noise.py checks the GPU"
+        )
 
 
 def test_the_sum_follows_the_order_of_pairs_and_is_rounded_once(backend, direction, dtype):

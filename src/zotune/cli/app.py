@@ -9,7 +9,6 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any, Optional
 
 import typer
-from pydantic_core import PydanticUndefined
 
 from zotune import config
 from zotune.errors import InputError, NonFiniteLoss
@@ -23,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would take [default: …] for markup
 )
 
 
@@ -31,15 +31,16 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
     parameters = []
     for key, field in kind.model_fields.items():
         flag = "--" + key.replace("_", "-")
-        shown: Any = False
-        if field.default is not PydanticUndefined and field.default not in (None, False, []):
-            shown = str(field.default)
-        help_text = (field.description or "") + (" [required]" if field.is_required() else "")
+        help_text = field.description or ""
+        if field.is_required():
+            help_text += " [required]"
+        elif field.default not in (None, False, []):
+            help_text += f" [default: {field.default}]"
         if field.annotation is bool:
             option = typer.Option(flag, help=help_text, show_default=False)
             annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
         else:
-            option = typer.Option(flag, help=help_text, show_default=shown, metavar=_metavar(field.annotation))
+            option = typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field.annotation))
             annotation = Annotated[Optional[str], option]  # noqa: UP045
         parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     file = Annotated[str | None, typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]

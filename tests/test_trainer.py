@@ -1,0 +1,90 @@
+"""`ZOTrainer` where `Trainer` stood: everything but the step is the Trainer's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+
+from zotune import ZOTrainer, ZOTrainingArguments
+
+CONFIG = tf.LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+ROWS = [{"input_ids": [i % 60 + 1, 2, 3, 4], "labels": [-100, 2, 3, 4]} for i in range(32)]
+
+
+def collate(batch):
+    return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
+
+
+def model():
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(copy.deepcopy(CONFIG))
+
+
+def train(tmp_path, trained=None, resume=None, kind=ZOTrainingArguments, zo=None, **options):
+    args = kind(
+        output_dir=str(tmp_path), **{
+            "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
+            "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "linear",
+        } | options,
+    )  # fmt: skip
+    trainer = ZOTrainer(
+        model=trained or model(),
+        args=args,
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
+        data_collator=collate,
+        **(zo or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_script_changes_by_a_name_and_a_method(tmp_path):
+    before = model()
+    trainer = train(tmp_path, kind=tf.TrainingArguments, zo={"method": "zo-sgd"}, eval_strategy="steps", eval_steps=4)
+    assert not same(before, trainer.model)
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["forward_passes"] for line in logs] == list(range(2, 18, 2))
+    assert all("projected_gradient" in line for line in logs)
+    assert sum("eval_loss" in line for line in trainer.state.log_history) == 2
+    rates = [line["learning_rate"] for line in logs]
+    assert rates == pytest.approx([1e-3 * (1 - i / 8) for i in range(8)])
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_micro_batches_share_their_directions_and_make_one_batch(tmp_path):
+    one = train(tmp_path / "a", per_device_train_batch_size=8)
+    two = train(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    ulp, eps, lr, steps, z = 2.0**-21, 1e-3, 1e-3, 8, 5  # of a loss over 4; losses may differ by one, so g by ulp/eps
+    for p, q in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=steps * lr * (ulp / eps) * z)
+    moved = max((p - q).abs().max() for p, q in zip(one.model.parameters(), model().parameters(), strict=True))
+    assert moved > 100 * steps * lr * (ulp / eps) * z
+
+
+def test_a_checkpoint_resumes_to_the_same_bits(tmp_path):
+    whole = train(tmp_path / "a", save_strategy="steps", save_steps=3)
+    resumed = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3"))
+    assert same(whole.model, resumed.model)
+    assert resumed.zo_optimizer.forward_passes == 16
+
+
+def test_what_makes_no_sense_without_a_gradient_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no gradient to clip"):
+        train(tmp_path, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="zo-sgd"):
+        train(tmp_path, zo={"method": "zo-sdg"})
