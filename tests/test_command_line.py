@@ -130,6 +130,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(flags, tmp_pa
     assert weights(a) != weights(c)
 
 
+@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+def test_the_trajectory_holds_the_losses_and_gradients_of_several_queries(flags, tmp_path, estimator):
+    out = tmp_path / "run"
+    assert run(["train", *flags, "--queries", "3", "--estimator", estimator, "--output", str(out)]) == 0
+    passes = 6 if estimator == "two-sided" else 4
+    assert json.loads((out / "result.json").read_text())["forward_passes"] == 6 * passes
+    for record, line in zip(read_file(out / "trajectory.zot").records, lines(out), strict=True):
+        rounding = 2.0**-24 * max(map(abs, record.g))  # each g is kept in float32; their sum may cancel
+        assert sum(record.g) / 3 == pytest.approx(line["projected_gradient"], rel=0, abs=rounding)
+        middle = (record.loss_plus + record.loss_minus) / 2 if estimator == "two-sided" else record.loss_minus
+        assert middle == pytest.approx(line["loss"], rel=1e-6)
+
+
 def test_micro_batches_make_the_batch(flags, tmp_path):
     assert run(["train", *flags, "--output", str(tmp_path / "one")]) == 0
     flags[flags.index("--batch-size") + 1] = "2"

@@ -422,12 +422,14 @@ class _Recorder(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = self.trainer.zo_optimizer.last
         assert last is not None
-        losses = last.losses_P
+        probes = self.trainer.zo_optimizer.method.estimator.probes
+        plus = [loss for loss, probe in zip(last.losses_P, probes, strict=True) if probe.sign > 0]
+        other = [loss for loss, probe in zip(last.losses_P, probes, strict=True) if probe.sign <= 0]
         self.run.trajectory.append(
             Record(
                 step=last.step,
-                loss_plus=losses[0],
-                loss_minus=losses[1],
+                loss_plus=sum(plus) / len(plus),
+                loss_minus=sum(other) / len(other),
                 g=last.g_GQ[0],
                 lr=last.lr_G,
                 decay=last.decay_G,
