@@ -28,7 +28,7 @@ from zotune.optimizer import ZeroOrderOptimizer
 from zotune.tasks import Task, get_task
 from zotune.tasks.encoding import Collator, Encoded, Encoder
 from zotune.tasks.scoring import ROW_LOSSES, accuracy, score_rows
-from zotune.tasks.splits import Splits, find_source, training_splits
+from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, find_source, training_splits
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
 
@@ -138,8 +138,8 @@ def prepare(config: TrainConfig) -> Prepared:
         task,
         find_source(task, config.data, config.data_dir),
         train_size=config.train_size,
-        validation_size=min(500, config.eval_size or 500),
-        test_size=min(1000, config.eval_size or 1000),
+        validation_size=min(VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
+        test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
         seed=config.seed,
     )
     model, tokenizer = load(config)

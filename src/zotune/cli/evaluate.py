@@ -21,7 +21,7 @@ from zotune.tasks.splits import find_source, scored_rows
 def evaluate(options: EvalConfig) -> None:
     task = task_of(options)
     source = find_source(task, options.data, options.data_dir)
-    rows, split = scored_rows(source, min(1000, options.eval_size or 1000))
+    rows, split = scored_rows(source, options.eval_size, seed=options.seed)
     examples = [task.example(row) for row in rows]
     if options.output and not Path(options.output).expanduser().absolute().parent.is_dir():
         raise InputError(f"--output {options.output}: no such folder")
@@ -47,8 +47,7 @@ def predict(options: PredictConfig) -> None:
     if not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such folder")
     task = task_of(options)
-    size = options.eval_size or 2**62
-    rows, split = scored_rows(find_source(task, options.data, options.data_dir), size, in_order=True)
+    rows, split = scored_rows(find_source(task, options.data, options.data_dir), options.eval_size, in_order=True)
     examples = [task.example(row, labelled=False) for row in rows]
     _, scores = _scores(options, examples)
     temporary = output.with_name(f".{output.name}.tmp")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ class Row:
     where: str
 
     def __getitem__(self, field: str) -> Any:
-        if field not in self.fields or self.fields[field] is None:
+        if field not in self.fields:
             has = ", ".join(repr(name) for name in self.fields)
             raise InputError(f"{self.where}: no field {field!r} (has {has})")
+        if self.fields[field] is None:
+            raise InputError(f"{self.where}: field {field!r} has no value")
         return self.fields[field]
 
 
@@ -52,23 +56,39 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
         where = f"{path}:{number}"
         try:
             fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', 'nested too deeply')})") from None
+        except RecursionError:
+            raise InputError(f"{where}: not a JSON object (nested too deeply)") from None
+        except ValueError as error:  # also a number of more digits than Python reads
+            raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', error)})") from None
         if not isinstance(fields, dict):
             raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
+        if "\\u" in line and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
+            raise InputError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no text")
         yield Row(fields, where)
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text), strict=True)  # lines end at \n alone, unlike those of str.splitlines
+    names: list[str] | None = None
+    where = f"{path}:1"
     try:
-        for fields in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in fields:
+        while True:
+            where = f"{path}:{reader.line_num + 1}"  # a quoted field may hold further lines
+            values = next(reader, None)
+            if values is None:
+                return
+            if not values:
+                continue
+            if names is None:
+                names = values
+                if twice := [name for name in names if names.count(name) > 1]:
+                    raise InputError(f"{where}: the header names {twice[0]!r} twice")
+                continue
+            if len(values) > len(names):
                 raise InputError(f"{where}: more values than the header has names; quote fields that hold a comma")
-            yield Row(dict(fields), where)
+            yield Row(dict(zip_longest(names, values)), where)
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{where}: not CSV ({error})") from None
 
 
 def read_hub(name: str, subset: str | None, split: str) -> list[Row]:

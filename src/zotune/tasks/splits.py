@@ -10,6 +10,7 @@ from zotune.errors import InputError, nearest
 from zotune.tasks.rows import Row, read_file, read_hub, split_file
 from zotune.tasks.task import Example, Task
 
+VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
 
 
@@ -82,11 +83,7 @@ def training_splits(
         raise InputError(f"{source}: no train.jsonl or train.csv in it")
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
-        if len(train) < 2:
-            raise InputError(f"{source}: one training row, and no validation split to choose the best step on")
-        share = max(1, min(validation_size, len(train) // CARVED_SHARE))
-        order = _draw(train, len(train), seed, "carve")
-        validation, train = order[:share], order[share:]
+        validation, train = _carve(source, train, validation_size, seed)
     train = _draw(train, train_size, seed, "train")
     validation = _draw(validation, validation_size, seed, "validation")
     scored = validation if test is None else _draw(test, test_size, 0, "test")
@@ -98,17 +95,36 @@ def training_splits(
     )
 
 
-def scored_rows(source: Source, size: int, *, in_order: bool = False) -> tuple[list[Row], str]:
-    """The rows that `eval` scores and their split: test, else validation, else a file's own.
+def _carve(source: Source, train: list[Row], size: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Validation and training rows from training rows alone."""
+    if len(train) < 2:
+        raise InputError(f"{source}: one training row, and no validation split to choose the best step on")
+    share = max(1, min(size, len(train) // CARVED_SHARE))
+    order = _draw(train, len(train), seed, "carve")
+    return order[:share], order[share:]
 
-    in_order: the first rows as they stand, instead of a draw.
+
+def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:
+    """The rows that `eval` scores and their split: those that a run of this seed and size scores as test.
+
+    That is test, else validation, given or carved; a single file is scored whole. size None: the defaults.
+    in_order: the first rows of test, validation or the file as they stand, instead of a draw; None: all of them.
     """
-    for split in ("test", "validation", "train") if source.file else ("test", "validation"):
-        rows = source.rows(split)
-        if rows is not None:
-            name = "file" if source.file else split
-            return rows[:size] if in_order else _draw(rows, size, 0, "test"), name
-    raise InputError(f"{source}: neither a test nor a validation split in it")
+    if source.file:
+        rows, split = source.rows("train") or [], "file"
+    elif (test := source.rows("test")) is not None:
+        rows, split = test, "test"
+    elif (validation := source.rows("validation")) is not None:
+        rows, split = validation, "validation"
+    elif not in_order and (train := source.rows("train")) is not None:
+        rows, split = _carve(source, train, min(VALIDATION_SIZE, size or VALIDATION_SIZE), seed)[0], "validation"
+    else:
+        raise InputError(f"{source}: neither a test nor a validation split in it")
+    if in_order:
+        return rows[:size], split
+    if split == "validation":
+        return _draw(rows, min(VALIDATION_SIZE, size or VALIDATION_SIZE), seed, "validation"), split
+    return _draw(rows, min(TEST_SIZE, size or TEST_SIZE), 0, "test"), split
 
 
 def _draw(rows: list[Row], size: int, seed: int, what: str) -> list[Row]:

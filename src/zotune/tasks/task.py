@@ -51,7 +51,9 @@ class Task:
         template_fields(self.prompt)
         if (self.words is None) == (self.choices_field is None):
             raise InputError(f"task {self.name!r}: give label words or a field of choices, one of the two")
-        if self.words is not None and len(set(self.words.values())) < max(2, len(self.words)):
+        if self.words is not None and not all(word.strip() for word in self.words.values()):
+            raise InputError(f"task {self.name!r}: an empty label word: {dict(self.words)}")
+        if self.words is not None and len({word.strip() for word in self.words.values()}) < max(2, len(self.words)):
             raise InputError(
                 f"task {self.name!r}: label words must be two or more, each for one label: {dict(self.words)}"
             )

@@ -1,0 +1,132 @@
+"""Prompt and answer are the ids of their whole text; what is too long is cut at its start or refused; batches pad right."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune.errors import InputError
+from zotune.tasks.encoding import Collator, Encoded, Encoder
+from zotune.tasks.rows import Row
+from zotune.tasks.task import Example, Task
+
+TASK = Task(name="t", prompt="{text} It was", words={"0": "terrible nonsense", "1": "good", "2": "zo"})
+TOKENIZERS = {(bos, eos): tiny.tokenizer(bos, eos) for bos in (False, True) for eos in (False, True)}
+PLAIN, BOS = TOKENIZERS[False, False], TOKENIZERS[True, False]
+variants = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=["plain", "eos", "bos", "bos+eos"])
+
+
+def asked(text: str, task: Task = TASK, label: int = 1) -> Example:
+    return task.example(Row({"text": text, "label": label}, "f.jsonl:3"))
+
+
+@variants
+@given(text=st.text(min_size=1).filter(lambda text: "<" not in text))
+def test_the_ids_are_those_of_the_whole_text_with_its_start_and_without_its_end(tokenizer, text):
+    example = asked(text)
+    encoded = Encoder(tokenizer, None)(example)
+    for answer, ids in zip(example.candidates, encoded.candidates, strict=True):
+        whole = tokenizer(example.prompt + answer)["input_ids"]
+        whole = whole[:-1] if whole[-1] == tokenizer.eos_token_id else whole
+        assert list(encoded.prompt + ids) == whole
+        assert tokenizer.eos_token_id not in whole
+    assert (encoded.prompt[0] == tokenizer.bos_token_id) == (tokenizer(text)["input_ids"][0] == 0)
+    assert min(map(len, encoded.candidates)) >= 1
+    assert (encoded.label, encoded.cut) == (1, 0)
+
+
+def test_a_word_may_have_several_tokens_and_an_unlabelled_row_has_label_minus_one():
+    encoded = Encoder(BOS, None)(asked("a day"))
+    assert len({len(ids) for ids in encoded.candidates}) > 1
+    assert encoded.tokens == len(encoded.prompt) + max(map(len, encoded.candidates))
+    assert Encoder(BOS, None)(TASK.example(Row({"text": "x"}, "f:1"), labelled=False)).label == -1
+
+
+def test_an_answer_that_merges_with_the_prompts_end_takes_that_token_with_it():
+    """ "goo" and "d" are more ids apart than "good": the answer begins where the ids of the whole text part from the prompt's."""
+    encoded = Encoder(PLAIN, None)(Example("It was goo", ("d", "t"), 0, "f:1"))
+    assert list(encoded.prompt + encoded.candidates[0]) == PLAIN("It was good")["input_ids"]
+    assert PLAIN.decode(list(encoded.prompt)) == "It was"
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS], ids=["plain", "bos"])
+@pytest.mark.parametrize("limit", [12, 17, 23])
+def test_a_long_prompt_loses_its_start_and_keeps_bos_and_answer(tokenizer, limit):
+    long = asked("the film " * 40)
+    whole, cut = Encoder(tokenizer, None)(long), Encoder(tokenizer, 64, max_length=limit)(long)
+    assert cut.tokens == limit
+    assert cut.candidates == whole.candidates
+    assert cut.cut == len(whole.prompt) - len(cut.prompt)
+    head = 1 if tokenizer is BOS else 0
+    assert cut.prompt[:head] == whole.prompt[:head]
+    assert cut.prompt[head:] == whole.prompt[head - len(cut.prompt) :]
+
+
+def test_what_just_fits_is_not_cut():
+    whole = Encoder(BOS, None)(asked("a day"))
+    for encoder in (Encoder(BOS, whole.tokens), Encoder(BOS, 64, max_length=whole.tokens)):
+        assert encoder(asked("a day")) == whole
+    with pytest.raises(InputError):
+        Encoder(BOS, whole.tokens - 1)(asked("a day"))
+
+
+def test_a_text_longer_than_the_model_takes_is_refused_with_its_line_and_the_way_out():
+    with pytest.raises(InputError, match=r"f\.jsonl:3: prompt and answer are \d+ tokens, the model takes 20") as caught:
+        Encoder(BOS, 20)(asked("the film " * 40))
+    assert "--max-length 20" in str(caught.value)
+
+
+def test_a_max_length_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="--max-length 65: the model takes 64"):
+        Encoder(BOS, 64, max_length=65)
+    with pytest.raises(InputError, match=r"f\.jsonl:3: --max-length 2 leaves no room for the prompt"):
+        Encoder(BOS, 64, max_length=2)(asked("a day"))
+
+
+def test_an_answer_without_a_token_is_refused():
+    with pytest.raises(InputError, match="f:1: the answer '' adds no token"):
+        Encoder(PLAIN, None)(Example("It was", ("", "x"), 0, "f:1"))
+
+
+rows = st.lists(
+    st.builds(
+        Encoded,
+        st.lists(st.integers(2, 99), min_size=1, max_size=9).map(tuple),
+        st.lists(st.lists(st.integers(2, 99), min_size=1, max_size=4).map(tuple), min_size=2, max_size=4).map(tuple),
+        st.just(1),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(rows=rows, multiple=st.sampled_from([1, 8, 16]), loss=st.sampled_from(["answer", "candidates"]))
+def test_a_batch_holds_each_sequence_padded_on_the_right_alone(rows, multiple, loss):
+    batch = Collator(loss, 0, multiple)(rows)
+    if loss == "answer":
+        pairs = [(row.prompt, row.candidates[1]) for row in rows]
+    elif "candidates" in batch:
+        pairs = [(row.prompt, row.candidates[0]) for row in rows]
+        assert batch["candidates"].tolist() == [[ids[0] for ids in row.candidates] for row in rows]
+    else:
+        pairs = [(row.prompt, ids) for row in rows for ids in row.candidates]
+        own = iter(range(len(pairs)))
+        for row, line in zip(rows, batch["sequences"].tolist(), strict=True):
+            count = len(row.candidates)
+            assert line == [next(own) for _ in range(count)] + [-1] * (len(line) - count)
+    ids = batch["input_ids"]
+    longest = max(len(p) + len(a) - 1 for p, a in pairs)
+    assert longest <= ids.shape[1] < longest + multiple
+    assert ids.shape[1] % multiple == 0
+    for s, (prompt, answer) in enumerate(pairs):
+        fed = prompt + answer[:-1]
+        assert ids[s].tolist() == list(fed) + [0] * (ids.shape[1] - len(fed))
+        where = batch["target_mask"][s]
+        assert where.sum() == len(answer)
+        assert batch["targets"][s][where].tolist() == list(answer)
+        assert batch["positions"][s][where].tolist() == [len(prompt) - 1 + k for k in range(len(answer))]
+    assert batch["labels"].tolist() == [1] * len(rows)
+    assert not torch.is_floating_point(ids)

@@ -1,0 +1,120 @@
+"""Rows of JSON lines and of CSV read alike, and what is wrong is named with file, line and field."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune.errors import InputError
+from zotune.tasks.rows import read_file, split_file
+from zotune.tasks.task import Task
+
+TASK = Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"})
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_file(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, text: str | bytes):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def test_a_jsonl_and_a_csv_of_the_same_rows_give_the_same_examples(tmp_path):
+    a = write(tmp_path / "a.jsonl", '{"text": "so, so", "label": 1}\n{"text": "two\\nlines", "label": 0}\n')
+    b = write(tmp_path / "b.csv", 'text,label\n"so, so",1\n"two\nlines",0\n')
+    one, two = ([TASK.example(row) for row in read_file(path)] for path in (a, b))
+    assert [(e.prompt, e.candidates, e.label) for e in one] == [(e.prompt, e.candidates, e.label) for e in two]
+    assert [e.label for e in one] == [1, 0]
+
+
+def test_booleans_are_the_same_label_in_both(tmp_path):
+    task = Task(name="t", prompt="{text}", words={"false": "no", "true": "yes"})
+    a = read_file(write(tmp_path / "a.jsonl", '{"text": "x", "label": true}\n'))
+    b = read_file(write(tmp_path / "b.csv", "text,label\nx,true\n"))
+    assert [task.example(row).label for row in a + b] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(tmp_path, name, end):
+    text = {"a.jsonl": '{"text": "x"}\n\n{"text": "y"}\n\n', "a.csv": "text\nx\n\ny\n\n"}[name]
+    path = write(tmp_path / name, b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+    assert [row["text"] for row in read_file(path)] == ["x", "y"]
+    assert read_file(path)[1].where == f"{path}:{3 if name == 'a.jsonl' else 4}"
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1)
+
+
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
+def test_any_text_comes_back_from_both_as_it_was_but_for_line_ends(rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerows([("text", "label"), *rows])
+    a = write(
+        folder / "a.jsonl", "".join(json.dumps({"text": t, "label": w}, ensure_ascii=False) + "\n" for t, w in rows)
+    )
+    b = write(folder / "a.csv", table.getvalue())
+    assert [(r["text"], r["label"]) for r in read_file(a)] == rows
+    unix = [tuple(s.replace("\r\n", "\n").replace("\r", "\n") for s in row) for row in rows]
+    assert [(r["text"], r["label"]) for r in read_file(b)] == unix
+
+
+def test_a_missing_field_is_named_with_the_line_and_what_the_row_has(tmp_path):
+    row = read_file(write(tmp_path / "a.jsonl", '{"sentence": "x", "target": 1}\n'))[0]
+    with pytest.raises(InputError) as caught:
+        TASK.example(row)
+    assert str(caught.value) == f"{tmp_path / 'a.jsonl'}:1: no field 'text' (has 'sentence', 'target')"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_field_without_a_value_is_said_to_be_empty(tmp_path, name):
+    text = {"a.jsonl": '{"text": "x", "label": null}\n', "a.csv": "text,label\nx\n"}[name]
+    with pytest.raises(InputError, match="field 'label' has no value"):
+        TASK.example(read_file(write(tmp_path / name, text))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"a": 1}\n{oops\n', "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", '{"a": 1}\n\n[1]\n', "a.jsonl:3: a list where a JSON object was expected"),
+        ("a.jsonl", '"a"\n', "a.jsonl:1: a str where"),
+        ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}\n", "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8 at byte 7"),
+        ("a.jsonl", '{"a": "\\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: more values than the header has names"),
+        ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not CSV"),
+        ("a.csv", "a,a\n1,2\n", "a.csv:1: the header names 'a' twice"),
+        ("a.txt", "x", "a.txt: not a .jsonl or .csv file"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path, name, text, said):
+    assert said in refusal(write(tmp_path / name, text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert refusal(tmp_path / "no.jsonl") == f"{tmp_path / 'no.jsonl'}: no such file"
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "no such file" in refusal(tmp_path / "folder.jsonl")
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    assert split_file(tmp_path, "train") is None
+    write(tmp_path / "train.csv", "a\n")
+    assert split_file(tmp_path, "train") == tmp_path / "train.csv"
+    write(tmp_path / "train.jsonl", "")
+    with pytest.raises(InputError, match=r"both train\.jsonl and train\.csv; keep one"):
+        split_file(tmp_path, "train")
