@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from families import CAUSAL, MASKED, H, V, snapshot, unchanged
 from torch import nn
 
 from zotune import NonFiniteLoss, ZeroOrderOptimizer, noise
 from zotune.directions import Displacement
 from zotune.engines import sequential
 from zotune.noise import reference
-
-V, H = 96, 32  # vocabulary, width
-SIZES = {"hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
-GQA = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
-OPT = {"vocab_size": V, "hidden_size": H, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-CAUSAL = {
-    "llama": tf.LlamaConfig(**GQA, tie_word_embeddings=True),
-    "mistral": tf.MistralConfig(**GQA),
-    "qwen2": tf.Qwen2Config(**SIZES, num_key_value_heads=2),
-    "gemma2": tf.Gemma2Config(**GQA),
-    "phi": tf.PhiConfig(**SIZES),
-    "gpt2": tf.GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64),
-    "opt": tf.OPTConfig(**OPT, max_position_embeddings=64, word_embed_proj_dim=H),
-}
-MASKED = {
-    "bert": tf.BertConfig(**SIZES),
-    "roberta": tf.RobertaConfig(**SIZES, max_position_embeddings=64),
-    "deberta": tf.DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
-}
 
 
 class CustomTie(nn.Module):
@@ -54,10 +37,7 @@ class CustomTie(nn.Module):
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "toy":
-        return CustomTie().eval()
-    auto = tf.AutoModelForCausalLM if name in CAUSAL else tf.AutoModelForMaskedLM
-    return auto.from_config(copy.deepcopy((CAUSAL | MASKED)[name])).eval()
+    return CustomTie().eval() if name == "toy" else families.build(name)
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -78,20 +58,6 @@ def displaced_copy(model: nn.Module, seed: int, coef: float, direction: str = "g
             seeds, coefs = torch.tensor([seed]), torch.tensor([coef], dtype=torch.float32)
             reference.add_noise(param.data, param.data, seeds, coefs, noise.parameter_id(name), direction)
     return other
-
-
-def snapshot(model: nn.Module) -> list[tuple[int, int, torch.Tensor]]:
-    return [(id(p), p.data_ptr(), p.detach().clone()) for p in model.parameters()]
-
-
-def unchanged(model: nn.Module, before: list[tuple[int, int, torch.Tensor]]) -> bool:
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return all(
-        id(p) == key
-        and p.data_ptr() == ptr
-        and torch.equal(p.view(width[p.element_size()]), old.view(width[p.element_size()]))
-        for p, (key, ptr, old) in zip(model.parameters(), before, strict=True)
-    )
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *MASKED, "toy"])
@@ -325,7 +291,10 @@ def test_dropout_is_the_same_in_both_probes():
         ({"eps": 0.0}, "eps"),
         ({"lr": -1.0}, "lr"),
         ({"queries": 0}, "queries"),
-        ({"groups": 4}, "groups"),
+        ({"groups": 0}, "groups"),
+        ({"groups": "row"}, "groups"),
+        ({"groups": 4, "engine": "dual"}, "lowrank"),
+        ({"groups": 4, "estimator": "one-sided"}, "two-sided"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_was_meant(options, message):

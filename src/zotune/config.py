@@ -92,7 +92,10 @@ class TrainConfig(DataOptions, ModelOptions):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     queries: Positive = Field(1, description="directions a step; each costs two forwards")
-    groups: Literal[1] = Field(1, description="directions over the rows of a batch (this version: 1)")
+    groups: Positive | Literal["batch"] = Field(
+        1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
+    )
+    rank: Positive = Field(1, description="rank of the directions of engine lowrank")
     loss: Literal["answer", "candidates"] = Field(
         "answer", description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words"
     )
@@ -108,10 +111,10 @@ class TrainConfig(DataOptions, ModelOptions):
 
     @field_validator("groups", mode="before")
     @classmethod
-    def _one_group(cls, value: Any) -> Any:
-        if str(value) != "1":
-            raise ValueError(f"{value!r}: the engines of this version give a batch one direction; use 1")
-        return 1
+    def _groups(cls, value: Any) -> Any:
+        if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
+            return value if value == "batch" else int(value)
+        raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -127,6 +130,12 @@ class TrainConfig(DataOptions, ModelOptions):
         if value not in known:
             raise ValueError(f"unknown {info.field_name} {value!r}; {nearest(value, known)}")
         return value
+
+    @property
+    def pairs(self) -> int:
+        """Directions of a full step."""
+        rows = self.batch_size * self.accumulate
+        return self.queries * (rows if self.groups == "batch" else min(int(self.groups), rows))
 
     @property
     def evaluates_every(self) -> int:
@@ -170,6 +179,7 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         problems += [_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
+    problems += _engine_problems(given)
     if given.get("resume") in (True, "true") and given.get("overwrite") in (True, "true"):
         problems.append("--resume and --overwrite: choose one")
     if problems:
@@ -193,6 +203,16 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
         problems += [
             f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None
         ]
+    return problems
+
+
+def _engine_problems(given: Mapping[str, Any]) -> list[str]:
+    groups, engine = str(given.get("groups", 1)), given.get("engine", "auto")
+    problems = []
+    if groups != "1" and engine in ("sequential", "dual"):
+        problems.append(f"--groups {groups}: engine {engine} gives a batch one direction; use --engine lowrank or auto")
+    if groups != "1" and given.get("estimator") == "one-sided":
+        problems.append(f"--groups {groups}: needs two-sided estimates")
     return problems
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Displacement:
 
     seeds_Q: tuple[int, ...] = ()
     coefs_GQ: tuple[tuple[float, ...], ...] = ()
-    _held: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(
+    _held: dict[tuple[Any, torch.device], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -42,6 +43,23 @@ class Displacement:
             self._held[key] = seeds, torch.tensor(self.coefs_GQ[group], dtype=torch.float32, device=device)
         return self._held[key]
 
+    def some(self, first: int, last: int) -> Displacement:
+        """The directions first to last (exclusive)."""
+        if first == 0 and last >= len(self.seeds_Q):
+            return self
+        return Displacement(self.seeds_Q[first:last], tuple(coefs_Q[first:last] for coefs_Q in self.coefs_GQ))
+
+    def negated(self) -> Displacement:
+        return Displacement(self.seeds_Q, tuple(tuple(-c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
+
+    def by_part(self, device: torch.device, signs: tuple[int, ...], groups: int) -> tuple[Tensor, Tensor]:
+        """Each direction under each sign as a part of its own: seeds (P, 1) and coefficients (groups, P, 1)."""
+        key = (signs, device)
+        if key not in self._held:
+            held = [self.on(g, device) for g in range(groups)]
+            self._held[key] = _by_part(held[0][0], [coefs_Q for _, coefs_Q in held], signs)
+        return self._held[key]
+
 
 @dataclass(frozen=True)
 class HeldDisplacement:
@@ -55,6 +73,20 @@ class HeldDisplacement:
 
     def on(self, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.seeds_Q, self.coefs_GQ[group]
+
+    def some(self, first: int, last: int) -> HeldDisplacement:
+        return HeldDisplacement(self.seeds_Q[first:last], [coefs_Q[first:last] for coefs_Q in self.coefs_GQ])
+
+    def negated(self) -> HeldDisplacement:
+        return HeldDisplacement(self.seeds_Q, [-coefs_Q for coefs_Q in self.coefs_GQ])
+
+    def by_part(self, device: torch.device, signs: tuple[int, ...], groups: int) -> tuple[Tensor, Tensor]:
+        return _by_part(self.seeds_Q, self.coefs_GQ, signs)
+
+
+def _by_part(seeds_Q: Tensor, coefs_GQ: Sequence[Tensor], signs: Sequence[int]) -> tuple[Tensor, Tensor]:
+    coefs_GP = torch.stack([torch.cat([sign * coefs_Q for sign in signs]) for coefs_Q in coefs_GQ])
+    return seeds_Q.repeat(len(signs))[:, None], coefs_GP[:, :, None].contiguous()
 
 
 def signed(seed: int) -> int:
@@ -82,6 +114,7 @@ class Directions:
         self, groups: Sequence[Sequence[tuple[str, torch.nn.Parameter]]], distribution: str = "gaussian"
     ) -> None:
         self.distribution = distribution
+        self.groups = len(groups)
         self.params: list[torch.nn.Parameter] = []
         self.slots: dict[int, Slot] = {}
         ids = noise.parameter_ids([name for group in groups for name, _ in group])
@@ -106,6 +139,21 @@ class Directions:
         start = first * math.prod(param.shape[1:])
         noise.add_noise(out, param.data[first:last], seeds, coefs, slot.id, self.distribution, start)
         return out
+
+    def displaced_both(
+        self,
+        param: torch.nn.Parameter,
+        first: int,
+        last: int,
+        by: Displacement | HeldDisplacement,
+        plus: Tensor,
+        minus: Tensor,
+    ) -> None:
+        """plus, minus ← the rows first to last (exclusive) of param ± a displacement of one direction."""
+        slot = self.slots[id(param)]
+        seeds, coefs = by.on(slot.group, param.device)
+        start = first * math.prod(param.shape[1:])
+        noise.add_noise_both(plus, minus, param.data[first:last], seeds, coefs, slot.id, self.distribution, start)
 
     def displaced_rows(
         self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement | HeldDisplacement, out: Tensor

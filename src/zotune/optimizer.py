@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
+from zotune.engines.following import rows_in
 from zotune.engines.graphs import StepGraphs
+from zotune.engines.probing import centre, probe, shares, spread
 from zotune.errors import NonFiniteLoss, nearest
+from zotune.estimators import TwoSided
 from zotune.methods import make_method
 from zotune.trajectory import shrinkage
 
@@ -51,8 +54,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     method: see `zotune.methods.METHODS`; its further options (`estimator`, …) are keywords here.
     lr, eps, weight_decay: per group. eps in units of the weights; decay is decoupled, θ ← (1 − lr·decay)·θ first.
     seed: of the run. The directions of step s are noise(seed, s), whatever the device, dtype or torch's own seeds.
-    direction: "gaussian" or "rademacher". queries: directions a step. groups: directions over the rows of a batch.
-    engine: see `zotune.engines.ENGINES`, or "auto".
+    direction: "gaussian" or "rademacher". queries: directions a step.
+    groups: directions over the rows of a batch: 1, a number, or "batch" for one a row. More than one takes the engine
+        `lowrank` and a loss that is a vector, one number a row; the update is Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows each.
+    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`.
     max_skipped: a step whose loss is not finite changes nothing and is counted; after so many in a row `step` raises
         `NonFiniteLoss`.
 
@@ -80,6 +85,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         queries: int = 1,
         groups: int | str = 1,
         engine: str = "auto",
+        rank: int = 1,
         weight_decay: float = 0.0,
         max_skipped: int = 5,
         **options: Any,
@@ -91,11 +97,22 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         _check("max_skipped", max_skipped, max_skipped >= 1, "at least 1")
         if direction not in noise.DIRECTIONS:
             raise ValueError(f"unknown direction {direction!r}; {nearest(direction, noise.DIRECTIONS)}")
-        if groups != 1:
-            raise ValueError(f"groups={groups!r}: the engines of this version give a batch one direction; use groups=1")
+        _check("rank", rank, rank >= 1 and rank == int(rank), "a whole number from 1")
+        groups = int(groups) if isinstance(groups, str) and groups.isdecimal() else groups
+        _check(
+            "groups",
+            groups,
+            groups == "batch" or (isinstance(groups, int) and groups >= 1),
+            "a number from 1 or 'batch'",
+        )
         self.method = make_method(method, queries=int(queries), **options)
         self.direction = direction
         self.engine_name = engine
+        self.groups = groups
+        self.rank = int(rank)
+        self.pairs = 1 if groups == "batch" else int(groups)  # directions of a full batch: the most seen so far
+        if groups != 1 and not isinstance(self.method.estimator, TwoSided):
+            raise ValueError(f"groups={groups!r} needs two-sided estimates: each row's two losses are its own")
         self.max_skipped = max_skipped
         self.forward_passes = 0
         self.skipped_steps = 0
@@ -112,7 +129,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """The engine over the present parameter groups."""
         if self._engine is None:
             named = [list(zip(g["names"], g["params"], strict=True)) for g in self.param_groups]
-            self._engine = make_engine(self.engine_name, Directions(named, self.direction))
+            self._engine = make_engine(self.engine_name, Directions(named, self.direction), self.groups, self.rank)
         return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,23 +152,26 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         (the mean over the probes), a tensor where the closure gives one. Raises `NonFiniteLoss` after `max_skipped`
         steps in a row with a NaN or infinite loss; whatever the closure raises passes through, nothing applied.
 
-        batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`. On CUDA such a step is captured as one
-        graph for each shape of batch, so pass the same function every time and pad to a few lengths.
+        batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
+        With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
+        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
         estimator, groups, step = self.method.estimator, self.param_groups, self.steps
-        seeds_Q = tuple(noise.step_seed(groups[0]["seed"], step, q) for q in range(estimator.queries))
-        before = self.engine.forwards
-        losses_P = None if batch is None else self._captured_step(closure, batch, seeds_Q)
+        loss_of = (lambda _: closure()) if batch is None else closure
+        batches = batch if isinstance(batch, list) else [batch]
+        shares = self._shares(closure, batch, batches)
+        seed = groups[0]["seed"]
+        seeds_Q = tuple(noise.step_seed(seed, step, q, k) for q in range(estimator.queries) for k in range(self.pairs))
+        losses_P = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
         captured = losses_P is not None
         if losses_P is None:
-            loss_of = closure if batch is None else functools.partial(closure, batch)
-            raw_P = self._probe(loss_of, seeds_Q)
+            raw_P = probe(self.engine, estimator, loss_of, batches, functools.partial(self._at, seeds_Q), shares)
             losses_P = _numbers(raw_P)
-        self.forward_passes += self.engine.forwards - before
+        self.forward_passes += len(estimator.probes)
 
-        d_Q = estimator.differences(losses_P)
+        d_Q = spread(estimator, losses_P, shares, self.pairs)
         g_GQ = tuple(tuple(d / g["eps"] for d in d_Q) for g in groups)
         coefs_GQ = tuple(
             tuple(self.method.rule.coefficients(g_Q, float(group["lr"])))
@@ -160,7 +180,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         skipped = not self._applicable(losses_P, coefs_GQ)
         if not skipped and not captured:
             self._decay()
-            self.engine.apply(Displacement(seeds_Q, coefs_GQ))
+            self.engine.apply(Displacement(seeds_Q, coefs_GQ), self.pairs)
         for group in groups:
             group["step"] += 1
         self.last = StepRecord(
@@ -172,39 +192,51 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             skipped=skipped,
         )
         self._count(skipped)
-        loss = estimator.centre(losses_P)
+        loss = centre(estimator, losses_P, shares)
         return torch.tensor(loss) if captured or isinstance(raw_P[0], Tensor) else loss
 
-    def _probe(self, closure: Callable[[], Any], seeds_Q: Sequence[int]) -> list[Any]:
-        """What the closure returns at each probe."""
-        estimator, groups = self.method.estimator, self.param_groups
-        raw_P: list[Any] = []
-        redraw = _same_draws(groups)
-        for probe in estimator.probes:
-            if raw_P:
-                redraw()
-            at = Displacement()
-            if probe.sign:
-                coefs_G1 = tuple((probe.sign * g["eps"],) for g in groups)
-                at = Displacement((seeds_Q[probe.query],), coefs_G1)
-            raw_P.append(self.engine.loss(closure, at))
-        return raw_P
+    def _at(self, seeds_Q: Sequence[int], query: int, sign: int) -> Displacement:
+        """Where a probe is: ±eps along each of a query's directions."""
+        if sign == 0:
+            return Displacement()
+        own = tuple(seeds_Q[query * self.pairs : (query + 1) * self.pairs])
+        return Displacement(own, tuple((sign * g["eps"],) * len(own) for g in self.param_groups))
 
-    def _captured_step(self, loss_of: Callable[[Any], Any], batch: Any, seeds_Q: Sequence[int]) -> list[float] | None:
+    def _shares(self, closure: Callable[..., Any], batch: Any, batches: Sequence[Any]) -> tuple[int, ...]:
+        """How many of the step's rows each direction has; (1,) where one direction has all."""
+        if self.groups == 1:
+            return (1,)
+        if batch is not None:
+            rows = sum(rows_in(b) for b in batches)
+        else:  # a closure says how many rows it has by what it returns, at θ
+            losses = self.engine.loss(closure, Displacement())
+            if not isinstance(losses, Tensor) or losses.dim() != 1:
+                raise ValueError(f"groups={self.groups!r} needs a loss of each row; the closure returns one number")
+            rows = losses.numel()
+        directions = rows if self.groups == "batch" else min(int(self.groups), rows)
+        self.pairs = max(self.pairs, directions)
+        return shares(rows, directions)
+
+    def _captured_step(
+        self, loss_of: Callable[[Any], Any], batches: Sequence[Any], seeds_Q: Sequence[int], shares: tuple[int, ...]
+    ) -> list[float] | None:
         """The probes' losses where the step could be taken as a CUDA graph, else None."""
         groups = self.param_groups
-        on_cuda = all(p.is_cuda for g in groups for p in g["params"]) and all(t.is_cuda for t in batch.values())
-        if not on_cuda or any(g["weight_decay"] for g in groups):
+        if len(batches) > 1 or any(g["weight_decay"] for g in groups):
+            return None
+        if not all(p.is_cuda for g in groups for p in g["params"]) or not all(t.is_cuda for t in batches[0].values()):
             return None
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
             self._graphs = StepGraphs(self.engine, self.method.estimator, self.method.rule, eps_G, self._room())
-        return self._graphs.step(loss_of, batch, seeds_Q, [float(g["lr"]) for g in groups])
+        return self._graphs.step(loss_of, batches[0], seeds_Q, [float(g["lr"]) for g in groups], shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
-        return super().state_dict() | {"counts": counts | {"skipped_in_a_row": self._skipped_in_a_row}}
+        return super().state_dict() | {
+            "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs}
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -212,6 +244,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.forward_passes = counts.get("forward_passes", 0)
         self.skipped_steps = counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
+        self.pairs = counts.get("pairs", self.pairs)
 
     def flush(self) -> None:
         """Apply whatever an engine holds back. The engines of this version hold nothing back."""
@@ -242,20 +275,6 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {self.steps}); "
                 "nothing of them was applied: try a smaller lr or eps, or look at the data of these batches"
             )
-
-
-def _same_draws(groups: Sequence[dict[str, Any]]) -> Callable[[], None]:
-    """A function to call before each probe but the first: torch's generators go back to where the step found them."""
-    devices = sorted({p.device.index or 0 for g in groups for p in g["params"] if p.is_cuda})
-    cpu = torch.get_rng_state()
-    cuda = [torch.cuda.get_rng_state(i) for i in devices]
-
-    def redraw() -> None:
-        torch.set_rng_state(cpu)
-        for i, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, i)
-
-    return redraw
 
 
 def _numbers(raw_P: Sequence[Any]) -> list[float]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from zotune import noise
 from zotune.config import DataOptions, ModelOptions, TrainConfig
+from zotune.engines.probing import sides
 from zotune.errors import InputError
 from zotune.folder import RunFolder
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
@@ -285,6 +286,8 @@ class _Run:
             eps=config.eps,
             direction=config.direction,
             queries=config.queries,
+            groups=config.groups,
+            rank=config.rank,
             engine=config.engine,
             learning_rate=config.lr,
             lr_scheduler_type=config.lr_schedule,
@@ -319,6 +322,9 @@ class _Run:
             score=lambda: ready.score(ready.validation, self.listener, "validation"),
             metric=ready.task.metric,
         )
+        optimizer = trainer.create_optimizer()
+        assert isinstance(optimizer, ZeroOrderOptimizer)
+        optimizer.pairs = config.pairs // config.queries
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Recorder(self, trainer))
         return trainer
@@ -335,10 +341,16 @@ class _Run:
             method=config.method,
             seed=config.seed,
             planned_steps=config.steps,
-            pairs=config.queries,
+            pairs=config.pairs,
             groups=len(optimizer.param_groups),
             decay=tuple(group["weight_decay"] for group in optimizer.param_groups),
-            method_options={"estimator": config.estimator, "eps": config.eps},
+            method_options={
+                "estimator": config.estimator,
+                "eps": config.eps,
+                "queries": config.queries,
+                "groups": config.groups,
+                "rank": config.rank,
+            },
             dtype=str(config.dtype),
             engine=optimizer.engine.name,
             base={"name": config.model, "gguf_file": config.gguf_file, "scheme": config.scheme},
@@ -422,9 +434,7 @@ class _Recorder(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = self.trainer.zo_optimizer.last
         assert last is not None
-        probes = self.trainer.zo_optimizer.method.estimator.probes
-        plus = [loss for loss, probe in zip(last.losses_P, probes, strict=True) if probe.sign > 0]
-        other = [loss for loss, probe in zip(last.losses_P, probes, strict=True) if probe.sign <= 0]
+        plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
         self.run.trajectory.append(
             Record(
                 step=last.step,

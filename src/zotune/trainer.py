@@ -30,6 +30,8 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     eps: float = field(default=1e-3, metadata={"help": "size of the perturbation, in units of the weights"})
     direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher"})
     queries: int = field(default=1, metadata={"help": "directions a step; each costs two forwards"})
+    groups: Any = field(default=1, metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch'"})
+    rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
     method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
     max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
@@ -45,7 +47,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
             )
 
 
-_ZO_FIELDS = ("method", "eps", "direction", "queries", "engine", "method_options", "max_skipped")
+_ZO_FIELDS = ("method", "eps", "direction", "queries", "groups", "rank", "engine", "method_options", "max_skipped")
 
 
 class _TrainersOptimizer(ZeroOrderOptimizer):
@@ -130,8 +132,9 @@ class ZOTrainer(transformers.Trainer):
         batches, self._micro_batches = self._micro_batches, []
         model.eval()
         with self.compute_loss_context_manager():
-            if self.row_loss is not None and len(batches) == 1:
-                loss = self.zo_optimizer.step(self._rows_of(model), batch=batches[0])
+            if self.row_loss is not None:
+                batch = batches[0] if len(batches) == 1 else batches
+                loss = self.zo_optimizer.step(self._rows_of(model), batch=batch)
             else:
                 loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
         return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
@@ -144,8 +147,6 @@ class ZOTrainer(transformers.Trainer):
         return self._row_loss_of
 
     def _loss(self, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> Tensor:
-        if self.row_loss is not None:
-            return torch.cat([self.row_loss(model, batch) for batch in batches])
         summed = self.compute_loss_func is not None or (
             self.model_accepts_loss_kwargs and num_items_in_batch is not None
         )

@@ -112,11 +112,11 @@ def test_a_batch_holds_each_sequence_padded_on_the_right_alone(rows, multiple, l
         pairs = [(row.prompt, row.candidates[0]) for row in rows]
         assert batch["candidates"].tolist() == [[ids[0] for ids in row.candidates] for row in rows]
     else:
-        pairs = [(row.prompt, ids) for row in rows for ids in row.candidates]
-        own = iter(range(len(pairs)))
-        for row, line in zip(rows, batch["sequences"].tolist(), strict=True):
-            count = len(row.candidates)
-            assert line == [next(own) for _ in range(count)] + [-1] * (len(line) - count)
+        most = max(len(row.candidates) for row in rows)
+        padded = [row.candidates + row.candidates[:1] * (most - len(row.candidates)) for row in rows]
+        pairs = [(row.prompt, ids) for row, candidates in zip(rows, padded, strict=True) for ids in candidates]
+        counts = [len(row.candidates) for row in rows]
+        assert batch["present"].tolist() == [[c < count for c in range(most)] for count in counts]
     ids = batch["input_ids"]
     longest = max(len(p) + len(a) - 1 for p, a in pairs)
     assert longest <= ids.shape[1] < longest + multiple

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -112,7 +113,7 @@ def dry_run(config: TrainConfig) -> None:
 
 
 def _time(ready: run.Prepared) -> tuple[float, float]:
-    """Seconds a step, and seconds a scored row: the second of two steps, and one evaluation batch."""
+    """Seconds a step, and seconds a scored row: the last of three steps, and one evaluation batch."""
     config = ready.config
     ready.model.eval()
     optimizer = ZeroOrderOptimizer(
@@ -122,15 +123,18 @@ def _time(ready: run.Prepared) -> tuple[float, float]:
         eps=config.eps or 1e-3,
         direction=config.direction,
         queries=config.queries,
+        groups=config.groups,
+        rank=config.rank,
         engine=config.engine,
         estimator=config.estimator,
     )
     rows = (ready.train * config.batch_size)[: config.batch_size]
     batch = {k: v.to(ready.device) for k, v in Collator(config.loss, ready.pad_id)(rows).items()}
+    loss_of = functools.partial(ROW_LOSSES[config.loss], ready.model)
     seconds = 0.0
-    for _ in range(2):
+    for _ in range(3):
         began = _now(ready.device)
-        optimizer.step(lambda: ROW_LOSSES[config.loss](ready.model, batch))
+        optimizer.step(loss_of, batch=batch)
         seconds = _now(ready.device) - began
     began = _now(ready.device)
     scored = ready.validation[: 2 * config.batch_size]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions import HeldDisplacement, signed
+from zotune.directions import Displacement, HeldDisplacement, signed
+from zotune.engines.probing import probe, spread
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.estimators import Estimator
@@ -42,30 +43,37 @@ class StepGraphs:
         self._pool: Any = None
 
     def step(
-        self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], seeds_Q: Sequence[int], lr_G: Sequence[float]
+        self,
+        loss: Callable[[Any], Tensor],
+        batch: Mapping[str, Tensor],
+        seeds_Q: Sequence[int],
+        lr_G: Sequence[float],
+        shares: tuple[int, ...] = (1,),
+        pairs: int = 1,
     ) -> list[float] | None:
         """The probes' losses of a step that has been taken, or None where it has to be taken without a graph."""
         if not self.usable:
             return None
-        key = (loss, *((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())))
+        key = (loss, pairs, *((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())))
         captured = self._graphs.get(key)
         if captured is None:
             if len(self._graphs) >= MOST_GRAPHS:
                 return None
-            captured = self._capture(loss, batch)
+            captured = self._capture(loss, batch, shares, pairs)
             if captured is None:
                 return None
             self._graphs[key] = captured
         captured.load(batch, seeds_Q, lr_G)
         captured.graph.replay()
-        self.engine.forwards += len(self.estimator.probes)
         return captured.losses_P.tolist()
 
-    def _capture(self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor]) -> _Captured | None:
+    def _capture(
+        self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], shares: tuple[int, ...], pairs: int
+    ) -> _Captured | None:
         own, forwards = self.engine.scratch, self.engine.forwards
         device = next(iter(batch.values())).device
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        captured = _Captured(self, loss, batch, device)
+        captured = _Captured(self, loss, batch, device, shares, pairs)
         self.engine.scratch = captured.scratch = Scratch()  # its buffers live as long as the graph
         try:
             draws = torch.cuda.get_rng_state(device)
@@ -92,23 +100,23 @@ class StepGraphs:
 
 class _Captured:
     def __init__(
-        self, graphs: StepGraphs, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], device: torch.device
+        self,
+        graphs: StepGraphs,
+        loss: Callable[[Any], Tensor],
+        batch: Mapping[str, Tensor],
+        device: torch.device,
+        shares: tuple[int, ...],
+        pairs: int,
     ) -> None:
-        self.graphs, self.loss = graphs, loss
+        self.graphs, self.loss, self.shares, self.pairs = graphs, loss, shares, pairs
         self.graph = torch.cuda.CUDAGraph()
         self.scratch: Scratch | None = None
         self.batch = {name: t.clone() for name, t in batch.items()}
-        queries = graphs.estimator.queries
-        self.seeds_Q = torch.arange(queries, dtype=torch.int64, device=device)
+        self.seeds_Q = torch.arange(graphs.estimator.queries * pairs, dtype=torch.int64, device=device)
         self.lr_G = torch.zeros(len(graphs.eps_G), dtype=torch.float64, device=device)
-        self.steps_GP = [
-            [
-                torch.full((1,), probe.sign * eps, dtype=torch.float32, device=device)
-                for probe in graphs.estimator.probes
-            ]
-            for eps in graphs.eps_G
-        ]
-        self.losses_P = torch.zeros(len(graphs.estimator.probes), dtype=torch.float64, device=device)
+        self.eps_GQ = [torch.full((pairs,), eps, dtype=torch.float32, device=device) for eps in graphs.eps_G]
+        probes = len(graphs.estimator.probes) * len(shares)
+        self.losses_P = torch.zeros(probes, dtype=torch.float64, device=device)
 
     def load(self, batch: Mapping[str, Tensor], seeds_Q: Sequence[int], lr_G: Sequence[float]) -> None:
         for name, tensor in batch.items():
@@ -119,12 +127,16 @@ class _Captured:
     @torch.no_grad()
     def run(self) -> None:
         engine, estimator = self.graphs.engine, self.graphs.estimator
-        for p, probe in enumerate(estimator.probes):
-            coefs_G1 = [steps_P[p] for steps_P in self.steps_GP]
-            at = HeldDisplacement(self.seeds_Q[probe.query : probe.query + 1], coefs_G1)
-            loss = engine.loss(lambda: self.loss(self.batch), at)
-            self.losses_P[p] = loss.double().mean()
-        differences_Q = torch.stack(estimator.differences(list(self.losses_P)))  # type: ignore[arg-type]
+
+        def at(query: int, sign: int) -> HeldDisplacement | Displacement:
+            if sign == 0:
+                return Displacement()
+            own = self.seeds_Q[query * self.pairs : (query + 1) * self.pairs]
+            return HeldDisplacement(own, self.eps_GQ)
+
+        losses = probe(engine, estimator, self.loss, [self.batch], at, self.shares)
+        self.losses_P.copy_(torch.stack(losses))
+        differences_Q = torch.stack(spread(estimator, list(self.losses_P), self.shares, self.pairs))
         coefs_GQ = []
         for lr, eps in zip(self.lr_G, self.graphs.eps_G, strict=True):
             coefs_GQ.append(self.graphs.rule.coefficients_on_device(differences_Q / eps, lr))
@@ -132,4 +144,4 @@ class _Captured:
         for coefs_Q in coefs_GQ:
             finite = finite & (coefs_Q.abs() < self.graphs.room).all()
         applied = [torch.where(finite, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
-        engine.apply(HeldDisplacement(self.seeds_Q, applied))
+        engine.apply(HeldDisplacement(self.seeds_Q, applied), self.pairs)

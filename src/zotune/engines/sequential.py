@@ -9,7 +9,7 @@ returns. Following the reads instead of the modules makes tied weights, weights 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,8 +81,34 @@ class SequentialEngine:
                     result = self._displaced_loss(closure, at)
             return result
 
-    def apply(self, by: Displacement | HeldDisplacement) -> None:
-        """θ ← θ + displacement."""
+    def both(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Any,
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None = None,
+    ) -> tuple[Any, Any]:
+        """What loss(batch) is at θ + displacement and at θ − displacement. Dropout draws the same masks in both.
+
+        shares: where the displacement has several directions, how many of the batch's rows each has.
+        """
+        return self._separate(loss, batch, at, shares)
+
+    def _separate(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Any,
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None = None,
+    ) -> tuple[Any, Any]:
+        assert shares is None
+        redraw = same_draws(self.directions.params)
+        plus = self.loss(lambda: loss(batch), at)
+        redraw()
+        return plus, self.loss(lambda: loss(batch), at.negated())
+
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        """θ ← θ + displacement. at_once: as `lowrank` has it."""
         self.directions.apply(by)
 
     def _run(self, closure: Callable[[], Any]) -> Any:
@@ -121,8 +147,7 @@ class _PerturbedReads(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._reads(args) and not (kwargs and self._reads(tuple(kwargs.values()))):
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
+        if reads_no_values(func):
             return func(*args, **kwargs)
         if func is F.linear and (product := self._tiled_linear(*args, **kwargs)) is not None:
             return product
@@ -201,6 +226,28 @@ class _PerturbedReads(TorchFunctionMode):
         out = torch.empty((rows_K.numel(), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
         self.engine.directions.displaced_rows(weight, rows_K.long(), self.at, out)  # type: ignore[arg-type]
         return out.view(*input.shape, *weight.shape[1:])
+
+
+def reads_no_values(func: Any) -> bool:
+    """Whether a torch function asks a tensor for its shape and the like alone."""
+    name = getattr(func, "__name__", "")
+    return name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES)
+
+
+def same_draws(params: Sequence[Tensor]) -> Callable[[], None]:
+    """A function to call before each probe but the first: torch's generators go back to where they are now."""
+    devices = sorted({p.device.index or 0 for p in params if p.is_cuda})
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return lambda: None
+    cpu = torch.get_rng_state()
+    cuda = [torch.cuda.get_rng_state(i) for i in devices]
+
+    def redraw() -> None:
+        torch.set_rng_state(cpu)
+        for i, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, i)
+
+    return redraw
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

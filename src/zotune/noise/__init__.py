@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from importlib import import_module
@@ -128,3 +129,52 @@ def add_noise_rows(
 ) -> None:
     """out (K, D…) ← the rows rows_K (int64) of w + Σ_q coefs_Q[q]·z(seeds_Q[q]), for w (R, D…); no other row is read."""
     backend_for(w.device).add_noise_rows(out, w, rows_K, seeds_Q, coefs_Q, pid, direction)
+
+
+def add_noise_both(
+    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """plus, minus ← w ± coef_1·z(seed_1)[start : start + n]: the two copies of `add_noise`, w read once, z drawn once."""
+    backend_for(w.device).add_noise_both(plus, minus, w, seed_1, coef_1, pid, direction, start)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of `add_noise_many`: w (n elements, or None for zeros), where its parts go, its parameter id and its group.
+
+    out: P·n elements in a row, part after part; w itself where P is 1 and the sum is to stay in place.
+    """
+
+    out: Tensor
+    w: Tensor | None
+    pid: int
+    group: int = 0
+
+
+class Many:
+    """`add_noise` for many small tensors at once: one launch on CUDA.
+
+    out_p ← w + Σ_q coefs_GPQ[group][p][q]·z(seeds_PQ[p][q]) for each item and part p. The items stay where they are
+    in memory as long as this object is used.
+    """
+
+    def __init__(self, items: Sequence[Item], direction: str) -> None:
+        self.items, self.direction = list(items), direction
+        self._plan: Any = None
+
+    def draw(self, seeds_PQ: Tensor, coefs_GPQ: Tensor) -> None:
+        """seeds_PQ: (P, Q) int64; coefs_GPQ: (G, P, Q) float32; both contiguous, on the items' device."""
+        if not self.items:
+            return
+        backend = backend_for(self.items[0].out.device)
+        if hasattr(backend, "ManyPlan"):
+            if self._plan is None:
+                self._plan = backend.ManyPlan(self.items, self.direction)
+            self._plan.draw(seeds_PQ, coefs_GPQ)
+            return
+        parts = len(seeds_PQ)
+        for item in self.items:
+            out_Pn = item.out.view(parts, -1)
+            w = out_Pn.new_zeros(out_Pn.shape[1]) if item.w is None else item.w.detach().reshape(-1)
+            for out_n, seeds_Q, coefs_Q in zip(out_Pn, seeds_PQ, coefs_GPQ[item.group], strict=True):
+                backend.add_noise(out_n, w, seeds_Q, coefs_Q, item.pid, self.direction)

@@ -225,6 +225,27 @@ def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):
         out[shift + low : shift + high] = total[low:high]
 
 
+@njit(nogil=True, cache=True)
+def _both_float32(plus, minus, w, first, last, start, seeds, coefs, pid, gaussian):
+    buffers, total = _buffers(), np.empty(CHUNK, np.float32)
+    for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
+        _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
+        shift = chunk * CHUNK - start
+        low, high = max(0, first - shift), min(CHUNK, last - shift)
+        here, part = w[shift + low : shift + high], total[low:high]
+        up, down = plus[shift + low : shift + high], minus[shift + low : shift + high]
+        for j in range(part.size):
+            up[j] = here[j] + part[j]
+        for j in range(part.size):
+            down[j] = here[j] - part[j]
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _both_over_threads(cuts, plus, minus, w, start, seeds, coefs, pid, gaussian):
+    for k in prange(cuts.size - 1):
+        _both_float32(plus, minus, w, cuts[k], cuts[k + 1], start, seeds, coefs, pid, gaussian)
+
+
 def _parallel(kernel: Any) -> Any:
     @njit(parallel=True, nogil=True, cache=True)
     def over(cuts, out, w, start, seeds, coefs, pid, gaussian):
@@ -239,14 +260,19 @@ _PARALLEL = {kernel: _parallel(kernel) for kernel in (_add_float32, _add_bfloat1
 
 def _over_threads(kernel: Any, n: int, start: int, out: Any, w: Any, *rest: Any) -> None:
     """The kernel over [0, n), cut at chunk borders among as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, n // THREADED + 1)
-    if threads == 1:
+    cuts = _cuts(n, start)
+    if len(cuts) == 2:
         kernel(out, w, 0, n, start, *rest)
         return
-    inner = [-(-(start + n * k // threads) // CHUNK) * CHUNK - start for k in range(1, threads)]
-    cuts = np.array([0, *(min(n, max(0, cut)) for cut in inner), n])
-    numba.set_num_threads(threads)
+    numba.set_num_threads(len(cuts) - 1)
     _PARALLEL[kernel](cuts, out, w, start, *rest)
+
+
+def _cuts(n: int, start: int) -> Any:
+    """Borders of the threads' parts of [0, n), at whole chunks of the parameter."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, n // THREADED + 1)
+    inner = [-(-(start + n * k // threads) // CHUNK) * CHUNK - start for k in range(1, threads)]
+    return np.array([0, *(min(n, max(0, cut)) for cut in inner), n])
 
 
 def _add_flat(out: Tensor, w: Tensor, seeds: Any, coefs: Any, pid: int, direction: str, start: int) -> None:
@@ -293,6 +319,25 @@ def add_noise(
         result = torch.empty_like(flat)
         _add_flat(result, flat, seeds, coefs, pid, direction, start)
         out.copy_(result.view(w.shape))
+
+
+def add_noise_both(
+    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """See `zotune.noise.add_noise_both`."""
+    if w.dtype != torch.float32:
+        add_noise(plus, w, seed_1, coef_1, pid, direction, start)
+        add_noise(minus, w, seed_1, -coef_1, pid, direction, start)
+        return
+    n = w.numel()
+    arrays = [t.detach().reshape(-1).numpy() for t in (plus, minus, w)]
+    tail = (start, seed_1.numpy().view(np.uint64), coef_1.numpy(), np.uint32(pid), direction == "gaussian")
+    cuts = _cuts(n, start)
+    if len(cuts) == 2:
+        _both_float32(*arrays, 0, n, *tail)  # type: ignore[call-arg]
+    else:
+        numba.set_num_threads(len(cuts) - 1)
+        _both_over_threads(cuts, *arrays, *tail)  # type: ignore[call-arg]
 
 
 def add_noise_rows(

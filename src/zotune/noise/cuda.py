@@ -9,6 +9,7 @@ Seeds and coefficients are read from memory, so that a captured graph can be rep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -17,11 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zotune.noise import Item
+
 NORMAL_GROUP = 4  # elements: one block's two Box–Muller pairs
 SIGN_GROUP = (
     16  # elements: two 16-byte accesses of 16-bit weights; the words of 128 signs are drawn by each of 8 groups
 )
 TILE = 2048  # elements a program
+MANY_TILE = 1024  # the same where many small tensors share a launch
 
 _P0 = tl.constexpr(0.06971611827611923)
 _P1 = tl.constexpr(-0.11479733884334564)
@@ -158,6 +162,58 @@ def _rows_kernel(
     tl.store(into, _displaced(w_GE, group + step_G, seeds, coefs, Q, pid, GAUSSIAN, E, G), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pid"])
+def _both_kernel(
+    plus, minus, w, n, group, shift, seed, coef, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - shift
+    inside = (at_GE >= 0) & (at_GE < n)
+    w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
+    z_GE = _draw(tl.load(seed), pid, group + step_G, GAUSSIAN, E, G).to(wide)
+    moved_GE = tl.load(coef).to(wide) * z_GE
+    w_wide = w_GE.to(wide)
+    tl.store(plus + at_GE, (w_wide + moved_GE).to(w_GE.dtype), mask=inside)
+    tl.store(minus + at_GE, (w_wide - moved_GE).to(w_GE.dtype), mask=inside)
+
+
+@triton.jit
+def _many_kernel(
+    tile_item,
+    tile_first,
+    outs,
+    ws,
+    sizes,
+    pids,
+    groups,
+    seeds,
+    coefs,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_W: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Tile t of part p: elements tile_first[t]·E, … of item tile_item[t]."""
+    item = tl.load(tile_item + tl.program_id(0))
+    part = tl.program_id(1)
+    n = tl.load(sizes + item)
+    pid = tl.load(pids + item)
+    step_G = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    inside = at_GE < n
+    out = tl.load(outs + item).to(tl.pointer_type(DTYPE)) + part * n
+    if HAS_W:
+        w_GE = tl.load(tl.load(ws + item).to(tl.pointer_type(DTYPE)) + at_GE, mask=inside, other=0.0)
+    else:
+        w_GE = tl.zeros((G, E), dtype=DTYPE)
+    own = coefs + (tl.load(groups + item) * P + part) * Q
+    tl.store(out + at_GE, _displaced(w_GE, step_G, seeds + part * Q, own, Q, pid, GAUSSIAN, E, G), mask=inside)
+
+
 def _shape(direction: str) -> dict[str, Any]:
     gaussian = direction == "gaussian"
     group = NORMAL_GROUP if gaussian else SIGN_GROUP
@@ -197,3 +253,72 @@ def add_noise_rows(
     _rows_kernel[grid](
         out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile
     )
+
+
+def add_noise_both(
+    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """See `zotune.noise.add_noise_both`. plus and minus are contiguous."""
+    if w.numel() == 0:
+        return
+    w_flat, tile = w.detach().reshape(-1).contiguous(), _shape(direction)
+    shift = start % tile["E"]
+    grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
+    _both_kernel[grid](
+        plus, minus, w_flat, w_flat.numel(), start // tile["E"], shift, seed_1, coef_1, _signed(pid), **tile
+    )
+
+
+_TL_DTYPE = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+
+
+class ManyPlan:
+    """What a launch over many tensors has to know of them, on the device; items of one dtype share a launch."""
+
+    def __init__(self, items: Sequence[Item], direction: str) -> None:
+        self.tile = _shape(direction) | {"G": MANY_TILE // _shape(direction)["E"]}
+        kinds: dict[Any, list[Item]] = {}
+        for item in items:
+            kinds.setdefault((item.out.dtype, item.w is not None), []).append(item)
+        self.launches = [(dtype, has_w, self._tables(items)) for (dtype, has_w), items in kinds.items()]
+
+    def _tables(self, items: Sequence[Item]) -> tuple[Tensor, ...]:
+        groups_a_tile = self.tile["G"]
+        sizes, tile_item, tile_first = [], [], []
+        for i, item in enumerate(items):
+            n = item.out.shape[-1] if item.w is None else item.w.numel()
+            assert item.out.is_contiguous()
+            assert item.w is None or item.w.is_contiguous()
+            sizes.append(n)
+            for first in range(0, triton.cdiv(n, self.tile["E"]), groups_a_tile):
+                tile_item.append(i)
+                tile_first.append(first)
+        device = items[0].out.device
+        return (
+            torch.tensor(tile_item, dtype=torch.int32, device=device),
+            torch.tensor(tile_first, dtype=torch.int64, device=device),
+            torch.tensor([item.out.data_ptr() for item in items], dtype=torch.int64, device=device),
+            torch.tensor([0 if t.w is None else t.w.data_ptr() for t in items], dtype=torch.int64, device=device),
+            torch.tensor(sizes, dtype=torch.int64, device=device),
+            torch.tensor([_signed(item.pid) for item in items], dtype=torch.int32, device=device),
+            torch.tensor([item.group for item in items], dtype=torch.int32, device=device),
+        )
+
+    def draw(self, seeds_PQ: Tensor, coefs_GPQ: Tensor) -> None:
+        parts, queries = seeds_PQ.shape
+        for dtype, has_w, tables in self.launches:
+            _many_kernel[(len(tables[0]), parts)](
+                *tables,
+                seeds_PQ,
+                coefs_GPQ,
+                P=parts,
+                Q=queries,
+                DTYPE=_TL_DTYPE[dtype],
+                HAS_W=has_w,
+                **self.tile,
+            )

@@ -90,3 +90,11 @@ def add_noise_rows(
     index_KD = rows_K[:, None] * width + torch.arange(width, device=w.device)
     picked_KD = w[rows_K].reshape(len(rows_K), width)
     out.copy_(_displaced(picked_KD, index_KD, seeds_Q, coefs_Q, pid, direction).view(out.shape))
+
+
+def add_noise_both(
+    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+) -> None:
+    """See `zotune.noise.add_noise_both`."""
+    add_noise(plus, w, seed_1, coef_1, pid, direction, start)
+    add_noise(minus, w, seed_1, -coef_1, pid, direction, start)

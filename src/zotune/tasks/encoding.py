@@ -102,8 +102,8 @@ class Collator:
     loss "candidates": all candidates of all rows; where each is a single token they share one sequence, the prompt.
 
     The batch: input_ids (S, T); positions (S, K) of the hidden states that predict the answer's tokens, targets (S, K),
-    target_mask (S, K); labels (B,); and `candidates` (B, C) ids or `sequences` (B, C) indices into S (−1: no such
-    candidate).
+    target_mask (S, K); labels (B,); and `candidates` (B, C) ids, or `present` (B, C): S = B·C, and a row
+    with fewer candidates than C repeats its first.
     """
 
     loss: str
@@ -119,12 +119,10 @@ class Collator:
             single = self._sequences([(row.prompt, row.candidates[0]) for row in rows])
             candidates = torch.tensor([[ids[0] for ids in row.candidates] for row in rows])
             return {**single, "candidates": candidates, "labels": labels}
-        flat = [(row.prompt, ids) for row in rows for ids in row.candidates]
-        sequences, first = torch.full((len(rows), max(counts)), -1), 0
-        for b, count in enumerate(counts):
-            sequences[b, :count] = torch.arange(first, first + count)
-            first += count
-        return {**self._sequences(flat), "sequences": sequences, "labels": labels}
+        most = max(counts)  # rows stay together: S = B·C, so that each half of a doubled batch is a batch
+        flat = [(row.prompt, (row.candidates + row.candidates[:1] * most)[c]) for row in rows for c in range(most)]
+        present = torch.arange(most)[None, :] < torch.tensor(counts)[:, None]
+        return {**self._sequences(flat), "present": present, "labels": labels}
 
     def _sequences(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Tensor]:
         longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)

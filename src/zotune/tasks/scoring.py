@@ -56,8 +56,8 @@ def candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         logits_BV = answer_logits(model, batch)[:, 0]
         return logits_BV.log_softmax(-1).gather(1, batch["candidates"])
     scores_S = -answer_losses(model, batch)
-    sequences_BC = batch["sequences"]
-    return scores_S[sequences_BC.clamp(min=0)].masked_fill(sequences_BC < 0, float("-inf"))
+    present_BC = batch["present"]
+    return scores_S.view(present_BC.shape).masked_fill(~present_BC, float("-inf"))
 
 
 def candidate_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,109 @@
+"""What the engines that run one forward over many parts share: the doubled batch, trust, and the way out."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.parts import PartedReads, Unfollowed
+from zotune.engines.sequential import SequentialEngine
+
+logger = logging.getLogger(__name__)
+
+
+class FollowingEngine(SequentialEngine):
+    """Both losses of every row from one forward over the doubled batch, where the model allows it.
+
+    The first batch is also computed by `sequential`, and the losses compared: a model that mixes rows, or hides them from
+    the first dimension, is found out before it trains on wrong numbers. Then, and where the forward cannot be followed,
+    `sequential` does the work, and a line says so once.
+    """
+
+    def __init__(self, directions: Directions) -> None:
+        super().__init__(directions)
+        self.usable = True
+        self._checked = False
+
+    @abstractmethod
+    def _reads(self, at: Displacement | HeldDisplacement, shares: tuple[int, ...], copies: int) -> PartedReads:
+        """The mode under which a batch is computed: copies 2, a doubled one, at θ ± displacement; 1, at θ + displacement.
+
+        shares: how many of the batch's rows each direction of the displacement has.
+        """
+
+    def both(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Any,
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None = None,
+    ) -> tuple[Any, Any]:
+        if not self.usable or not isinstance(batch, Mapping):
+            return self._separate(loss, batch, at, shares)
+        try:
+            found = self._doubled(loss, batch, at, shares)
+            if not self._checked and not capturing():
+                self._check(found, loss, batch, at, shares)
+                self._checked = True
+        except (Unfollowed, RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or capturing():
+                raise
+            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+            return self._separate(loss, batch, at, shares)
+        return found
+
+    def _doubled(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Mapping[str, Any],
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = rows_in(batch)
+        doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
+        with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
+            losses = loss(doubled)
+        self.forwards += 2
+        if not isinstance(losses, Tensor) or losses.numel() != 2 * rows:
+            raise Unfollowed("the loss is one number for all rows; return one a row")
+        if len(mode.seen) < len(self.directions.params):
+            unread = next(p for p in self.directions.params if id(p) not in mode.seen)
+            raise Unfollowed(f"{self.directions.slots[id(unread)].name} is read by no torch function")
+        plus, minus = losses.view(2, rows)
+        return plus, minus
+
+    def _check(
+        self, found: tuple[Tensor, Tensor], loss: Any, batch: Any, at: Displacement | HeldDisplacement, shares: Any
+    ) -> None:
+        counted = self.forwards
+        wanted = self._separate(loss, batch, at, shares)
+        self.forwards = counted
+        ours, theirs = (torch.stack([t.detach().double().view(-1) for t in pair]) for pair in (found, wanted))
+        if not bool(torch.isfinite(theirs).all()):
+            return
+        rounding = 64 * torch.finfo(self.directions.params[0].dtype).eps * theirs.abs().mean()
+        error, spread = (ours - theirs).abs().mean(), (theirs[0] - theirs[1]).abs().mean()
+        if error > 0.05 * spread + rounding:
+            raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")
+
+    def _give_up(self, why: str) -> None:
+        self.usable = False
+        logger.warning("engine %s: %s; steps go on by two separate forwards", self.name, why)
+
+
+def capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch: the smallest first dimension of its tensors."""
+    sizes = [t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.dim()]
+    if not sizes:
+        raise Unfollowed("the batch holds no tensor")
+    return min(sizes)

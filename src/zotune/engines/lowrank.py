@@ -1,0 +1,268 @@
+"""Low-rank directions: z = U·Vᵀ/√r beside one shared product with W, which is never copied or perturbed.
+
+    y = x·Wᵀ ± ε·(x·V)·Uᵀ/√r
+
+so each row of a batch, or group of rows, can have a direction of its own, and its own coefficient from its own two losses, in
+one forward over the doubled batch. The factors of a parameter NAME of shape (O, …) with D elements a row are noise of the
+parameters `NAME.U` (O·r elements) and `NAME.V` (D·r), rounded to the weights' dtype; vectors keep a dense z.
+
+Sources: GRZO, arXiv 2606.02857 (a direction per row); EGGROLL, arXiv 2511.16652.
+"""
+
+# P parts, G directions, R rank, O and D the two sides of a parameter, n rows of what the model computes.
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune import noise
+from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.following import FollowingEngine, capturing
+from zotune.engines.parts import PartedReads, Parts, Unfollowed
+from zotune.engines.sequential import same_draws
+from zotune.engines.stacks import Stacks
+
+
+class LowRankEngine(FollowingEngine):
+    """Losses under G low-rank directions, each for its own rows: row i of B under direction i·G // B.
+
+    rank: r. Vectors, and whatever has a side no longer than r, take a dense z of the directions' distribution.
+    """
+
+    name = "lowrank"
+
+    def __init__(self, directions: Directions, rank: int = 1) -> None:
+        super().__init__(directions)
+        self.rank = rank
+        self.factored = [p for p in directions.params if p.dim() > 1 and rank < min(_sides(p))]
+        chosen = {id(p) for p in self.factored}
+        self.dense = [p for p in directions.params if id(p) not in chosen]
+        names = {directions.slots[id(p)].name for p in directions.params}
+        own = [f"{directions.slots[id(p)].name}.{side}" for p in self.factored for side in "UV"]
+        self._ids = noise.parameter_ids([*names, *own])
+        self._stacks: dict[int, Stacks] = {}
+        self._factors: dict[int, _Factors] = {}
+
+    def both(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Any,
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None = None,
+    ) -> tuple[Any, Any]:
+        try:
+            return super().both(loss, batch, at, shares)
+        except Unfollowed as error:
+            raise ValueError(f"engine lowrank: {error}; try engine='dual' or 'sequential' with groups=1") from None
+
+    def loss(
+        self, closure: Callable[[], Any], at: Displacement | HeldDisplacement, shares: tuple[int, ...] = (1,)
+    ) -> Any:
+        """What the closure returns at θ + displacement. shares: rows of each direction, where there are several."""
+        if len(at.seeds_Q) == 0:
+            return super().loss(closure, at)
+        with torch.no_grad(), self._reads(at, shares, 1) as mode:
+            result = self._run(closure)
+        if len(mode.seen) < len(self.directions.params) and self._unread is None:
+            unread = next(p for p in self.directions.params if id(p) not in mode.seen)
+            raise Unfollowed(f"{self.directions.slots[id(unread)].name} is read by no torch function")
+        return result
+
+    def _separate(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Any,
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None = None,
+    ) -> tuple[Any, Any]:
+        redraw = same_draws(self.directions.params)
+        plus = self.loss(lambda: loss(batch), at, shares or (1,))
+        redraw()
+        return plus, self.loss(lambda: loss(batch), at.negated(), shares or (1,))
+
+    def _reads(self, at: Displacement | HeldDisplacement, shares: tuple[int, ...], copies: int) -> PartedReads:
+        groups = len(at.seeds_Q)
+        parts = copies * groups
+        if parts not in self._stacks:
+            self._stacks[parts] = Stacks(self.directions, self.dense, parts)
+        signs = (1, -1)[:copies]
+        self._stacks[parts].draw(at, signs)
+        return _LowRankReads(self, at, Parts(shares * copies), self._stacks[parts], self._drawn(at), signs)
+
+    def _drawn(self, at: Displacement | HeldDisplacement) -> _Factors:
+        groups = len(at.seeds_Q)
+        if groups not in self._factors:
+            self._factors[groups] = _Factors(self, groups)
+        self._factors[groups].draw(at)
+        return self._factors[groups]
+
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        """θ ← θ + Σ c·U·Vᵀ/√r + Σ c·z: one product for each factored parameter and so many directions at once."""
+        count, each = len(by.seeds_Q), at_once
+        for first in range(0, count, each):
+            some = by.some(first, first + each)
+            drawn = self._drawn(some)
+            for param in self.factored:
+                slot = self.directions.slots[id(param)]
+                if some.is_zero(slot.group):
+                    continue
+                _, coefs_G = some.on(slot.group, param.device)
+                u_GOR, v_GDR = drawn.of[id(param)]
+                wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+                scaled = u_GOR * (coefs_G.to(wide) / math.sqrt(self.rank)).view(-1, 1, 1)
+                matrix = param.data.view(param.shape[0], -1)
+                if param.dtype in (torch.float32, torch.float64):
+                    left, right = scaled.permute(1, 0, 2).flatten(1), v_GDR.to(wide).permute(0, 2, 1).flatten(0, 1)
+                    matrix.addmm_(left, right)
+                else:
+                    self._fold_16(matrix, scaled, v_GDR)
+            for param in self.dense:
+                if not some.is_zero(self.directions.slots[id(param)].group):
+                    self.directions.displaced(param, some, param.data)
+
+    def _fold_16(self, matrix: Tensor, scaled_GOR: Tensor, v_GDR: Tensor) -> None:
+        """The sum in float32, rounded once: factors rounded to 16 bits would lose the coefficients' own bits."""
+        left, right = scaled_GOR.permute(1, 0, 2).flatten(1), v_GDR.float().permute(0, 2, 1).flatten(0, 1)
+        rows = max(1, (16 << 20) // (4 * matrix.shape[1]))
+        for first in range(0, len(matrix), rows):
+            tile = matrix[first : first + rows]
+            tile.copy_(torch.addmm(tile.float(), left[first : first + rows], right))
+
+    def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
+        name = self.directions.slots[id(param)].name
+        return self._ids[f"{name}.U"], self._ids[f"{name}.V"]
+
+
+class _Factors:
+    """U (G, O, R) and V (G, D, R) of every factored parameter for G directions, in buffers that are used again."""
+
+    def __init__(self, engine: LowRankEngine, groups: int) -> None:
+        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+        items = []
+        self._device = engine.directions.params[0].device
+        for param in engine.factored:
+            pair = []
+            for side, pid in zip(_sides(param), engine.ids_of(param), strict=True):
+                out = param.data.new_empty(groups, side * engine.rank)
+                items.append(noise.Item(out, None, pid))
+                pair.append(out.view(groups, side, engine.rank))
+            self.of[id(param)] = pair[0], pair[1]
+        self._many = noise.Many(items, engine.directions.distribution)
+        self._held: Any = None
+
+    def draw(self, at: Displacement | HeldDisplacement) -> None:
+        """Nothing where the last draw was of the same seeds: the update wants what the probes had."""
+        if isinstance(at, Displacement) and self._held == at.seeds_Q and not capturing():
+            return
+        seeds_G, _ = at.on(0, self._device)
+        ones = torch.ones(1, len(seeds_G), 1, device=self._device)
+        self._many.draw(seeds_G[:, None].contiguous(), ones)
+        self._held = at.seeds_Q if isinstance(at, Displacement) else None
+
+
+class _LowRankReads(PartedReads):
+    def __init__(
+        self,
+        engine: LowRankEngine,
+        at: Displacement | HeldDisplacement,
+        parts: Parts,
+        stacks: Stacks,
+        factors: _Factors,
+        signs: tuple[int, ...],
+    ) -> None:
+        super().__init__(parts, engine.directions.params, stacks.of)
+        self.engine, self.at, self.factors, self.signs = engine, at, factors, signs
+        self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.special |= {torch.addmm: self._addmm}
+
+    def _scale(self, group: int, like: Tensor) -> Tensor:
+        """(P,): ±ε/√r of each part."""
+        key = (group, like.dtype)
+        if key not in self._scales:
+            _, coefs_GP1 = self.at.by_part(like.device, self.signs, self.engine.directions.groups)
+            self._scales[key] = (coefs_GP1[group, :, 0] / math.sqrt(self.engine.rank)).to(like.dtype)
+        return self._scales[key]
+
+    def copy(self, param: Any, part: int) -> Tensor:
+        u_GOR, v_GDR = self.factors.of[id(param)]
+        group = part % len(u_GOR)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        u, v = u_GOR[group].to(wide), v_GDR[group].to(wide)
+        scale = self._scale(self.engine.directions.slots[id(param)].group, u)[part]
+        return (param.data.view(len(u), -1).to(wide) + scale * (u @ v.t())).to(param.dtype).view(param.shape)
+
+    def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+        y = torch.nn.functional.linear(x, weight.data)
+        u_GOR, v_GDR = self.factors.of[id(weight)]
+        self._add_product(y, x, v_GDR, u_GOR, weight)
+        return y if bias is None else self.plus_bias(y, bias)
+
+    def _addmm(self, bias: Any, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
+        """GPT-2's Conv1D: x·W with W (D, O), so that U is on the input's side."""
+        if id(weight) not in self.factors.of or not self.is_param(weight) or not self._is_batch(x) or out is not None:
+            return NotImplemented
+        if beta != 1 or alpha != 1:
+            return NotImplemented
+        shift = self.stack_of(bias)
+        if shift is None and self._is_parted(bias):
+            return NotImplemented
+        y = torch.mm(x, weight.data)
+        u_GOR, v_GDR = self.factors.of[id(weight)]
+        self._add_product(y, x, u_GOR, v_GDR, weight)
+        return self.plus_bias(y, bias if shift is None else shift)
+
+    def _add_product(self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, weight: Any) -> None:
+        """y (n, …, O) += scale·(x·in)·outᵀ in place, each part with its own factors."""
+        scale_P = self._scale(self.engine.directions.slots[id(weight)].group, y)
+        copies = len(scale_P) // len(in_GDR)
+        if self.parts.equal:
+            x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
+            if x.is_cuda and (fused := _fused()) is not None:
+                fused(y_PMO, x_PMD, in_GDR, out_GOR, scale_P.float())
+                return
+            in_PDR, out_PRO = in_GDR.repeat(copies, 1, 1), out_GOR.transpose(1, 2).repeat(copies, 1, 1)
+        else:  # parts of different sizes: each row (of the batch) with factors of its own
+            x_PMD, y_PMO = (t.view(t.shape[0], -1, t.shape[-1]) for t in (x, y))
+            in_PDR = self.parts.rows_of(in_GDR.repeat(copies, 1, 1), x.shape[0])
+            out_PRO = self.parts.rows_of(out_GOR.transpose(1, 2).repeat(copies, 1, 1), x.shape[0])
+            scale_P = self.parts.rows_of(scale_P, x.shape[0])
+        if len(scale_P) == 1:
+            y_PMO[0].addmm_(x_PMD[0] @ in_PDR[0] * scale_P, out_PRO[0])
+            return
+        y_PMO.baddbmm_(torch.bmm(x_PMD, in_PDR) * scale_P[:, None, None], out_PRO)
+
+    def rows(self, ids: Tensor, weight: Any) -> Any:
+        y = torch.nn.functional.embedding(ids, weight.data)
+        u_GOR, v_GDR = self.factors.of[id(weight)]
+        if v_GDR.shape[1] != y.shape[-1]:
+            return NotImplemented
+        groups, (n, *_) = len(u_GOR), ids.shape
+        each = self.parts.slices(n)
+        part_n = torch.cat([torch.full((s.stop - s.start,), p % groups, device=ids.device) for p, s in enumerate(each)])
+        scale_P = self._scale(self.engine.directions.slots[id(weight)].group, y)
+        scale_n = self.parts.rows_of(scale_P, n)
+        flat_nM = ids.reshape(n, -1)
+        picked_nMR = u_GOR[part_n[:, None], flat_nM] * scale_n[:, None, None]
+        y.view(n, -1, y.shape[-1]).baddbmm_(picked_nMR, v_GDR[part_n].transpose(1, 2))
+        return y
+
+
+def _sides(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], param.numel() // max(1, param.shape[0])
+
+
+@functools.cache
+def _fused() -> Callable[..., None] | None:
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return None
+    from zotune.engines.rank_kernels import add_low_rank
+
+    return add_low_rank

@@ -1,0 +1,223 @@
+"""Engines that compute all parts in one forward give what copies with really displaced weights give, row by row."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from families import CAUSAL, MASKED, V, build, snapshot, unchanged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from zotune import ZeroOrderOptimizer, noise
+from zotune.directions import Displacement, signed
+from zotune.engines.probing import shares
+from zotune.noise import reference
+
+FAMILIES = [*CAUSAL, *MASKED]
+
+
+def batch_of(rows: int, tokens: int = 7) -> dict[str, torch.Tensor]:
+    ids = torch.randint(2, V - 2, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids}
+
+
+def row_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids = batch["input_ids"]
+    extra = {} if model.config.model_type in MASKED else {"use_cache": False}
+    logits = model(input_ids=ids, **extra).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.mean(1)
+
+
+def draw(name: str, shape: tuple[int, ...], seed: int, direction: str) -> torch.Tensor:
+    out = torch.zeros(math.prod(shape), dtype=torch.float64)
+    reference.add_noise(out, out, torch.tensor([signed(seed)]), torch.ones(1), noise.parameter_id(name), direction)
+    return out.view(shape)
+
+
+def low_rank(name: str, param: torch.Tensor, seed: int, rank: int, direction: str) -> torch.Tensor:
+    """z of a parameter, written down."""
+    rows, width = param.shape[0], param.numel() // param.shape[0]
+    if param.dim() < 2 or rank >= min(rows, width):
+        return draw(name, tuple(param.shape), seed, direction)
+    u = draw(f"{name}.U", (rows, rank), seed, direction)
+    v = draw(f"{name}.V", (width, rank), seed, direction)
+    return (u @ v.t() / rank**0.5).view(param.shape)
+
+
+def moved(model: nn.Module, seed: int, coef: float, rank: int, direction: str = "gaussian") -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, param in other.named_parameters():
+            param += coef * low_rank(name, param, seed, rank, direction)
+    return other
+
+
+@pytest.mark.parametrize("direction", noise.DIRECTIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dual_gives_the_losses_of_two_forwards(name, direction):
+    model = build(name).double()
+    before = snapshot(model)
+    dual, plain = (ZeroOrderOptimizer(model, direction=direction, engine=e).engine for e in ("dual", "sequential"))
+    at, batch = Displacement((77,), ((1e-2,),)), batch_of(3)
+    ours = dual.both(lambda b: row_losses(model, b), batch, at)
+    theirs = plain.both(lambda b: row_losses(model, b), batch, at)
+    assert dual.usable
+    assert dual.forwards == 2
+    assert unchanged(model, before)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_dual_in_narrow_formats(name, dtype):
+    model = build(name).to(dtype)
+    dual, plain = (ZeroOrderOptimizer(model, engine=e).engine for e in ("dual", "sequential"))
+    at, batch = Displacement((5,), ((1e-2,),)), batch_of(4)
+    ours = torch.stack(dual.both(lambda b: row_losses(model, b).float(), batch, at))
+    theirs = torch.stack(plain.both(lambda b: row_losses(model, b).float(), batch, at))
+    assert dual.usable
+    torch.testing.assert_close(ours, theirs, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_row_sees_its_own_low_rank_direction(name, rank):
+    model = build(name).double()
+    before = snapshot(model)
+    engine = ZeroOrderOptimizer(model, engine="lowrank", rank=rank, groups="batch").engine
+    batch, seeds, eps = batch_of(4), (3, 5, 7, 11), 1e-2
+    ours = engine.both(lambda b: row_losses(model, b), batch, Displacement(seeds, ((eps,) * 4,)), (1, 1, 1, 1))
+    assert engine.usable
+    assert unchanged(model, before)
+    for losses, sign in zip(ours, (1, -1), strict=True):
+        for i, seed in enumerate(seeds):
+            one = {"input_ids": batch["input_ids"][i : i + 1]}
+            wanted = row_losses(moved(model, seed, sign * eps, rank), one)
+            torch.testing.assert_close(losses[i : i + 1], wanted, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 7), groups=st.integers(1, 5), rank=st.integers(1, 4), signs=st.booleans())
+def test_a_low_rank_step_is_the_step_written_down(rows, groups, rank, signs):
+    direction = "rademacher" if signs else "gaussian"
+    model = build("llama").double()
+    base, batch, lr, eps = copy.deepcopy(model), batch_of(rows), 1e-3, 1e-3
+    optimizer = ZeroOrderOptimizer(
+        model, lr=lr, eps=eps, engine="lowrank", groups=groups, rank=rank, direction=direction, seed=4
+    )
+    optimizer.step(lambda b: row_losses(model, b), batch=batch)
+    wanted = dict(copy.deepcopy(base).named_parameters())
+    used = shares(rows, min(groups, rows))
+    first = 0
+    with torch.no_grad():
+        for k, share in enumerate(used):
+            seed = noise.step_seed(4, 0, 0, k)
+            part = {"input_ids": batch["input_ids"][first : first + share]}
+            plus, minus = (row_losses(moved(base, seed, s * eps, rank, direction), part).mean() for s in (1, -1))
+            g = float(plus - minus) / (2 * eps)
+            for name, param in wanted.items():
+                param -= lr * share / rows * g * low_rank(name, param, seed, rank, direction)
+            first += share
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param, wanted[name], rtol=0, atol=2e-7 * lr * 1e3)
+    assert optimizer.forward_passes == 2
+
+
+def test_micro_batches_are_one_batch():
+    models = [build("llama").double() for _ in range(2)]
+    whole, (first, second) = batch_of(6), (batch_of(6) for _ in range(2))
+    parts = [{"input_ids": first["input_ids"][:4]}, {"input_ids": second["input_ids"][4:]}]
+    for model, batch in zip(models, (whole, parts), strict=True):
+        optimizer = ZeroOrderOptimizer(model, lr=1e-3, groups="batch", seed=1)
+        optimizer.step(lambda b, m=model: row_losses(m, b), batch=batch)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_closure_of_row_losses_is_the_batch():
+    models = [build("gpt2").double() for _ in range(2)]
+    batch = batch_of(5)
+    first, second = (ZeroOrderOptimizer(m, lr=1e-3, groups="batch", seed=1) for m in models)
+    first.step(lambda b: row_losses(models[0], b), batch=batch)
+    second.step(lambda: row_losses(models[1], batch))
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_short_batch_has_fewer_directions_at_the_same_scale():
+    model = build("llama").double()
+    optimizer = ZeroOrderOptimizer(model, lr=1e-3, groups="batch", seed=1)
+    optimizer.step(lambda b: row_losses(model, b), batch=batch_of(4))
+    base = copy.deepcopy(model)
+    optimizer.step(lambda b: row_losses(model, b), batch=batch_of(2))
+    assert len(optimizer.last.g_GQ[0]) == 4
+    assert optimizer.last.g_GQ[0][2:] == (0, 0)
+    other = ZeroOrderOptimizer(base, lr=1e-3, groups="batch", seed=1)
+    other.param_groups[0]["step"] = 1
+    other.step(lambda b: row_losses(base, b), batch=batch_of(2))
+    for a, b in zip(model.parameters(), base.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_one_number_for_all_rows_is_refused_with_directions_of_their_own():
+    model = build("llama")
+    optimizer = ZeroOrderOptimizer(model, groups="batch")
+    with pytest.raises(ValueError, match="one a row"):
+        optimizer.step(lambda b: row_losses(model, b).mean(), batch=batch_of(3))
+    with pytest.raises(ValueError, match="each row"):
+        optimizer.step(lambda: row_losses(model, batch_of(3)).mean())
+
+
+class Mixes(nn.Module):
+    """Rows see each other: a mean over the batch, which doubling changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+        self.config = self.inner.config
+        self.scale = nn.Parameter(torch.ones(V))
+
+    def forward(self, input_ids: torch.Tensor, **more: object) -> tf.modeling_outputs.CausalLMOutput:
+        logits = self.inner(input_ids).logits
+        return tf.modeling_outputs.CausalLMOutput(logits=logits - 5 * logits.mean(0) * self.scale)
+
+
+def test_a_model_that_mixes_rows_is_found_out(caplog):
+    model = Mixes().double()
+    dual, plain = (ZeroOrderOptimizer(model, engine=e, lr=1e-3, seed=2) for e in ("dual", "sequential"))
+    with caplog.at_level(logging.WARNING):
+        at = Displacement((7,), ((1e-2,),))
+        ours = dual.engine.both(lambda b: row_losses(model, b), batch_of(3), at)
+    assert "separate forwards" in caplog.text
+    theirs = plain.engine.both(lambda b: row_losses(model, b), batch_of(3), at)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-12, atol=0)
+
+
+def test_lora_under_every_engine(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(build("llama").double(), config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                param.normal_(generator=torch.Generator().manual_seed(1))
+    at, batch = Displacement((5,), ((1e-2,),)), batch_of(4)
+    dual, plain = (ZeroOrderOptimizer(model, engine=e).engine for e in ("dual", "sequential"))
+    ours, theirs = (torch.stack(e.both(lambda b: row_losses(model, b), batch, at)) for e in (dual, plain))
+    assert dual.usable
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    optimizer = ZeroOrderOptimizer(model, lr=1e-2, groups="batch")
+    optimizer.step(lambda b: row_losses(model, b), batch=batch)
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
