@@ -25,20 +25,29 @@ CONFIG = tf.LlamaConfig(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
-def test_captured_steps_give_the_weights_of_steps_without(dtype, direction):
+@pytest.mark.parametrize("engine", ["sequential", "dual", "lowrank", "batch"])
+def test_captured_steps_give_the_weights_of_steps_without(dtype, direction, engine):
     torch.manual_seed(0)
     plain = tf.LlamaForCausalLM(CONFIG).to("cuda", dtype).eval()
     captured = copy.deepcopy(plain)
     batches = [{"input_ids": torch.randint(0, 64, (4, 8 + 8 * (i % 2)), device="cuda")} for i in range(8)]
 
     def loss_of(model):
-        return lambda batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+        def rows(batch):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            return losses.mean(1)
 
-    first, second = (ZeroOrderOptimizer(m, lr=1e-3, direction=direction, seed=1) for m in (plain, captured))
+        return rows
+
+    chosen = {"groups": "batch"} if engine == "batch" else {"engine": engine}
+    first, second = (ZeroOrderOptimizer(m, lr=1e-3, direction=direction, seed=1, **chosen) for m in (plain, captured))
+    first._captured_step = lambda *args: None
     f, g = loss_of(plain), loss_of(captured)
     for batch in batches:
-        first.step(lambda batch=batch: f(batch))
+        first.step(f, batch=batch)
         second.step(g, batch=batch)
+    assert getattr(second.engine, "usable", True)
     assert second._graphs is not None
     assert second._graphs.usable
     assert len(second._graphs._graphs) == 2

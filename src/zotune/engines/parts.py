@@ -59,8 +59,10 @@ class Parts:
 
     def rows_of(self, stack: Tensor, n: int) -> Tensor:
         """(P, …) → (n, …): each part's entry for each of its rows."""
-        sizes = torch.tensor([s.stop - s.start for s in self.slices(n)], device=stack.device)
-        return stack.repeat_interleave(sizes, 0, output_size=n)
+        sizes = [s.stop - s.start for s in self.slices(n)]
+        if self.equal:
+            return stack.repeat_interleave(sizes[0], 0)
+        return torch.cat([part.expand(size, *part.shape) for part, size in zip(stack, sizes, strict=True)])
 
 
 @dataclass

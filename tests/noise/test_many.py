@@ -1,0 +1,48 @@
+"""Several copies or tensors in one pass are what `add_noise` gives one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zotune import noise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, backend) -> None:
+    """Bits, but for one rounding where c·z and the sum are fused or the interpreter truncates 16-bit stores."""
+    loose = backend.fuses or backend.interpreted
+    tolerance = 2 * torch.finfo(ours.dtype).eps if loose else 0
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", noise.DIRECTIONS)
+@pytest.mark.parametrize(("n", "start"), [(5000, 0), (777, 333), (1, 2049)])
+def test_both_copies_are_the_two_displacements(backend, direction, dtype, n, start):
+    w = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype).to(backend.device)
+    seed, coef = backend.pairs([3 << 62], [0.37])
+    plus, minus = torch.empty_like(w), torch.empty_like(w)
+    backend.module.add_noise_both(plus, minus, w, seed, coef, 99, direction, start)
+    close(plus, backend.add(w, [3 << 62], [0.37], 99, direction, start), backend)
+    close(minus, backend.add(w, [3 << 62], [-0.37], 99, direction, start), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", noise.DIRECTIONS)
+def test_many_tensors_are_each_tensor_alone(backend, direction, dtype, monkeypatch):
+    monkeypatch.setattr(noise, "backend_for", lambda device: backend.module)
+    draw = torch.Generator().manual_seed(0)
+    ws = [torch.randn(n, generator=draw).to(dtype).to(backend.device) for n in (5, 64, 3000)]
+    outs = [torch.full((3, w.numel()), torch.nan, dtype=dtype, device=backend.device) for w in ws]
+    factor = torch.full((3, 1000), torch.nan, dtype=dtype, device=backend.device)
+    items = [noise.Item(out, w, 7 + i, i % 2) for i, (out, w) in enumerate(zip(outs, ws, strict=True))]
+    seeds, coefs = [1, 2, 1 << 63], [[0.5, -0.5, 0.1], [0.25, -1.0, 0.0]]
+    seeds_31 = backend.pairs(seeds, [])[0][:, None]
+    coefs_231 = torch.tensor(coefs, device=backend.device)[:, :, None]
+    noise.Many([*items, noise.Item(factor, None, 50, 1)], direction).draw(seeds_31, coefs_231)
+    for p, seed in enumerate(seeds):
+        for i, (out, w) in enumerate(zip(outs, ws, strict=True)):
+            close(out[p], backend.add(w, [seed], [coefs[i % 2][p]], 7 + i, direction), backend)
+        close(factor[p], backend.add(torch.zeros_like(factor[p]), [seed], [coefs[1][p]], 50, direction), backend)
