@@ -114,25 +114,13 @@ class LowRankEngine(FollowingEngine):
                     continue
                 _, coefs_G = some.on(slot.group, param.device)
                 u_GOR, v_GDR = drawn.of[id(param)]
-                wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-                scaled = u_GOR * (coefs_G.to(wide) / math.sqrt(self.rank)).view(-1, 1, 1)
                 matrix = param.data.view(param.shape[0], -1)
-                if param.dtype in (torch.float32, torch.float64):
-                    left, right = scaled.permute(1, 0, 2).flatten(1), v_GDR.to(wide).permute(0, 2, 1).flatten(0, 1)
-                    matrix.addmm_(left, right)
+                scaled_G = coefs_G / math.sqrt(self.rank)
+                if param.is_cuda and (kernels := _kernels()) is not None and param.dtype != torch.float64:
+                    kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
                 else:
-                    self._fold_16(matrix, scaled, v_GDR)
-            for param in self.dense:
-                if not some.is_zero(self.directions.slots[id(param)].group):
-                    self.directions.displaced(param, some, param.data)
-
-    def _fold_16(self, matrix: Tensor, scaled_GOR: Tensor, v_GDR: Tensor) -> None:
-        """The sum in float32, rounded once: factors rounded to 16 bits would lose the coefficients' own bits."""
-        left, right = scaled_GOR.permute(1, 0, 2).flatten(1), v_GDR.float().permute(0, 2, 1).flatten(0, 1)
-        rows = max(1, (16 << 20) // (4 * matrix.shape[1]))
-        for first in range(0, len(matrix), rows):
-            tile = matrix[first : first + rows]
-            tile.copy_(torch.addmm(tile.float(), left[first : first + rows], right))
+                    _fold(matrix, u_GOR, v_GDR, scaled_G)
+            self.directions.apply(some, self.dense)
 
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
@@ -223,8 +211,8 @@ class _LowRankReads(PartedReads):
         copies = len(scale_P) // len(in_GDR)
         if self.parts.equal:
             x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
-            if x.is_cuda and (fused := _fused()) is not None:
-                fused(y_PMO, x_PMD, in_GDR, out_GOR, scale_P.float())
+            if x.is_cuda and (kernels := _kernels()) is not None:
+                kernels.add_low_rank(y_PMO, x_PMD, in_GDR, out_GOR, scale_P.float())
                 return
             in_PDR, out_PRO = in_GDR.repeat(copies, 1, 1), out_GOR.transpose(1, 2).repeat(copies, 1, 1)
         else:  # parts of different sizes: each row (of the batch) with factors of its own
@@ -257,12 +245,24 @@ def _sides(param: Tensor) -> tuple[int, int]:
     return param.shape[0], param.numel() // max(1, param.shape[0])
 
 
+def _fold(matrix_OD: Tensor, u_GOR: Tensor, v_GDR: Tensor, scaled_G: Tensor) -> None:
+    """W += Σ_g scaled_g·U_g·V_gᵀ, the sum in float32 (float64 for float64 weights) and rounded once."""
+    wide = torch.float64 if matrix_OD.dtype == torch.float64 else torch.float32
+    left = (u_GOR * scaled_G.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
+    right = v_GDR.to(wide).permute(0, 2, 1).flatten(0, 1)
+    if matrix_OD.dtype == wide:
+        matrix_OD.addmm_(left, right)
+        return
+    rows = max(1, (16 << 20) // (4 * matrix_OD.shape[1]))
+    for first in range(0, len(matrix_OD), rows):
+        tile = matrix_OD[first : first + rows]
+        tile.copy_(torch.addmm(tile.float(), left[first : first + rows], right))
+
+
 @functools.cache
-def _fused() -> Callable[..., None] | None:
+def _kernels() -> Any:
+    """`zotune.engines.rank_kernels` where Triton is installed."""
+    from importlib import import_module
     from importlib.util import find_spec
 
-    if find_spec("triton") is None:
-        return None
-    from zotune.engines.rank_kernels import add_low_rank
-
-    return add_low_rank
+    return import_module("zotune.engines.rank_kernels") if find_spec("triton") else None
