@@ -1,6 +1,13 @@
-"""No time limit for one example: these machines are shared, and a first call may compile a kernel."""
+"""Choices that hold for all tests."""
 
+import os
+
+import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import
+
+# No time limit for one example: a machine may be shared, and a first call may compile a kernel.
 settings.register_profile("zotune", deadline=None)
 settings.load_profile("zotune")

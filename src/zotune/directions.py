@@ -18,6 +18,8 @@ from torch import Tensor
 
 from zotune import noise
 
+FEW = 1 << 20  # elements of a parameter up to which its update shares a launch with others
+
 
 @dataclass(frozen=True)
 class Displacement:
@@ -25,9 +27,7 @@ class Displacement:
 
     seeds_Q: tuple[int, ...] = ()
     coefs_GQ: tuple[tuple[float, ...], ...] = ()
-    _held: dict[tuple[Any, torch.device], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _held: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert all(len(coefs_Q) == len(self.seeds_Q) for coefs_Q in self.coefs_GQ)
@@ -52,12 +52,17 @@ class Displacement:
     def negated(self) -> Displacement:
         return Displacement(self.seeds_Q, tuple(tuple(-c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
 
-    def by_part(self, device: torch.device, signs: tuple[int, ...], groups: int) -> tuple[Tensor, Tensor]:
-        """Each direction under each sign as a part of its own: seeds (P, 1) and coefficients (groups, P, 1)."""
-        key = (signs, device)
+    def by_part(
+        self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Each direction under each sign as a part of its own: seeds (P, 1) and coefficients (groups, P, 1).
+
+        together: all of them as one part's, (1, P) and (groups, 1, P).
+        """
+        key = (signs, together, device)
         if key not in self._held:
             held = [self.on(g, device) for g in range(groups)]
-            self._held[key] = _by_part(held[0][0], [coefs_Q for _, coefs_Q in held], signs)
+            self._held[key] = _by_part(held[0][0], [coefs_Q for _, coefs_Q in held], signs, together)
         return self._held[key]
 
 
@@ -80,13 +85,18 @@ class HeldDisplacement:
     def negated(self) -> HeldDisplacement:
         return HeldDisplacement(self.seeds_Q, [-coefs_Q for coefs_Q in self.coefs_GQ])
 
-    def by_part(self, device: torch.device, signs: tuple[int, ...], groups: int) -> tuple[Tensor, Tensor]:
-        return _by_part(self.seeds_Q, self.coefs_GQ, signs)
+    def by_part(
+        self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return _by_part(self.seeds_Q, self.coefs_GQ, signs, together)
 
 
-def _by_part(seeds_Q: Tensor, coefs_GQ: Sequence[Tensor], signs: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _by_part(
+    seeds_Q: Tensor, coefs_GQ: Sequence[Tensor], signs: Sequence[int], together: bool
+) -> tuple[Tensor, Tensor]:
     coefs_GP = torch.stack([torch.cat([sign * coefs_Q for sign in signs]) for coefs_Q in coefs_GQ])
-    return seeds_Q.repeat(len(signs))[:, None], coefs_GP[:, :, None].contiguous()
+    seeds_P, along = seeds_Q.repeat(len(signs)), 0 if together else 1
+    return seeds_P.unsqueeze(along).contiguous(), coefs_GP.unsqueeze(1 + along).contiguous()
 
 
 def signed(seed: int) -> int:
@@ -115,6 +125,7 @@ class Directions:
     ) -> None:
         self.distribution = distribution
         self.groups = len(groups)
+        self._together: dict[tuple[int, ...], noise.Many] = {}
         self.params: list[torch.nn.Parameter] = []
         self.slots: dict[int, Slot] = {}
         ids = noise.parameter_ids([name for group in groups for name, _ in group])
@@ -164,8 +175,22 @@ class Directions:
         noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
         return out
 
-    def apply(self, by: Displacement | HeldDisplacement) -> None:
-        """θ ← θ + displacement, in place, one pass over each parameter."""
-        for param in self.params:
-            if not by.is_zero(self.slots[id(param)].group):
+    def apply(self, by: Displacement | HeldDisplacement, params: Sequence[torch.nn.Parameter] | None = None) -> None:
+        """θ ← θ + displacement, in place, one pass over each parameter (of these); on CUDA small ones share a launch."""
+        params = self.params if params is None else params
+        some = [p for p in params if not by.is_zero(self.slots[id(p)].group)]
+        few = [p for p in some if p.is_cuda and p.numel() <= FEW and p.is_contiguous()]
+        if few:
+            self._many(few).draw(*by.by_part(few[0].device, (1,), self.groups, together=True))
+        together = {id(p) for p in few}
+        for param in some:
+            if id(param) not in together:
                 self.displaced(param, by, param.data)
+
+    def _many(self, params: Sequence[torch.nn.Parameter]) -> noise.Many:
+        """These parameters as one launch; made anew where one of them has moved in memory."""
+        key = tuple(p.data_ptr() for p in params)
+        if key not in self._together:
+            items = [noise.Item(p.data, p.data, self.slots[id(p)].id, self.slots[id(p)].group) for p in params]
+            self._together = {key: noise.Many(items, self.distribution)}
+        return self._together[key]

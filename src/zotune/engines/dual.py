@@ -16,7 +16,7 @@ from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
 from zotune.engines.stacks import SMALL_BYTES, Stacks
 
-TILE_BYTES = 8 << 20  # of each of the two copies: both stay in a GPU's second cache
+TILE_BYTES = 8 << 20  # of a copy: both stay in a GPU's second cache
 
 
 class DualEngine(FollowingEngine):
@@ -51,21 +51,15 @@ class _DualReads(PartedReads):
         out = x.new_empty(2, halves.shape[1], weight.shape[0])
         size = weight.numel() * weight.element_size()
         rows = -(-weight.shape[0] // -(-size // TILE_BYTES))
-        copies = [scratch.take(weight.data[:rows]) for _ in range(2)]
+        copies = scratch.take(weight.data[:rows].expand(2, rows, width))
         for first in range(0, weight.shape[0], rows):
             last = min(first + rows, weight.shape[0])
-            tiles = [copy[: last - first] for copy in copies]
-            self.engine.directions.displaced_both(weight, first, last, self.at, *tiles)
-            for half in range(2):
-                to = out[half, :, first:last]
-                if bias is None:
-                    torch.mm(halves[half], tiles[half].t(), out=to)
-                else:
-                    own = bias[first:last] if bias.dim() == 1 else bias[half, first:last]
-                    torch.addmm(own, halves[half], tiles[half].t(), out=to)
-        for copy in copies:
-            scratch.give(copy)
-        return out.view(*x.shape[:-1], weight.shape[0])
+            tiles = copies.view(-1)[: 2 * (last - first) * width].view(2, last - first, width)
+            self.engine.directions.displaced_both(weight, first, last, self.at, tiles[0], tiles[1])
+            torch.bmm(halves, tiles.transpose(1, 2), out=out[:, :, first:last])
+        scratch.give(copies)
+        out = out.view(*x.shape[:-1], weight.shape[0])
+        return out if bias is None else self.plus_bias(out, bias)
 
     def rows(self, ids: Tensor, weight: Any) -> Any:
         halves = ids.reshape(2, -1)

@@ -87,7 +87,11 @@ class FollowingEngine(SequentialEngine):
         ours, theirs = (torch.stack([t.detach().double().view(-1) for t in pair]) for pair in (found, wanted))
         if not bool(torch.isfinite(theirs).all()):
             return
-        rounding = 64 * torch.finfo(self.directions.params[0].dtype).eps * theirs.abs().mean()
+        # what the shape of a batch alone changes: the same losses at θ, doubled and not
+        doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
+        with torch.no_grad():
+            once, twice = (loss(b).detach().double().view(-1) for b in (batch, doubled))
+        rounding = 4 * (twice.view(2, -1) - once).abs().mean() + 1e-6 * theirs.abs().mean()
         error, spread = (ours - theirs).abs().mean(), (theirs[0] - theirs[1]).abs().mean()
         if error > 0.05 * spread + rounding:
             raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")

@@ -62,3 +62,39 @@ def add_low_rank(y_PMO: Tensor, x_PMD: Tensor, a_GDR: Tensor, b_GOR: Tensor, sca
     _outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 256))](
         y_PMO, t, b_GOR, rows, out, groups, y_PMO.stride(0), y_PMO.stride(1), R=rank, BM=many, BO=256
     )
+
+
+@triton.jit
+def _fold_kernel(
+    w, u, v, scales, N, D, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """W (N, D) += Σ_g scales[g]·U_g·V_gᵀ, rounded once. K: G·R rounded up to what a product takes."""
+    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
+    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
+    k_K = tl.arange(0, K)
+    group_K, rank_K = k_K // R, k_K % R
+    there = k_K < G * R
+    scale_K = tl.load(scales + group_K, mask=there, other=0.0)
+    u_at = u + (group_K[None, :].to(tl.int64) * N + n_B[:, None]) * R + rank_K[None, :]
+    u_BK = tl.load(u_at, mask=(n_B < N)[:, None] & there[None, :], other=0.0).to(tl.float32) * scale_K[None, :]
+    v_at = v + (group_K[:, None].to(tl.int64) * D + d_B[None, :]) * R + rank_K[:, None]
+    v_KB = tl.load(v_at, mask=there[:, None] & (d_B < D)[None, :], other=0.0).to(tl.float32)
+    total_BB = tl.dot(u_BK, v_KB, input_precision=PRECISION)
+    at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
+    inside = (n_B < N)[:, None] & (d_B < D)[None, :]
+    w_BB = tl.load(at, mask=inside, other=0.0)
+    nonzero = tl.sum((scale_K != 0).to(tl.int32), axis=0)
+    moved_BB = (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype)
+    tl.store(at, tl.where(nonzero != 0, moved_BB, w_BB), mask=inside)
+
+
+def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> None:
+    """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W."""
+    (out, wide), (groups, _, rank) = matrix_ND.shape, u_GNR.shape
+    # tf32 keeps 11 bits of each factor, more than 16-bit weights keep of the sum
+    precision = "ieee" if matrix_ND.dtype == torch.float32 else "tf32"
+    _fold_kernel[(triton.cdiv(out, 64), triton.cdiv(wide, 128))](
+        matrix_ND, u_GNR, v_GDR, scales_G, out, wide, G=groups, R=rank,
+        K=max(16, triton.next_power_of_2(groups * rank)), PRECISION=precision, BN=64, BD=128,
+    )  # fmt: skip
