@@ -13,7 +13,6 @@ Sources: GRZO, arXiv 2606.02857 (a direction per row); EGGROLL, arXiv 2511.16652
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from zotune import noise
 from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.following import FollowingEngine, capturing
-from zotune.engines.parts import PartedReads, Parts, Unfollowed
+from zotune.engines.parts import PartedReads, Parts, Unfollowed, optional_kernels
 from zotune.engines.sequential import same_draws
 from zotune.engines.stacks import Stacks
 
@@ -107,16 +106,17 @@ class LowRankEngine(FollowingEngine):
         count, each = len(by.seeds_Q), at_once
         for first in range(0, count, each):
             some = by.some(first, first + each)
-            drawn = self._drawn(some)
+            drawn, scaled = self._drawn(some), {}
             for param in self.factored:
                 slot = self.directions.slots[id(param)]
                 if some.is_zero(slot.group):
                     continue
-                _, coefs_G = some.on(slot.group, param.device)
                 u_GOR, v_GDR = drawn.of[id(param)]
                 matrix = param.data.view(param.shape[0], -1)
-                scaled_G = coefs_G / math.sqrt(self.rank)
-                if param.is_cuda and (kernels := _kernels()) is not None and param.dtype != torch.float64:
+                if slot.group not in scaled:
+                    scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
+                scaled_G = scaled[slot.group]
+                if param.is_cuda and (kernels := optional_kernels()) is not None and param.dtype != torch.float64:
                     kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
                 else:
                     _fold(matrix, u_GOR, v_GDR, scaled_G)
@@ -169,12 +169,12 @@ class _LowRankReads(PartedReads):
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
         self.special |= {torch.addmm: self._addmm}
 
-    def _scale(self, group: int, like: Tensor) -> Tensor:
+    def _scale(self, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(P,): ±ε/√r of each part."""
-        key = (group, like.dtype)
+        key = (group, dtype)
         if key not in self._scales:
-            _, coefs_GP1 = self.at.by_part(like.device, self.signs, self.engine.directions.groups)
-            self._scales[key] = (coefs_GP1[group, :, 0] / math.sqrt(self.engine.rank)).to(like.dtype)
+            _, coefs_GP1 = self.at.by_part(device, self.signs, self.engine.directions.groups)
+            self._scales[key] = (coefs_GP1[group, :, 0] / math.sqrt(self.engine.rank)).to(dtype)
         return self._scales[key]
 
     def copy(self, param: Any, part: int) -> Tensor:
@@ -182,14 +182,13 @@ class _LowRankReads(PartedReads):
         group = part % len(u_GOR)
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         u, v = u_GOR[group].to(wide), v_GDR[group].to(wide)
-        scale = self._scale(self.engine.directions.slots[id(param)].group, u)[part]
+        scale = self._scale(self.engine.directions.slots[id(param)].group, wide, u.device)[part]
         return (param.data.view(len(u), -1).to(wide) + scale * (u @ v.t())).to(param.dtype).view(param.shape)
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
         y = torch.nn.functional.linear(x, weight.data)
         u_GOR, v_GDR = self.factors.of[id(weight)]
-        self._add_product(y, x, v_GDR, u_GOR, weight)
-        return y if bias is None else self.plus_bias(y, bias)
+        return self._add_product(y, x, v_GDR, u_GOR, weight, bias)
 
     def _addmm(self, bias: Any, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
         """GPT-2's Conv1D: x·W with W (D, O), so that U is on the input's side."""
@@ -202,18 +201,24 @@ class _LowRankReads(PartedReads):
             return NotImplemented
         y = torch.mm(x, weight.data)
         u_GOR, v_GDR = self.factors.of[id(weight)]
-        self._add_product(y, x, u_GOR, v_GDR, weight)
-        return self.plus_bias(y, bias if shift is None else shift)
+        return self._add_product(y, x, u_GOR, v_GDR, weight, bias if shift is None else shift)
 
-    def _add_product(self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, weight: Any) -> None:
-        """y (n, …, O) += scale·(x·in)·outᵀ in place, each part with its own factors."""
-        scale_P = self._scale(self.engine.directions.slots[id(weight)].group, y)
+    def _add_product(
+        self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, weight: Any, bias: Tensor | None
+    ) -> Tensor:
+        """y (n, …, O) += scale·(x·in)·outᵀ + bias in place, each part with its own factors and bias."""
+        group = self.engine.directions.slots[id(weight)].group
+        if self.parts.equal and x.is_cuda and (kernels := optional_kernels()) is not None:
+            x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
+            kernels.add_low_rank(y_PMO, x_PMD, in_GDR, out_GOR, self._scale(group, torch.float32, y.device), bias)
+            return y
+        self._add_by_products(y, x, in_GDR, out_GOR, self._scale(group, y.dtype, y.device))
+        return y if bias is None else self.plus_bias(y, bias)
+
+    def _add_by_products(self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, scale_P: Tensor) -> None:
         copies = len(scale_P) // len(in_GDR)
         if self.parts.equal:
             x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
-            if x.is_cuda and (kernels := _kernels()) is not None:
-                kernels.add_low_rank(y_PMO, x_PMD, in_GDR, out_GOR, scale_P.float())
-                return
             in_PDR, out_PRO = in_GDR.repeat(copies, 1, 1), out_GOR.transpose(1, 2).repeat(copies, 1, 1)
         else:  # parts of different sizes: each row (of the batch) with factors of its own
             x_PMD, y_PMO = (t.view(t.shape[0], -1, t.shape[-1]) for t in (x, y))
@@ -233,7 +238,7 @@ class _LowRankReads(PartedReads):
         groups, (n, *_) = len(u_GOR), ids.shape
         each = self.parts.slices(n)
         part_n = torch.cat([torch.full((s.stop - s.start,), p % groups, device=ids.device) for p, s in enumerate(each)])
-        scale_P = self._scale(self.engine.directions.slots[id(weight)].group, y)
+        scale_P = self._scale(self.engine.directions.slots[id(weight)].group, y.dtype, y.device)
         scale_n = self.parts.rows_of(scale_P, n)
         flat_nM = ids.reshape(n, -1)
         picked_nMR = u_GOR[part_n[:, None], flat_nM] * scale_n[:, None, None]
@@ -257,12 +262,3 @@ def _fold(matrix_OD: Tensor, u_GOR: Tensor, v_GDR: Tensor, scaled_G: Tensor) -> 
     for first in range(0, len(matrix_OD), rows):
         tile = matrix_OD[first : first + rows]
         tile.copy_(torch.addmm(tile.float(), left[first : first + rows], right))
-
-
-@functools.cache
-def _kernels() -> Any:
-    """`zotune.engines.rank_kernels` where Triton is installed."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    return import_module("zotune.engines.rank_kernels") if find_spec("triton") else None

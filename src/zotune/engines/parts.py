@@ -9,10 +9,13 @@ parameters alone (`1 + weight`, a look-up of positions) is kept once a part unti
 
 from __future__ import annotations
 
+import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -212,10 +215,24 @@ class PartedReads(TorchFunctionMode):
         if scale is None or scale.dim() != 2 or not self._is_batch(input) or (bias is not None and shift is None):
             return NotImplemented
         normed = F.layer_norm(input, shape, None, None, eps)
+        if self._in_one_pass(normed, scale):
+            kernel = optional_kernels().affine
+            kernel(self.parts.by_part(normed).flatten(1, -2), scale, shift)
+            return normed
         scale, by_part = self.beside(scale, normed)
         if shift is None:
             return self.whole(by_part * scale)
         return self.whole(torch.addcmul(self.beside(shift, normed)[0], by_part, scale))
+
+    def _in_one_pass(self, y: Tensor, stack: Tensor) -> bool:
+        return (
+            y.is_cuda
+            and self.parts.equal
+            and y.dim() > 1
+            and y.is_contiguous()
+            and y.dtype == stack.dtype != torch.float64
+            and optional_kernels() is not None
+        )
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if not self._is_batch(input) or id(weight) in self._values or weight.dim() != 2:
@@ -237,6 +254,9 @@ class PartedReads(TorchFunctionMode):
 
     def plus_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """y (n, …, O), changed in place, and a bias (P, O) or (O,)."""
+        if self._in_one_pass(y, bias):
+            optional_kernels().affine(self.parts.by_part(y).flatten(1, -2), None, bias)
+            return y
         if bias.dim() == 1:
             return y.add_(bias)
         stack, by_part = self.beside(bias, y)
@@ -280,3 +300,9 @@ class PartedReads(TorchFunctionMode):
         if any(r.dim() == 0 or r.shape[0] % (s.stop - s.start) for r, s in zip(results, slices, strict=True)):
             raise Unfollowed(f"{name} of a trainable parameter does not keep the rows apart")
         return torch.cat(results)
+
+
+@functools.cache
+def optional_kernels() -> Any:
+    """`zotune.engines.kernels` where Triton is installed."""
+    return import_module("zotune.engines.kernels") if find_spec("triton") else None

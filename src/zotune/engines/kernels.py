@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,attr-defined"
-"""y += scale·(x·A)·Bᵀ with factors of their own for each part, on CUDA, in two launches and without intermediate copies."""
+"""What parts with weights of their own need beside a shared product, on CUDA, in one pass each: low-rank terms, scales and shifts,
+and the fold of low-rank updates into the weights."""
 
-# P parts, M rows a part, D inputs, O outputs, R rank, G directions (part p has direction p % G).
+# P parts, M rows a part, D inputs, N outputs, R rank, G directions (part p has direction p % G).
 
 from __future__ import annotations
 
@@ -32,36 +33,78 @@ def _inner_kernel(t, x, a, scale, M, D, G, stride_p, stride_m, R: tl.constexpr, 
 
 @triton.jit
 def _outer_kernel(
-    y, t, b, M, N, G, stride_p, stride_m, R: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr
+    y, t, b, bias, M, N, G, stride_p, stride_m, bias_p,
+    HAS_BIAS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y (P, M, O) += t·Bᵀ."""
+    """y (P, M, N) += t·Bᵀ + bias, rounded once."""
     part = tl.program_id(0)
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_B = tl.program_id(2) * BO + tl.arange(0, BO)
-    inside = (m_B < M)[:, None] & (o_B < N)[None, :]
-    at = y + part.to(tl.int64) * stride_p + m_B.to(tl.int64)[:, None] * stride_m + o_B[None, :]
+    n_B = tl.program_id(2) * BN + tl.arange(0, BN)
+    inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    at = y + part.to(tl.int64) * stride_p + m_B.to(tl.int64)[:, None] * stride_m + n_B[None, :]
     y_BB = tl.load(at, mask=inside, other=0.0)
     total_BB = y_BB.to(tl.float32)
     for r in tl.static_range(R):
         t_B = tl.load(t + (part * M + m_B) * R + r, mask=m_B < M, other=0.0)
-        b_B = tl.load(b + ((part % G).to(tl.int64) * N + o_B) * R + r, mask=o_B < N, other=0.0).to(tl.float32)
+        b_B = tl.load(b + ((part % G).to(tl.int64) * N + n_B) * R + r, mask=n_B < N, other=0.0).to(tl.float32)
         total_BB += t_B[:, None] * b_B[None, :]
+    if HAS_BIAS:
+        total_BB += tl.load(bias + part.to(tl.int64) * bias_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
     tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
 
 
-def add_low_rank(y_PMO: Tensor, x_PMD: Tensor, a_GDR: Tensor, b_GOR: Tensor, scale_P: Tensor) -> None:
-    """y += scale·(x·A)·Bᵀ in place; the last dimension of x and y is contiguous, A and B are contiguous."""
+@triton.jit
+def _affine_kernel(
+    y, scale, shift, M, N, stride_p, stride_m, scale_p, shift_p,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y (P, M, N) ← y·scale + shift, of each part its own."""
+    part = tl.program_id(0).to(tl.int64)
+    m_B = tl.program_id(1) * BM + tl.arange(0, BM)
+    n_B = tl.program_id(2) * BN + tl.arange(0, BN)
+    inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    at = y + part * stride_p + m_B.to(tl.int64)[:, None] * stride_m + n_B[None, :]
+    y_BB = tl.load(at, mask=inside, other=0.0)
+    total_BB = y_BB.to(tl.float32)
+    if HAS_SCALE:
+        total_BB *= tl.load(scale + part * scale_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        total_BB += tl.load(shift + part * shift_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
+
+
+def _rows_at_once(parts: int, rows: int) -> int:
+    return 16 if parts * rows < 4096 else 32
+
+
+def affine(y_PMN: Tensor, scale_PN: Tensor | None, shift_PN: Tensor | None) -> None:
+    """y ← y·scale + shift in place, computed in float32 and rounded once. A vector (N,) serves all parts."""
+    parts, rows, wide = y_PMN.shape
+    many = _rows_at_once(parts, rows)
+    strides = [0 if v is None or v.dim() == 1 else v.stride(0) for v in (scale_PN, shift_PN)]
+    _affine_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(wide, 256))](
+        y_PMN, scale_PN, shift_PN, rows, wide, y_PMN.stride(0), y_PMN.stride(1), *strides,
+        HAS_SCALE=scale_PN is not None, HAS_SHIFT=shift_PN is not None, BM=many, BN=256,
+    )  # fmt: skip
+
+
+def add_low_rank(
+    y_PMN: Tensor, x_PMD: Tensor, a_GDR: Tensor, b_GNR: Tensor, scale_P: Tensor, bias_PN: Tensor | None = None
+) -> None:
+    """y += scale·(x·A)·Bᵀ + bias in place; the last dimension of x and y is contiguous, A and B are contiguous."""
     parts, rows, wide = x_PMD.shape
-    out, rank, groups = y_PMO.shape[2], a_GDR.shape[2], len(a_GDR)
+    out, rank, groups = y_PMN.shape[2], a_GDR.shape[2], len(a_GDR)
     t = torch.empty(parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
     few = 4 if parts * rows < 4096 else 16
     _inner_kernel[(parts, triton.cdiv(rows, few))](
         t, x_PMD, a_GDR, scale_P, rows, wide, groups, x_PMD.stride(0), x_PMD.stride(1), R=rank, BM=few, BD=512
     )
-    many = 16 if parts * rows < 4096 else 32
+    many = _rows_at_once(parts, rows)
     _outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 256))](
-        y_PMO, t, b_GOR, rows, out, groups, y_PMO.stride(0), y_PMO.stride(1), R=rank, BM=many, BO=256
-    )
+        y_PMN, t, b_GNR, bias_PN, rows, out, groups, y_PMN.stride(0), y_PMN.stride(1),
+        0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
+        HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=256,
+    )  # fmt: skip
 
 
 @triton.jit
