@@ -166,6 +166,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Evaluations of the loss on one batch."""
         return self.method.forwards * len(self.blocks) + (self.enhancements.hybrid is not None)
 
+    @property
+    def state_bytes(self) -> int:
+        """What the update rule and the masks keep between steps."""
+        held = (value for own in self.state.values() for value in own.values() if isinstance(value, Tensor))
+        return sum(value.numel() * value.element_size() for value in held)
+
     def _engine_over(self, named: list[list[tuple[str, nn.Parameter]]]) -> Any:
         if self.method.first_order or self.method.forward_mode or self.enhancements.sequential:
             directions = Directions(named, self.direction)
@@ -186,7 +192,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         needs = next((n for n in ("sparsity", "blocks", "hybrid") if getattr(more, n) is not None), None)
         if self.method.first_order or self.method.forward_mode:
             needs = f"method {method!r}"
-        if needs and self.engine_name not in ("auto", "sequential"):
+        served = ("auto", "sequential", *([ForwardModeEngine.name] if self.method.forward_mode else []))
+        if needs and self.engine_name not in served:
             raise ValueError(f"engine={self.engine_name!r}: does not serve {needs}; use engine='auto'")
         if needs and self.groups != 1:
             raise ValueError(f"groups={self.groups!r}: does not go with {needs}; use groups=1")

@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zotune.directions import Displacement
 from zotune.trajectory import coefficient, float32, shrinkage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zotune.directions import Directions
+    from zotune.directions import Directions, Displacement
 
 TILE = 1 << 22  # elements of ĝ at a time
 STATE_DTYPES = ("float32", "parameter")
@@ -66,6 +65,8 @@ class Rule:
 
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
         """One step's update of the parameters of the directions; weights and state change, nothing else."""
+        from zotune.directions import Displacement
+
         g_GQ = tuple(tuple(float32(float32(g) / len(g_Q)) for g in g_Q) for g_Q in by.g_GQ)
         mean = Displacement(by.seeds_Q, g_GQ)
         for param in directions.params:
@@ -97,7 +98,8 @@ class Rule:
             state = {name: own[name].view(-1)[part].to(wide) for name in self.buffers}
             w_n = flat[part].to(wide)
             w_n = self.move(w_n * shrink if shrink != 1 else w_n, gradient.to(wide), state, lr, own["steps"])
-            flat[part] = w_n.to(param.dtype)
+            if lr or shrink != 1:  # else not even the sign of a zero changes
+                flat[part] = w_n.to(param.dtype)
             for name, value in state.items():
                 own[name].view(-1)[part] = value.to(kept)
         if not param.data.is_contiguous():
@@ -118,6 +120,8 @@ class Linear(Rule):
 
     def displacement(self, by: Scalars) -> Displacement:
         """The update as a displacement."""
+        from zotune.directions import Displacement
+
         return Displacement(
             by.seeds_Q,
             tuple(tuple(self.coefficients(g_Q, lr)) for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)),
@@ -185,7 +189,7 @@ class Conservative(Sgd):
     def displacement(self, by: Scalars) -> Displacement:
         taken = super().displacement(by)
         if by.choice == 0:
-            return Displacement()
+            return taken.some(0, 0)
         return taken if by.choice == 1 else taken.negated()
 
     def choose(self, losses_3: Sequence[float]) -> int:
