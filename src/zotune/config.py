@@ -96,6 +96,35 @@ class TrainConfig(DataOptions, ModelOptions):
         1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
     )
     rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    sign_mode: Literal["element", "scalar"] | None = Field(
+        None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
+    )
+    beta: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
+    state_dtype: Literal["float32", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam [default: float32]"
+    )
+    g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="fraction of the weights that a step leaves out"
+    )
+    mask: Literal["random", "magnitude"] | None = Field(
+        None, description="which weights sparsity leaves out: random ones or the smallest [default: random]"
+    )
+    sparsity_scope: Literal["layer", "global"] | None = Field(
+        None, description="fraction of each tensor, or of all weights together [default: layer]"
+    )
+    mask_refresh: Positive | None = Field(None, description="steps until a new mask [default: never]")
+    blocks: Literal["transformer", "attention-mlp", "linear"] | None = Field(
+        None, description="descend block by block, all of them each step; each costs two forwards"
+    )
+    block_update: Literal["gauss-seidel", "jacobi"] | None = Field(
+        None, description="move each block before the next is probed, or all at the end [default: gauss-seidel]"
+    )
+    hybrid: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="fraction of the layers, from the input on, that train by the method; the others by back-propagation",
+    )
+    fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
     loss: Literal["answer", "candidates"] = Field(
         "answer", description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words"
     )
@@ -132,6 +161,16 @@ class TrainConfig(DataOptions, ModelOptions):
         return value
 
     @property
+    def step_options(self) -> dict[str, Any]:
+        """What the method and the enhancements of it are given, beyond what every method takes."""
+        given = {k: v for k in STEP_OPTIONS if (v := getattr(self, k)) is not None}
+        from zotune.methods import METHODS
+
+        if self.estimator != "two-sided" or "estimator" in METHODS[self.method].options:
+            given["estimator"] = self.estimator
+        return given
+
+    @property
     def pairs(self) -> int:
         """Directions of a full step."""
         rows = self.batch_size * self.accumulate
@@ -140,6 +179,13 @@ class TrainConfig(DataOptions, ModelOptions):
     @property
     def evaluates_every(self) -> int:
         return min(self.eval_every or max(1, self.steps // 10), self.steps)
+
+
+# Options that go to `ZeroOrderOptimizer` as they are, where they are given.
+STEP_OPTIONS = (
+    "sign_mode", "beta", "state_dtype", "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
+    "block_update", "hybrid", "fo_lr",
+)  # fmt: skip
 
 
 class EvalConfig(DataOptions, ModelOptions):
@@ -177,6 +223,9 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     except ValidationError as error:
         flagged = {key for key, value in flags.items() if value is not None}
         problems += [_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
+    else:
+        if isinstance(options, TrainConfig):
+            problems += _method_problems(options)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     problems += _engine_problems(given)
@@ -204,6 +253,27 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
             f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None
         ]
     return problems
+
+
+def _method_problems(options: TrainConfig) -> list[str]:
+    """Options that the method does not have, or that do not go together."""
+    from zotune.methods import make_method
+
+    given = options.step_options
+    own = {k: v for k, v in given.items() if k in ("estimator", "sign_mode", "beta", "state_dtype")}
+    try:
+        method = make_method(options.method, queries=options.queries, **own)
+        if len(given) > len(own):
+            from zotune.enhancements import Enhancements
+
+            enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
+            enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
+        if method.rule.extra_forwards and options.weight_decay:
+            raise ValueError(f"method {options.method!r} takes no weight_decay: it may stay where it is")
+    except ValueError as error:
+        name = next((k for k in (*STEP_OPTIONS, "estimator", "queries") if k in str(error)), "method")
+        return [f"{_flag(name)}: {error}"]
+    return []
 
 
 def _engine_problems(given: Mapping[str, Any]) -> list[str]:

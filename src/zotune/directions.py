@@ -9,7 +9,7 @@ Q directions, G parameter groups: a direction is one z over all parameters, its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,26 @@ class Directions:
         seeds, coefs = by.on(slot.group, param.device)
         noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
         return out
+
+    def gradient_tiles(self, param: torch.nn.Parameter, by: Displacement, size: int) -> Iterator[tuple[int, Tensor]]:
+        """The displacement itself, without the weights, tile by tile: (first element, 1-D float32 or float64 tensor).
+
+        A tile's memory is the next one's.
+        """
+        slot, count = self.slots[id(param)], param.numel()
+        seeds, coefs = by.on(slot.group, param.device)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        tile = torch.empty(min(size, count), dtype=wide, device=param.device)
+        for first in range(0, count, size):
+            part = tile[: min(size, count - first)].zero_()
+            self._add(part, part, seeds, coefs, param, first)
+            yield first, part
+
+    def _add(
+        self, out: Tensor, w: Tensor, seeds: Tensor, coefs: Tensor, param: torch.nn.Parameter, start: int = 0
+    ) -> None:
+        """out ← w + noise, where w is the parameter from an element on, or stands for it."""
+        noise.add_noise(out, w, seeds, coefs, self.slots[id(param)].id, self.distribution, start)
 
     def apply(self, by: Displacement | HeldDisplacement, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """θ ← θ + displacement, in place, one pass over each parameter (of these); on CUDA small ones share a launch."""

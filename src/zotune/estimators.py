@@ -82,3 +82,41 @@ class OneSided:
 
     def centre(self, losses_P: Sequence[float]) -> float:
         return losses_P[0]
+
+
+@dataclass(frozen=True)
+class Directional:
+    """g_q = ∇L(θ)ᵀz_q, exact, by one Jacobian-vector product each: no eps, no truncation error.
+
+    Q forwards of about twice the work and activations of one layer. The losses of its probes are L(θ); their derivatives
+    come with them. Source: Baydin et al. 2022, arXiv 2202.08587; Forward-Grad in arXiv 2402.11592.
+    """
+
+    queries: int = 1
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return tuple(Probe(q, 0) for q in range(self.queries))
+
+    def differences(self, losses_P: Sequence[float]) -> list[float]:
+        raise TypeError("a directional derivative is no difference of losses")
+
+    def centre(self, losses_P: Sequence[float]) -> float:
+        return sum(losses_P) / len(losses_P)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """∇L(θ) by back-propagation: no direction, one forward and one backward."""
+
+    queries: int = 0
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return (Probe(0, 0),)
+
+    def differences(self, losses_P: Sequence[float]) -> list[float]:
+        return []
+
+    def centre(self, losses_P: Sequence[float]) -> float:
+        return losses_P[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,16 @@ from zotune import noise
 from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
 from zotune.engines.following import rows_in
+from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.graphs import StepGraphs
-from zotune.engines.probing import centre, probe, shares, spread
-from zotune.errors import NonFiniteLoss, nearest
+from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
+from zotune.engines.sequential import SequentialEngine, same_draws
+from zotune.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
+from zotune.errors import InputError, NonFiniteLoss, nearest
 from zotune.estimators import TwoSided
 from zotune.methods import make_method
-from zotune.trajectory import shrinkage
+from zotune.trajectory import Record
+from zotune.updates import Conservative, Scalars, ScalarSign, Sgd, clip
 
 NamedParams = Iterable[tuple[str, nn.Parameter]]
 
@@ -31,7 +35,8 @@ NamedParams = Iterable[tuple[str, nn.Parameter]]
 class StepRecord:
     """What a step saw and applied: all that it takes to apply it again.
 
-    losses_P in the order of the estimator's probes; g_GQ the projected gradients, lr_G and decay_G as used.
+    losses_P in the order of the estimator's probes; g_GQ the projected gradients, lr_G and decay_G as used. A block-wise
+    step has both block by block; g is NaN where a block was not moved. choice: of a conservative step, 0 to stay, 1 or 2.
     """
 
     step: int
@@ -40,6 +45,7 @@ class StepRecord:
     lr_G: tuple[float, ...]
     decay_G: tuple[float, ...]
     skipped: bool
+    choice: int = 0
 
     @property
     def loss(self) -> float:
@@ -57,6 +63,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     direction: "gaussian" or "rademacher". queries: directions a step.
     groups: directions over the rows of a batch: 1, a number, or "batch" for one a row. More than one takes the engine
         `lowrank` and a loss that is a vector, one number a row; the update is Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows each.
+    sparsity, mask, sparsity_scope, mask_refresh, blocks, block_update, hybrid, fo_lr, g_clip: see `Enhancements`.
     engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`.
     max_skipped: a step whose loss is not finite changes nothing and is counted; after so many in a row `step` raises
         `NonFiniteLoss`.
@@ -105,6 +112,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             groups == "batch" or (isinstance(groups, int) and groups >= 1),
             "a number from 1 or 'batch'",
         )
+        self.enhancements = Enhancements(**{k: options.pop(k) for k in Enhancements.names() if k in options})
         self.method = make_method(method, queries=int(queries), **options)
         self.direction = direction
         self.engine_name = engine
@@ -113,24 +121,105 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.pairs = 1 if groups == "batch" else int(groups)  # directions of a full batch: the most seen so far
         if groups != 1 and not isinstance(self.method.estimator, TwoSided):
             raise ValueError(f"groups={groups!r} needs two-sided estimates: each row's two losses are its own")
+        self._refuse(method, weight_decay)
         self.max_skipped = max_skipped
         self.forward_passes = 0
         self.skipped_steps = 0
         self.last: StepRecord | None = None
         self._skipped_in_a_row = 0
         self._engine: Any = None
+        self._blocks: list[Any] = []
+        self._mask = Mask(self.enhancements, int(seed)) if self.enhancements.sparsity is not None else None
         self._graphs: StepGraphs | None = None
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
-        super().__init__(_groups(params), defaults)
+        super().__init__(self._by_order(_groups(params)), defaults)
         self.engine  # noqa: B018  # built now, so that a wrong name or a collision is an error of the constructor
 
     @property
     def engine(self) -> Any:
         """The engine over the present parameter groups."""
         if self._engine is None:
-            named = [list(zip(g["names"], g["params"], strict=True)) for g in self.param_groups]
-            self._engine = make_engine(self.engine_name, Directions(named, self.direction), self.groups, self.rank)
+            named = [
+                [] if g.get("first_order") else list(zip(g["names"], g["params"], strict=True))
+                for g in self.param_groups
+            ]
+            self._engine = self._engine_over(named)
+            self._blocks = [self._engine]
+            if self.enhancements.blocks:
+                parts = partition([name for group in named for name, _ in group], self.enhancements.blocks)
+                self._blocks = [
+                    self._engine_over([[pair for pair in group if pair[0] in set(names)] for group in named])
+                    for names in parts.values()
+                ]
+                for engine in self._blocks:
+                    engine.scratch = self._engine.scratch
         return self._engine
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The engines that a step visits in order: one over all that the method trains, or one a block."""
+        self.engine  # noqa: B018
+        return self._blocks
+
+    @property
+    def forwards_a_step(self) -> int:
+        """Evaluations of the loss on one batch."""
+        return self.method.forwards * len(self.blocks) + (self.enhancements.hybrid is not None)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the update rule and the masks keep between steps."""
+        held = (value for own in self.state.values() for value in own.values() if isinstance(value, Tensor))
+        return sum(value.numel() * value.element_size() for value in held)
+
+    def _engine_over(self, named: list[list[tuple[str, nn.Parameter]]]) -> Any:
+        if self.method.first_order or self.method.forward_mode or self.enhancements.sequential:
+            directions = Directions(named, self.direction)
+            if self._mask is not None:
+                directions = MaskedDirections(named, self.direction)
+                directions.mask = self._mask
+            return (ForwardModeEngine if self.method.forward_mode else SequentialEngine)(directions)
+        return make_engine(self.engine_name, Directions(named, self.direction), self.groups, self.rank)
+
+    def _refuse(self, method: str, weight_decay: float) -> None:
+        """What cannot be had together, said in a line."""
+        rule, more = self.method.rule, self.enhancements
+        more.refuse(method, self.method.first_order, isinstance(rule, Conservative))
+        if isinstance(rule, Conservative) and weight_decay:
+            raise ValueError(
+                f"weight_decay={weight_decay}: method {method!r} may stay at θ, which decay would move; leave it at 0"
+            )
+        needs = next((n for n in ("sparsity", "blocks", "hybrid") if getattr(more, n) is not None), None)
+        if self.method.first_order or self.method.forward_mode:
+            needs = f"method {method!r}"
+        served = ("auto", "sequential", *([ForwardModeEngine.name] if self.method.forward_mode else []))
+        if needs and self.engine_name not in served:
+            raise ValueError(f"engine={self.engine_name!r}: does not serve {needs}; use engine='auto'")
+        if needs and self.groups != 1:
+            raise ValueError(f"groups={self.groups!r}: does not go with {needs}; use groups=1")
+        if (self.groups != 1 or self.engine_name == "lowrank") and (rule.extra_forwards or not rule.linear):
+            raise ValueError(
+                f"method {method!r} reads the estimate element by element or compares moves, which low-rank directions "
+                "do not serve; use groups=1 and engine='auto', or zo-sgd"
+            )
+
+    def _by_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups, marked first_order where back-propagation trains them; hybrid training cuts each in two."""
+        if self.method.first_order:
+            return [group | {"first_order": True} for group in groups]
+        fraction = self.enhancements.hybrid
+        if fraction is None:
+            return groups
+        mine = shallow([name for group in groups for name in group["names"]], fraction)
+        cut = []
+        for group in groups:
+            pairs = list(zip(group["names"], group["params"], strict=True))
+            for deep in (False, True):
+                some = [pair for pair in pairs if (pair[0] not in mine) == deep]
+                more = {"first_order": True, "lr": self.enhancements.fo_lr} if deep else {}
+                if some:
+                    cut.append(group | more | {"names": [n for n, _ in some], "params": [p for _, p in some]})
+        return cut
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
@@ -158,42 +247,194 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
-        estimator, groups, step = self.method.estimator, self.param_groups, self.steps
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
-        shares = self._shares(closure, batch, batches)
-        seed = groups[0]["seed"]
-        seeds_Q = tuple(noise.step_seed(seed, step, q, k) for q in range(estimator.queries) for k in range(self.pairs))
-        losses_P = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
-        captured = losses_P is not None
-        if losses_P is None:
-            raw_P = probe(self.engine, estimator, loss_of, batches, functools.partial(self._at, seeds_Q), shares)
-            losses_P = _numbers(raw_P)
-        self.forward_passes += len(estimator.probes)
+        shares, step = self._shares(closure, batch, batches), self.steps
+        self._draw_mask(step)
+        losses_P: list[float] = []
+        g_BGQ: list[tuple[tuple[float, ...], ...]] = []
+        gradients: list[Any] = []
+        skipped_B: list[bool] = []
+        choice = 0
+        first: float | None = None
+        raw: Any = None
+        if any(g.get("first_order") for g in self.param_groups):
+            raw, gradients = self._backward(loss_of, batches)
+            first = _numbers([raw])[0]
+            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None):
+                first = math.nan  # 16 bits may hold the loss and not its gradient
+        late: list[tuple[Any, Scalars]] = []
+        for block, engine in enumerate(() if self.method.first_order else self.blocks):
+            seeds_Q = self._seeds(step, block)
+            losses = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
+            captured = losses is not None
+            if losses is None:
+                raw_P, losses, d_Q = self._estimate(engine, loss_of, batches, seeds_Q, shares)
+                raw = raw_P[0]
+            else:
+                raw, d_Q = torch.empty(()), spread(self.method.estimator, losses, shares, self.pairs)
+            scalars = self._scalars(seeds_Q, d_Q)
+            skipped = not self._applicable(losses if first is None else [*losses, first], scalars)
+            if not skipped and not captured:
+                if isinstance(self.method.rule, Conservative):
+                    choice = self._choose(engine, loss_of, batches, losses, scalars)
+                    scalars = replace(scalars, choice=choice)
+                late.append((engine, scalars))
+            if self.enhancements.block_update != "jacobi":
+                self._apply(late)
+            losses_P += losses
+            g_BGQ.append(_nan(scalars.g_GQ) if skipped and len(self.blocks) > 1 else scalars.g_GQ)
+            skipped_B.append(skipped)
+        if self.method.first_order:
+            assert first is not None
+            losses_P, g_BGQ = [first], [((0.0,),) * len(self.param_groups)]
+            skipped_B = [not math.isfinite(first)]
+        self._apply(late)
+        if gradients and not skipped_B[0]:
+            self._descend(gradients)
+        self.forward_passes += self.forwards_a_step
+        self._record(step, losses_P, g_BGQ, all(skipped_B), choice)
+        loss = losses_P[0] if self.method.first_order else centre(self.method.estimator, losses_P, shares)
+        return torch.tensor(loss) if isinstance(raw, Tensor) else loss
 
-        d_Q = spread(estimator, losses_P, shares, self.pairs)
-        g_GQ = tuple(tuple(d / g["eps"] for d in d_Q) for g in groups)
-        coefs_GQ = tuple(
-            tuple(self.method.rule.coefficients(g_Q, float(group["lr"])))
-            for g_Q, group in zip(g_GQ, groups, strict=True)
+    def _seeds(self, step: int, block: int) -> tuple[int, ...]:
+        """Query by query, of each direction over the rows; blocks have their own, or blocks of one shape would move alike."""
+        rows = range(self.pairs) if len(self.blocks) == 1 else [block]
+        queries, seed = self.method.estimator.queries, self.param_groups[0]["seed"]
+        return tuple(noise.step_seed(seed, step, q, k) for q in range(queries) for k in rows)
+
+    def _scalars(self, seeds_Q: tuple[int, ...], d_Q: Sequence[float]) -> Scalars:
+        """g = d/eps, clipped; a derivative is g itself."""
+        groups = self.param_groups
+        exact = self.method.forward_mode
+        g_GQ = clip([[d if exact else d / g["eps"] for d in d_Q] for g in groups], self.enhancements.g_clip)
+        return Scalars(
+            seeds_Q, g_GQ, tuple(float(g["lr"]) for g in groups), tuple(float(g["weight_decay"]) for g in groups)
         )
-        skipped = not self._applicable(losses_P, coefs_GQ)
-        if not skipped and not captured:
-            self._decay()
-            self.engine.apply(Displacement(seeds_Q, coefs_GQ), self.pairs)
+
+    def _estimate(
+        self, engine: Any, loss_of: Any, batches: list[Any], seeds_Q: tuple[int, ...], shares: tuple[int, ...]
+    ) -> tuple[list[Any], list[float], list[float]]:
+        """What the loss gave at each probe, the same as numbers, and d of each direction."""
+        estimator = self.method.estimator
+        if self.method.forward_mode:
+            raw_P, d_Q = [], []
+            redraw = same_draws(engine.directions.params)
+            for seed in seeds_Q:
+                redraw()
+                along = Displacement((seed,), ((1.0,),) * len(self.param_groups))
+                loss, derivative = engine.derivative(lambda: whole(loss_of, batches), along)
+                raw_P.append(loss)
+                d_Q.append(derivative)
+            return raw_P, _numbers(raw_P), _numbers(d_Q)
+        raw_P = probe(engine, estimator, loss_of, batches, functools.partial(self._at, seeds_Q), shares)
+        losses_P = _numbers(raw_P)
+        return raw_P, losses_P, spread(estimator, losses_P, shares, self.pairs)
+
+    def _backward(self, loss_of: Any, batches: list[Any]) -> tuple[Tensor, list[Any]]:
+        """The loss, and the gradients of the first-order groups, in order. Nothing of the layers before them is kept."""
+        others = [p for g in self.param_groups if not g.get("first_order") for p in g["params"] if p.requires_grad]
+        params = [p for g in self.param_groups if g.get("first_order") for p in g["params"]]
+        redraw = same_draws(params)
+        try:
+            for param in others:
+                param.requires_grad_(False)
+            with torch.enable_grad():
+                loss = whole(loss_of, batches)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise InputError(
+                        "back-propagation needs a closure that returns a tensor with a gradient; this one's has none "
+                        "(a number, a detached tensor, or parameters with requires_grad=False)"
+                    )
+                loss = loss.double().mean() if loss.dim() else loss
+                gradients = list(torch.autograd.grad(loss, params, allow_unused=True))
+        finally:
+            for param in others:
+                param.requires_grad_(True)
+        redraw()  # the probes see the same dropout
+        return loss.detach(), gradients
+
+    def _descend(self, gradients: list[Any]) -> None:
+        for group in self.param_groups:
+            if group.get("first_order"):
+                own = [gradients.pop(0) for _ in group["params"]]
+                lr, decay = float(group["lr"]), float(group["weight_decay"])
+                self.method.rule.descend(group["params"], own, lr, decay, self.state)
+
+    def _choose(self, engine: Any, loss_of: Any, batches: list[Any], losses_P: list[float], scalars: Scalars) -> int:
+        """Which of θ and its two neighbours has the least loss on the step's batch."""
+        rule, probes = self.method.rule, self.method.estimator.probes
+        assert isinstance(rule, Conservative)
+        redraw = same_draws(engine.directions.params)
+        here = [loss for loss, asked in zip(losses_P, probes, strict=True) if asked.sign == 0]
+        found: list[Any] = []
+        for choice in range(len(here[:1]), 3):
+            redraw()
+            found.append(loss_at(engine, loss_of, batches, rule.displacement(replace(scalars, choice=choice))))
+        return rule.choose(here[:1] + _numbers(found))
+
+    def _apply(self, late: list[tuple[Any, Scalars]]) -> None:
+        """The updates that wait, in order: through the engine where they are displacements."""
+        for engine, scalars in late:
+            weights: Any = _Through(engine, self.pairs) if self.method.rule.linear else engine.directions
+            self.method.rule.apply(weights, scalars, self.state)
+        late.clear()
+
+    def _draw_mask(self, step: int) -> None:
+        if self._mask is not None:
+            self._mask.seed = self.param_groups[0]["seed"]
+            self._mask.at(step, self.engine.directions.params, self.state)
+
+    def _record(
+        self,
+        step: int,
+        losses_P: Sequence[float],
+        g_BGQ: Sequence[Sequence[Sequence[float]]],
+        skipped: bool,
+        choice: int,
+    ) -> None:
+        groups = self.param_groups
         for group in groups:
             group["step"] += 1
         self.last = StepRecord(
             step=step,
             losses_P=tuple(losses_P),
-            g_GQ=g_GQ,
+            g_GQ=tuple(tuple(g for block in g_BGQ for g in block[k]) for k in range(len(groups))),
             lr_G=tuple(float(g["lr"]) for g in groups),
             decay_G=tuple(float(g["weight_decay"]) for g in groups),
             skipped=skipped,
+            choice=choice,
         )
         self._count(skipped)
-        loss = centre(estimator, losses_P, shares)
-        return torch.tensor(loss) if captured or isinstance(raw_P[0], Tensor) else loss
+
+    @torch.no_grad()
+    def apply_record(self, record: Record) -> None:
+        """Do to the weights what a recorded step did, without its losses: a replay from step 0, in order, gives the run's bits.
+
+        For an optimizer made with the run's method, options, seed, direction and engine; one eps for all groups. Raises
+        ValueError for a record of another step, and for a method whose steps are not scalars (back-propagation).
+        """
+        if any(g.get("first_order") for g in self.param_groups):
+            raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
+        if record.step != self.steps:
+            raise ValueError(f"the record of step {record.step}: step {self.steps} comes next")
+        self._draw_mask(record.step)
+        late: list[tuple[Any, Scalars]] = []
+        queries = len(record.g) // len(self.blocks)
+        if len(self.blocks) == 1:
+            self.pairs = queries // self.method.estimator.queries
+        for block, engine in enumerate(self.blocks):
+            g_Q = record.g[block * queries : (block + 1) * queries]
+            moved = not record.skipped and not any(map(math.isnan, g_Q))
+            if moved:
+                g_GQ = (g_Q,) * len(self.param_groups)
+                seeds_Q = self._seeds(record.step, block)
+                late.append((engine, Scalars(seeds_Q, g_GQ, record.lr, record.decay, record.choice)))
+            if self.enhancements.block_update != "jacobi":
+                self._apply(late)
+        self._apply(late)
+        for group in self.param_groups:
+            group["step"] += 1
 
     def _at(self, seeds_Q: Sequence[int], query: int, sign: int) -> Displacement:
         """Where a probe is: ±eps along each of a query's directions."""
@@ -221,14 +462,19 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self, loss_of: Callable[[Any], Any], batches: Sequence[Any], seeds_Q: Sequence[int], shares: tuple[int, ...]
     ) -> list[float] | None:
         """The probes' losses where the step could be taken as a CUDA graph, else None."""
-        groups = self.param_groups
+        groups, more = self.param_groups, self.enhancements
         if len(batches) > 1 or any(g["weight_decay"] for g in groups):
+            return None
+        rule = self.method.rule
+        if not isinstance(rule, (Sgd, ScalarSign)) or not rule.capturable or self.method.forward_mode:
+            return None
+        if more.sequential or more.g_clip is not None:
             return None
         if not all(p.is_cuda for g in groups for p in g["params"]) or not all(t.is_cuda for t in batches[0].values()):
             return None
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
-            self._graphs = StepGraphs(self.engine, self.method.estimator, self.method.rule, eps_G, self._room())
+            self._graphs = StepGraphs(self.engine, self.method.estimator, rule, eps_G, self._room())
         return self._graphs.step(loss_of, batches[0], seeds_Q, [float(g["lr"]) for g in groups], shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,6 +486,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][name] = value.to(param.device, copy=True)
         counts = state_dict.get("counts", {})
         self.forward_passes = counts.get("forward_passes", 0)
         self.skipped_steps = counts.get("skipped_steps", 0)
@@ -249,23 +501,17 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def flush(self) -> None:
         """Apply whatever an engine holds back. The engines of this version hold nothing back."""
 
-    def _applicable(self, losses_P: Sequence[float], coefs_GQ: Sequence[Sequence[float]]) -> bool:
+    def _applicable(self, losses_P: Sequence[float], by: Scalars) -> bool:
         """Whether the update is finite, in the weights' own dtype too: 16 bits overflow where 32 do not."""
         if not all(map(math.isfinite, losses_P)):
             return False
         room = self._room()
-        return all(abs(c) < room for coefs_Q in coefs_GQ for c in coefs_Q)  # NaN compares false
+        reach = [self.method.rule.reach(g_Q, lr) for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)]
+        return all(abs(c) < room for reach_Q in reach for c in reach_Q)  # NaN compares false
 
     def _room(self) -> float:
         """What a coefficient must stay under: the narrowest weight's largest number, over 16, since |z| stays under 6."""
         return min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"]) / 16
-
-    def _decay(self) -> None:
-        for group in self.param_groups:
-            factor = shrinkage(float(group["lr"]), float(group["weight_decay"]))
-            if factor != 1:
-                for param in group["params"]:
-                    param.mul_(factor)
 
     def _count(self, skipped: bool) -> None:
         self.skipped_steps += skipped
@@ -275,6 +521,21 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {self.steps}); "
                 "nothing of them was applied: try a smaller lr or eps, or look at the data of these batches"
             )
+
+
+class _Through:
+    """Directions whose displacements are applied by an engine, which may have a faster way, or directions of its own."""
+
+    def __init__(self, engine: Any, pairs: int) -> None:
+        self.engine, self.pairs = engine, pairs
+        self.params, self.slots = engine.directions.params, engine.directions.slots
+
+    def apply(self, by: Displacement) -> None:
+        self.engine.apply(by, self.pairs)
+
+
+def _nan(g_GQ: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple((math.nan,) * len(g_Q) for g_Q in g_GQ)
 
 
 def _numbers(raw_P: Sequence[Any]) -> list[float]:

@@ -13,7 +13,10 @@ def entries(kind: str) -> list[tuple[str, str]]:
     if kind == "method":
         from zotune.methods import METHODS
 
-        return [(name, f"{preset.rule}  [{preset.paper}]") for name, preset in METHODS.items()]
+        return [
+            (name, f"{preset.rule}  forwards a step: {preset.forwards}; state: {preset.state}  [{preset.paper}]")
+            for name, preset in METHODS.items()
+        ]
     if kind == "scheme":
         from zotune.models.schemes import SCHEMES
 

@@ -197,6 +197,7 @@ class _Run:
     stop: int | None = None
     peak: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
+    trajectory: TrajectoryWriter | None = None
 
     def go(self) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
@@ -234,8 +235,9 @@ class _Run:
         ready, config, folder = self.ready, self.ready.config, self.folder
         chosen = int(trainer.state.best_global_step or trainer.state.global_step)
         test_after = ready.score(ready.test, self.listener, "test, after")
-        self.trajectory.mark_chosen(chosen)
-        self.trajectory.close()
+        if self.trajectory is not None:
+            self.trajectory.mark_chosen(chosen)
+            self.trajectory.close()
         cost = ready.adam_cost()
         weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
         optimizer = trainer.zo_optimizer
@@ -258,6 +260,7 @@ class _Run:
             "wall_seconds": round(self._wall(), 3),
             "peak_memory_bytes": self.peak,
             "evaluation_peak_bytes": self.progress.get("evaluation_peak_bytes"),
+            "state_bytes": optimizer.state_bytes,
             "adam_memory_bytes": weights + cost.total,
             "method": config.method,
             "scheme": config.scheme,
@@ -282,7 +285,7 @@ class _Run:
         args = ZOTrainingArguments(
             output_dir=str(self.folder.path),
             method=config.method,
-            method_options={"estimator": config.estimator},
+            method_options=config.step_options,
             eps=config.eps,
             direction=config.direction,
             queries=config.queries,
@@ -322,7 +325,10 @@ class _Run:
             score=lambda: ready.score(ready.validation, self.listener, "validation"),
             metric=ready.task.metric,
         )
-        optimizer = trainer.create_optimizer()
+        try:
+            optimizer = trainer.create_optimizer()
+        except ValueError as error:
+            raise InputError(str(error)) from None
         assert isinstance(optimizer, ZeroOrderOptimizer)
         optimizer.pairs = config.pairs // config.queries
         trainer.remove_callback(transformers.PrinterCallback)
@@ -330,6 +336,9 @@ class _Run:
         return trainer
 
     def open_trajectory(self, optimizer: ZeroOrderOptimizer, step: int) -> None:
+        self.trajectory = None
+        if any(group.get("first_order") for group in optimizer.param_groups):
+            return  # a step by back-propagation is no list of scalars
         path = self.folder / "trajectory.zot"
         if step:
             self.trajectory = TrajectoryWriter.resume(path, step)
@@ -341,11 +350,11 @@ class _Run:
             method=config.method,
             seed=config.seed,
             planned_steps=config.steps,
-            pairs=config.pairs,
+            pairs=config.pairs * len(optimizer.blocks),
             groups=len(optimizer.param_groups),
             decay=tuple(group["weight_decay"] for group in optimizer.param_groups),
-            method_options={
-                "estimator": config.estimator,
+            method_options=config.step_options
+            | {
                 "eps": config.eps,
                 "queries": config.queries,
                 "groups": config.groups,
@@ -434,18 +443,21 @@ class _Recorder(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = self.trainer.zo_optimizer.last
         assert last is not None
-        plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
-        self.run.trajectory.append(
-            Record(
-                step=last.step,
-                loss_plus=sum(plus) / len(plus),
-                loss_minus=sum(other) / len(other),
-                g=last.g_GQ[0],
-                lr=last.lr_G,
-                decay=last.decay_G,
-                skipped=last.skipped,
+        if self.run.trajectory is not None:
+            plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
+            plus = plus or other  # forward mode: both are L(θ)
+            self.run.trajectory.append(
+                Record(
+                    step=last.step,
+                    loss_plus=sum(plus) / len(plus),
+                    loss_minus=sum(other) / len(other),
+                    g=last.g_GQ[0],
+                    lr=last.lr_G,
+                    decay=last.decay_G,
+                    skipped=last.skipped,
+                    choice=last.choice,
+                )
             )
-        )
         shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
         self.run.listener.advance("train", 1, **shown)
         self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
@@ -464,7 +476,7 @@ class _Recorder(transformers.TrainerCallback):
                 "step": state.global_step,
                 "loss": logs["loss"],
                 "lr": logs["learning_rate"],
-                "projected_gradient": logs["projected_gradient"],
+                "projected_gradient": logs.get("projected_gradient"),
                 "forward_passes": logs["forward_passes"],
                 "skipped_steps": logs["skipped_steps"],
                 "seconds": round(self.run._wall(), 3),
@@ -479,7 +491,8 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
-        self.run.trajectory.sync()
+        if self.run.trajectory is not None:
+            self.run.trajectory.sync()
         self.run.progress["wall_seconds"] = self.run._wall()
         self.run.folder.write_json("progress.json", self.run.progress)
 
@@ -488,7 +501,9 @@ class _Recorder(transformers.TrainerCallback):
 
     def _write(self) -> None:
         if self.line:
-            finite = {k: (v if v == v and abs(v) != float("inf") else None) for k, v in self.line.items()}
+            finite = {
+                k: (v if v is not None and v == v and abs(v) != float("inf") else None) for k, v in self.line.items()
+            }
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")
             self.line = {}

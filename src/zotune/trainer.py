@@ -159,8 +159,9 @@ class ZOTrainer(transformers.Trainer):
         optimizer = self.zo_optimizer
         if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
             logs.pop("grad_norm", None)  # the Trainer's, of gradients that are not there
-            g_Q = optimizer.last.g_GQ[0]
-            logs["projected_gradient"] = sum(g_Q) / len(g_Q)
+            if not optimizer.method.first_order:
+                g_Q = optimizer.last.g_GQ[0]
+                logs["projected_gradient"] = sum(g_Q) / len(g_Q)
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
         super().log(logs, *args, **kwargs)

@@ -1,26 +1,155 @@
-"""Projected gradients → the coefficient of each direction. Pure functions of scalars: no tensor is seen here."""
+"""Update rules: projected gradients → what becomes of the weights.
 
-# Q queries.
+A rule that is linear in the directions (`Linear`) is a list of coefficients, and no tensor of noise or gradient is ever made. The
+others read ĝ = (1/Q) Σ_q g_q·z_q element by element: it is drawn a tile at a time, whatever Q, and given up.
+
+`Rule.apply` is all that a step does to the weights given the scalars that a run records, so that a replay calls what the
+run called; a rule with state is replayed from step 0.
+"""
+
+# Q queries, G parameter groups, n elements of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from zotune.trajectory import coefficient
+from zotune.trajectory import coefficient, float32, shrinkage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from zotune.directions import Directions, Displacement
+
+TILE = 1 << 22  # elements of ĝ at a time
+STATE_DTYPES = ("float32", "parameter")
+
+State = MutableMapping[Any, Any]  # parameter → its buffers by name, as torch's Optimizer.state
+
 
 @dataclass(frozen=True)
-class Sgd:
+class Scalars:
+    """What a step knows once its losses are: seeds of its directions, g, lr and decay by parameter group, and a choice."""
+
+    seeds_Q: tuple[int, ...]
+    g_GQ: tuple[tuple[float, ...], ...]
+    lr_G: tuple[float, ...]
+    decay_G: tuple[float, ...]
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that reads ĝ element by element: a subclass says what `move` does with a tile of it.
+
+    State: the buffers named, one element a weight, float32 (float64 for float64 weights), or the parameter's own dtype
+    with state_dtype "parameter". Arithmetic is never narrower than float32; a weight is rounded once.
+    """
+
+    state_dtype: str = "float32"
+
+    buffers = ()  # type: tuple[str, ...]
+    linear = False
+    capturable = False  # as part of a CUDA graph
+    extra_forwards = 0
+    state_copies = 0  # of the trainable parameters
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        """The new weights of a tile, in the dtype of the arithmetic; `state` is changed in place. steps: from 1."""
+        raise NotImplementedError
+
+    def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        """About how far a weight may move, in units of |z|: a step is skipped where 16 bits could not hold it."""
+        raise NotImplementedError
+
+    def apply(self, directions: Directions, by: Scalars, state: State) -> None:
+        """One step's update of the parameters of the directions; weights and state change, nothing else."""
+        from zotune.directions import Displacement
+
+        g_GQ = tuple(tuple(float32(float32(g) / len(g_Q)) for g in g_Q) for g_Q in by.g_GQ)
+        mean = Displacement(by.seeds_Q, g_GQ)
+        for param in directions.params:
+            group = directions.slots[id(param)].group
+            tiles = directions.gradient_tiles(param, mean, TILE)
+            self._update(param, tiles, state[param], by.lr_G[group], by.decay_G[group])
+
+    def descend(self, params: Sequence[Any], gradients: Sequence[Any], lr: float, decay: float, state: State) -> None:
+        """The same rule on gradients that back-propagation gave, dense and of the parameters' shape."""
+        for param, gradient in zip(params, gradients, strict=True):
+            if gradient is not None:
+                flat = gradient.reshape(-1)
+                tiles = ((n, flat[n : n + TILE]) for n in range(0, max(flat.numel(), 1), TILE))
+                self._update(param, tiles, state[param], lr, decay)
+
+    def _update(self, param: Any, tiles: Iterator[tuple[int, Tensor]], own: Any, lr: float, decay: float) -> None:
+        import torch
+
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        kept = param.dtype if self.state_dtype == "parameter" else wide
+        for name in self.buffers:
+            if name not in own:
+                own[name] = torch.zeros(param.shape, dtype=kept, device=param.device)
+        own["steps"] = own.get("steps", 0) + 1
+        lr, shrink = float32(lr), shrinkage(lr, decay)
+        flat = param.data.reshape(-1)  # a copy only where the parameter is a permuted view
+        for first, gradient in tiles:
+            part = slice(first, first + gradient.numel())
+            state = {name: own[name].view(-1)[part].to(wide) for name in self.buffers}
+            w_n = flat[part].to(wide)
+            w_n = self.move(w_n * shrink if shrink != 1 else w_n, gradient.to(wide), state, lr, own["steps"])
+            if lr or shrink != 1:  # else not even the sign of a zero changes
+                flat[part] = w_n.to(param.dtype)
+            for name, value in state.items():
+                own[name].view(-1)[part] = value.to(kept)
+        if not param.data.is_contiguous():
+            param.data.copy_(flat.view(param.shape))
+
+
+@dataclass(frozen=True)
+class Linear(Rule):
+    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no state, no tensor."""
+
+    linear = True
+
+    def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        raise NotImplementedError
+
+    def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        return self.coefficients(g_Q, lr)
+
+    def displacement(self, by: Scalars) -> Displacement:
+        """The update as a displacement."""
+        from zotune.directions import Displacement
+
+        return Displacement(
+            by.seeds_Q,
+            tuple(tuple(self.coefficients(g_Q, lr)) for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)),
+        )
+
+    def apply(self, directions: Directions, by: Scalars, state: State) -> None:
+        shrink(directions, by)
+        directions.apply(self.displacement(by))
+
+
+def shrink(directions: Directions, by: Scalars) -> None:
+    """Decoupled decay, θ ← (1 − lr·decay)·θ."""
+    factors = [shrinkage(lr, decay) for lr, decay in zip(by.lr_G, by.decay_G, strict=True)]
+    for param in directions.params:
+        factor = factors[directions.slots[id(param)].group]
+        if factor != 1:
+            param.data.mul_(factor)
+
+
+@dataclass(frozen=True)
+class Sgd(Linear):
     """c_q = −lr·g_q / Q, so that Σ c_q·z_q = −lr·ĝ with ĝ the mean of the Q estimates.
 
     lr and g are rounded to float32 first, and so is c: what a run records is exactly what it applied.
     Source: MeZO, arXiv 2305.17333; ZO-SGD in arXiv 2402.11592.
     """
+
+    capturable = True
 
     def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [coefficient(lr, g, 1 / len(g_Q)) for g in g_Q]
@@ -28,3 +157,112 @@ class Sgd:
     def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
         """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
         return (-(lr.float().double() * g_Q.float().double()) * (1 / g_Q.numel())).float()
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        return w_n - lr * g_n
+
+
+@dataclass(frozen=True)
+class ScalarSign(Linear):
+    """c_q = −lr·sign(g_q) / Q: the sign of the projected gradient, times z. What the public code of arXiv 2402.11592 does."""
+
+    capturable = True
+
+    def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        return [coefficient(lr, _sign(g), 1 / len(g_Q)) for g in g_Q]
+
+    def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
+        return (-(lr.float().double() * g_Q.float().sign().double()) * (1 / g_Q.numel())).float()
+
+
+@dataclass(frozen=True)
+class Conservative(Sgd):
+    """θ ← the best of {θ, θ − lr·ĝ, θ + lr·ĝ} on the step's own batch; on a tie θ stays. Source: arXiv 2402.11592, ZO-SGD-Cons.
+
+    The choice is 0, 1 or 2, in that order. No decay: it would move θ where the choice is to stay.
+    """
+
+    capturable = False
+    extra_forwards = 3
+
+    def displacement(self, by: Scalars) -> Displacement:
+        taken = super().displacement(by)
+        if by.choice == 0:
+            return taken.some(0, 0)
+        return taken if by.choice == 1 else taken.negated()
+
+    def choose(self, losses_3: Sequence[float]) -> int:
+        """Of the losses at θ, θ − lr·ĝ and θ + lr·ĝ. One that is not a number is never chosen."""
+        best = 0
+        for choice in (1, 2):
+            if losses_3[choice] < losses_3[best]:
+                best = choice
+        return best
+
+    def apply(self, directions: Directions, by: Scalars, state: State) -> None:
+        if by.choice:
+            directions.apply(self.displacement(by))
+
+
+@dataclass(frozen=True)
+class Sign(Rule):
+    """θ ← θ − lr·sign(ĝ), element by element; sign(0) = 0. Source: arXiv 1810.03737 (ZO-signSGD), 2402.11592."""
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        return w_n - lr * g_n.sign()
+
+    def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        return [*g_Q, lr]
+
+
+@dataclass(frozen=True)
+class Momentum(Rule):
+    """m ← β·m + ĝ, θ ← θ − lr·m; no dampening, so that the step grows to lr·ĝ/(1 − β). Source: arXiv 2402.11592, ZO-SGD-MMT."""
+
+    beta: float = 0.9
+
+    buffers = ("m",)
+    state_copies = 1
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        m_n = state["m"].mul_(self.beta).add_(g_n)
+        return w_n - lr * m_n
+
+    def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        return [lr * g for g in g_Q]
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """m ← β₁m + (1 − β₁)ĝ, v ← β₂v + (1 − β₂)ĝ², θ ← θ − lr·m̂/(√v̂ + ε), m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ).
+
+    Source: Kingma & Ba, arXiv 1412.6980; on ZO estimates arXiv 2402.11592, ZO-Adam.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    buffers = ("m", "v")
+    state_copies = 2
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        m_n = state["m"].mul_(self.beta1).add_(g_n, alpha=1 - self.beta1)
+        v_n = state["v"].mul_(self.beta2).addcmul_(g_n, g_n, value=1 - self.beta2)
+        root_n = (v_n / (1 - self.beta2**steps)).sqrt_().add_(self.epsilon)
+        return w_n - lr / (1 - self.beta1**steps) * (m_n / root_n)
+
+    def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
+        return [*g_Q, lr]
+
+
+def clip(g_GQ: Sequence[Sequence[float]], most: float | None) -> tuple[tuple[float, ...], ...]:
+    """Each g brought into [−most, most]; NaN stays."""
+    if most is None:
+        return tuple(map(tuple, g_GQ))
+    return tuple(tuple(g if g != g else min(max(g, -most), most) for g in g_Q) for g_Q in g_GQ)
+
+
+def _sign(x: float) -> float:
+    return x if x != x else float((x > 0) - (x < 0))

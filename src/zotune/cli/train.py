@@ -83,7 +83,7 @@ def dry_run(config: TrainConfig) -> None:
             .append(f"   {encoded.tokens} tokens", style="dim")
         )
         console.print(Text(f"{example.where}  ", style="dim").append(line))
-    step_seconds, row_seconds = _time(ready)
+    step_seconds, row_seconds, forwards = _time(ready)
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * evaluations
     lengths = [row.tokens for row in ready.train]
@@ -100,7 +100,7 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
     table.add_row(
         "forward passes",
-        f"{config.steps * 2 * config.queries if config.estimator == 'two-sided' else config.steps * (config.queries + 1):,}",
+        f"{config.steps * forwards:,}",
     )
     table.add_row(
         "memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included"
@@ -112,8 +112,8 @@ def dry_run(config: TrainConfig) -> None:
     console.print("nothing was written")
 
 
-def _time(ready: run.Prepared) -> tuple[float, float]:
-    """Seconds a step, and seconds a scored row: the last of three steps, and one evaluation batch."""
+def _time(ready: run.Prepared) -> tuple[float, float, int]:
+    """Seconds a step, seconds a scored row, and forwards a step: the last of three steps, and one evaluation batch."""
     config = ready.config
     ready.model.eval()
     optimizer = ZeroOrderOptimizer(
@@ -126,7 +126,7 @@ def _time(ready: run.Prepared) -> tuple[float, float]:
         groups=config.groups,
         rank=config.rank,
         engine=config.engine,
-        estimator=config.estimator,
+        **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
     )
     rows = (ready.train * config.batch_size)[: config.batch_size]
     batch = {k: v.to(ready.device) for k, v in Collator(config.loss, ready.pad_id)(rows).items()}
@@ -140,7 +140,7 @@ def _time(ready: run.Prepared) -> tuple[float, float]:
     scored = ready.validation[: 2 * config.batch_size]
     ready.score(scored, run.Listener(), "timing")
     # a step at lr 0 skips the update, which reads and writes the weights once more: half a probe's share of noise
-    return seconds * config.accumulate, (_now(ready.device) - began) / len(scored)
+    return seconds * config.accumulate, (_now(ready.device) - began) / len(scored), optimizer.forwards_a_step
 
 
 def _now(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from zotune.engines.probing import probe, spread
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.estimators import Estimator
-from zotune.updates import Sgd
+from zotune.updates import ScalarSign, Sgd
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,12 @@ class StepGraphs:
     """
 
     def __init__(
-        self, engine: SequentialEngine, estimator: Estimator, rule: Sgd, eps_G: Sequence[float], room: float
+        self,
+        engine: SequentialEngine,
+        estimator: Estimator,
+        rule: Sgd | ScalarSign,
+        eps_G: Sequence[float],
+        room: float,
     ) -> None:
         self.engine, self.estimator, self.rule, self.eps_G, self.room = engine, estimator, rule, tuple(eps_G), room
         self.usable = True

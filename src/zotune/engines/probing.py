@@ -70,8 +70,20 @@ def _one_by_one(
         if found:
             redraw()
         where = at(asked.query, asked.sign)
-        found.append(_mean(_joined([engine.loss(partial(loss, batch), where) for batch in batches])))
+        found.append(loss_at(engine, loss, batches, where))
     return found
+
+
+def loss_at(
+    engine: SequentialEngine, loss: Callable[[Any], Any], batches: Sequence[Any], at: Displacement | HeldDisplacement
+) -> Any:
+    """The loss over the batches at θ + displacement."""
+    return _mean(_joined([engine.loss(partial(loss, batch), at) for batch in batches]))
+
+
+def whole(loss: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
+    """The losses of all batches as the loss gives them, for differentiation."""
+    return _joined([loss(batch) for batch in batches])
 
 
 def _joined(losses: list[Any]) -> Any:

@@ -110,6 +110,17 @@ def fill(out: Tensor, seed: int, pid: int, direction: str, start: int = 0) -> No
     add_noise(out, torch.zeros_like(out), seeds, one, pid, direction, start)
 
 
+def kept(count: int, seed: int, pid: int, sparsity: float, start: int, device: torch.device) -> Tensor:
+    """(count,) bool, False for a fraction `sparsity` of the elements start, start + 1, … of a parameter.
+
+    Element i is left out where its word (block i // 4, word i % 4, stream MASK) is under sparsity·2³², rounded.
+    """
+    backend = backend_for(device)
+    draw = getattr(backend, "kept", None) or _module("reference").kept
+    result: Tensor = draw(count, seed, pid, min(round(sparsity * 2**32), _WORD), start, device)
+    return result
+
+
 def add_noise(
     out: Tensor, w: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, start: int = 0
 ) -> None:

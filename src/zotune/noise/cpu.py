@@ -21,6 +21,8 @@ import torch
 from numba import float32, int32, njit, prange, uint32, uint64
 from torch import Tensor
 
+from zotune.noise import Stream
+
 # torch's OpenMP threads spin for a while after each operation and starve threads of any other kind; numba's own OpenMP
 # layer gets along with them. The choice is the user's where they made one, and numba's where there is no such layer.
 if numba.config.THREADING_LAYER == "default" and find_spec("numba.np.ufunc.omppool"):
@@ -246,6 +248,18 @@ def _both_over_threads(cuts, plus, minus, w, start, seeds, coefs, pid, gaussian)
         _both_float32(plus, minus, w, cuts[k], cuts[k + 1], start, seeds, coefs, pid, gaussian)
 
 
+@njit(nogil=True, cache=True)
+def _kept(out, start, seed, pid, stream, edge):
+    """out[i] ← whether the word of element start + i is at least edge."""
+    words = np.empty((4, _NORMAL_BLOCKS), np.uint32)
+    x0, x1, x2, x3 = words[0], words[1], words[2], words[3]
+    for chunk in range(start // CHUNK, (start + out.size + CHUNK - 1) // CHUNK):
+        _words(x0, x1, x2, x3, _NORMAL_BLOCKS, uint64(chunk * _NORMAL_BLOCKS), pid, stream, seed)
+        shift = chunk * CHUNK - start
+        for j in range(max(0, -shift), min(CHUNK, out.size - shift)):
+            out[shift + j] = words[j & 3, j >> 2] >= edge
+
+
 def _parallel(kernel: Any) -> Any:
     @njit(parallel=True, nogil=True, cache=True)
     def over(cuts, out, w, start, seeds, coefs, pid, gaussian):
@@ -302,6 +316,13 @@ def _add_flat(out: Tensor, w: Tensor, seeds: Any, coefs: Any, pid: int, directio
                 )
                 total += float(coefs[q]) * staged.double()
             out[part] = w[part] + total
+
+
+def kept(count: int, seed: int, pid: int, edge: int, start: int, device: Any) -> Tensor:
+    """See `zotune.noise.kept`; edge: words under it are left out."""
+    out = np.empty(count, np.bool_)
+    _kept(out, start, np.uint64(seed), np.uint32(pid), np.uint32(Stream.MASK), np.uint32(edge))
+    return torch.from_numpy(out)
 
 
 def add_noise(

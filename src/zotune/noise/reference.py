@@ -53,6 +53,14 @@ def signs(index: Tensor, seed: int, pid: int) -> Tensor:
     return (1 - 2 * ((word >> (index % 32)) & 1)).float()
 
 
+def kept(count: int, seed: int, pid: int, edge: int, start: int, device: torch.device) -> Tensor:
+    """See `zotune.noise.kept`; edge: words under it are left out."""
+    index = torch.arange(start, start + count, device=device)
+    block = torch.arange(start // 4, (start + count + 3) // 4, device=device)
+    words_n = words(block, seed, pid, Stream.MASK).view(-1)
+    return words_n[index - start // 4 * 4] >= edge
+
+
 DRAW = {"gaussian": normals, "rademacher": signs}
 
 

@@ -1,0 +1,295 @@
+"""The options that change what a step perturbs: sparse directions, one block at a time, the shallow layers alone.
+
+Source: arXiv 2402.11592, section 5 (block-wise descent, hybrid training, gradient sparsity).
+"""
+
+# n elements of a parameter.
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune import noise
+from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.errors import nearest
+
+MASKS = ("random", "magnitude")
+SCOPES = ("layer", "global")
+BLOCKS = ("transformer", "attention-mlp", "linear")
+UPDATES = ("gauss-seidel", "jacobi")
+
+CHUNK = 1 << 20  # elements masked at a time
+
+
+@dataclass(frozen=True)
+class Enhancements:
+    """sparsity: the fraction of elements that a step leaves out, of its probes and its update alike. mask: which, "random" or those
+        of least "magnitude". sparsity_scope: the fraction of each tensor ("layer"), or of all weights together ("global"), where
+        a tensor's own fraction is its share of the smallest. mask_refresh: steps until a mask is drawn anew; None keeps the first.
+    blocks: descend one block after another, each step all of them: "transformer" (embeddings, each layer, the rest),
+        "attention-mlp" (each layer in two), "linear" (each module that owns parameters). block_update: "gauss-seidel" moves a
+        block before the next is probed, "jacobi" all at the end.
+    hybrid: the fraction of the layers, from the input on, that train by the method; the others by back-propagation, at fo_lr.
+    g_clip: bound on |g| of each direction.
+    """
+
+    sparsity: float | None = None
+    mask: str | None = None
+    sparsity_scope: str | None = None
+    mask_refresh: int | None = None
+    blocks: str | None = None
+    block_update: str | None = None
+    hybrid: float | None = None
+    fo_lr: float | None = None
+    g_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, of, choices in (
+            ("mask", "sparsity", MASKS),
+            ("sparsity_scope", "sparsity", SCOPES),
+            ("blocks", None, BLOCKS),
+            ("block_update", "blocks", UPDATES),
+            ("mask_refresh", "sparsity", None),
+            ("fo_lr", "hybrid", None),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), choices)}")
+            if of and getattr(self, of) is None:
+                raise ValueError(f"{name}={value!r}: means nothing without {of}")
+        self._check("sparsity", self.sparsity is None or 0 <= self.sparsity < 1, "at least 0 and under 1")
+        self._check("mask_refresh", self.mask_refresh is None or self.mask_refresh >= 1, "a number of steps from 1")
+        self._check("hybrid", self.hybrid is None or 0 < self.hybrid < 1, "a fraction of the layers, between 0 and 1")
+        self._check("fo_lr", self.fo_lr is None or self.fo_lr >= 0, "at least 0")
+        self._check("g_clip", self.g_clip is None or self.g_clip > 0, "above 0")
+        if self.hybrid is not None and self.fo_lr is None:
+            raise ValueError("hybrid: needs fo_lr, the learning rate of the layers that back-propagation trains")
+        if self.hybrid is not None and self.blocks is not None:
+            raise ValueError("hybrid and blocks: choose one; both say which layers a probe perturbs")
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    @property
+    def sequential(self) -> bool:
+        """Whether they need the engine that perturbs any set of weights by any direction."""
+        return self.sparsity is not None or self.blocks is not None or self.hybrid is not None
+
+    def refuse(self, method: str, first_order: bool, conservative: bool) -> None:
+        """Raise ValueError for what does not go with a method."""
+        given = [name for name in ("sparsity", "blocks", "hybrid", "g_clip") if getattr(self, name) is not None]
+        if first_order and given:
+            raise ValueError(
+                f"{given[0]}: method {method!r} has no direction to apply it to; it is for zo-* and forward-grad"
+            )
+        if conservative and (self.blocks is not None or self.hybrid is not None):
+            raise ValueError(
+                f"{'blocks' if self.blocks else 'hybrid'}: method {method!r} compares one move of all weights; use zo-sgd"
+            )
+
+
+# Blocks
+
+_LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.*)$")
+_ATTENTION = re.compile(r"^(?!post_|.*post).*(att|^input_|^ln_?1|^norm_?1)", re.IGNORECASE)
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\b.*$")
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The list of layers, and the place in it, that a parameter's qualified name tells; None outside of any.
+
+    >>> layer_of("model.layers.11.mlp.up_proj.weight")
+    ('model.layers', 11)
+    """
+    found = _LAYER.match(name)
+    return (found[1] or "", int(found[2])) if found else None
+
+
+def partition(names: Sequence[str], kind: str) -> dict[str, list[str]]:
+    """Blocks in the order of their first parameter: each name is in exactly one.
+
+    Structure comes from the names: a layer is what stands under the first number. What is outside of any layer is one block before
+    the layers, and one behind them.
+    Raises ValueError where there are no layers to tell apart.
+    """
+    blocks: dict[str, list[str]] = {}
+    layered = False
+    for name in names:
+        layer = layer_of(name)
+        layered = layered or layer is not None
+        if kind == "linear":
+            key = _ADAPTER.sub("", name) if _ADAPTER.search(name) else name.rpartition(".")[0]
+        elif layer is None:
+            key = "behind" if layered else "before"
+        else:
+            key = f"{layer[0]}.{layer[1]}".lstrip(".")
+            if kind == "attention-mlp":
+                inner = _LAYER.match(name)
+                assert inner
+                key += ".attention" if _ATTENTION.match(inner[3].partition(".")[0]) else ".mlp"
+        blocks.setdefault(key, []).append(name)
+    if not layered and kind != "linear":
+        raise ValueError(f"blocks={kind!r}: no parameter's name holds the number of a layer; use blocks='linear'")
+    return blocks
+
+
+def shallow(names: Sequence[str], fraction: float) -> set[str]:
+    """The names before the layers, and in the first ⌊fraction·layers + ½⌋ of them. Raises ValueError without layers."""
+    order: dict[tuple[str, int], int] = {}
+    for name in names:
+        layer = layer_of(name)
+        if layer is not None:
+            order.setdefault(layer, len(order))
+    if not order:
+        raise ValueError("hybrid: no parameter's name holds the number of a layer, so there is no depth to split at")
+    most = int(fraction * len(order) + 0.5)
+    found: set[str] = set()
+    layered = False
+    for name in names:
+        layer = layer_of(name)
+        layered = layered or layer is not None
+        if not layered or (layer is not None and order[layer] < most):
+            found.add(name)
+    if not found or len(found) == len(names):
+        raise ValueError(f"hybrid={fraction}: of {len(order)} layers {most} train by the method; both parts need some")
+    return found
+
+
+# Masks
+
+
+class Mask:
+    """Which elements of a parameter a step's directions reach.
+
+    Random: element i of a parameter is left out where its word of the mask's stream is under sparsity·2³²; the seed is that of the
+    step at which the mask was drawn, so nothing is stored. Magnitude: the least |θ| at that step, one byte an element, in
+    the optimizer's state.
+    """
+
+    def __init__(self, of: Enhancements, seed: int) -> None:
+        assert of.sparsity is not None
+        self.sparsity, self.seed = of.sparsity, seed
+        self.kind, self.scope, self.refresh = of.mask or "random", of.sparsity_scope or "layer", of.mask_refresh
+        self.drawn: int | None = None
+        self.state: MutableMapping[Any, Any] = {}
+
+    def at(self, step: int, params: Sequence[Any], state: MutableMapping[Any, Any]) -> None:
+        """The mask of a step; weights are read at the steps that draw one."""
+        self.state, self.drawn = state, step // self.refresh * self.refresh if self.refresh else 0
+        key = "kept" if self.kind == "magnitude" else "sparsity"
+        if any(key not in state[p] for p in params) or (step == self.drawn and self.kind == "magnitude"):
+            self._measure(params)
+
+    def keep(self, param: Any, pid: int, first: int, count: int) -> Tensor:
+        """(n,) bool: True where elements first, first + 1, … are perturbed."""
+        own = self.state[param]
+        if self.kind == "magnitude":
+            kept: Tensor = own["kept"][first : first + count]
+            return kept
+        seed = noise.step_seed(self.seed, self.drawn or 0)
+        return noise.kept(count, seed, pid, own["sparsity"], first, param.device)
+
+    def _measure(self, params: Sequence[Any]) -> None:
+        for tensors in [list(params)] if self.scope == "global" else [[p] for p in params]:
+            if self.kind == "random" and self.scope == "layer":
+                self.state[tensors[0]]["sparsity"] = self.sparsity
+                continue
+            left_out = int(self.sparsity * sum(p.numel() for p in tensors))
+            edge, ties = smallest([p.data for p in tensors], left_out)
+            for param in tensors:
+                bits = _bits(param.data)
+                below, equal = bits < edge, bits == edge
+                also = equal & (equal.cumsum(0) <= ties)  # of equal ones the first
+                ties -= int(also.sum())
+                kept = ~(below | also)
+                if self.kind == "magnitude":
+                    self.state[param]["kept"] = kept
+                else:
+                    self.state[param]["sparsity"] = 1 - int(kept.sum()) / max(kept.numel(), 1)
+
+
+def smallest(tensors: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """(edge, ties): the k smallest |x| are those whose float32 bits are under edge, and `ties` of those at it.
+
+    Two passes of counting, 16 bits each: no sort, no copy but of one tensor at a time.
+    """
+    if k <= 0:
+        return 0, 0
+    edge = 0
+    for shift in (16, 0):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for tensor in tensors:
+            bits = _bits(tensor)
+            if shift == 0:
+                bits = bits[bits >> 16 == edge >> 16]
+            counts += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
+        reached = counts.cumsum(0)
+        place = int(torch.searchsorted(reached, k))
+        k -= int(reached[place - 1]) if place else 0
+        edge |= place << shift
+    return edge, k
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """(n,) int32: the bits of |x| in float32, in the order of |x|."""
+    return tensor.detach().reshape(-1).abs().float().view(torch.int32)
+
+
+class MaskedDirections(Directions):
+    """Directions that are zero where a mask says so: a weight that is left out keeps its bits."""
+
+    mask: Mask
+
+    def displaced(self, param: torch.nn.Parameter, by: Displacement | HeldDisplacement, out: Tensor) -> Tensor:
+        return self._masked(param, param.data, 0, by, out)
+
+    def displaced_span(
+        self, param: torch.nn.Parameter, first: int, last: int, by: Displacement | HeldDisplacement, out: Tensor
+    ) -> Tensor:
+        return self._masked(param, param.data[first:last], first * param[0].numel(), by, out)
+
+    def displaced_rows(
+        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement | HeldDisplacement, out: Tensor
+    ) -> Tensor:
+        for k, row in enumerate(rows_K.tolist()):
+            self._masked(param, param.data[row], row * param[0].numel(), by, out[k])
+        return out
+
+    def apply(self, by: Displacement | HeldDisplacement, params: Sequence[torch.nn.Parameter] | None = None) -> None:
+        for param in self.params if params is None else params:
+            if not by.is_zero(self.slots[id(param)].group):
+                self.displaced(param, by, param.data)
+
+    def _masked(
+        self, param: torch.nn.Parameter, w: Tensor, start: int, by: Displacement | HeldDisplacement, out: Tensor
+    ) -> Tensor:
+        seeds, coefs = by.on(self.slots[id(param)].group, param.device)
+        flat = w.reshape(-1)
+        into = out.view(-1) if out.is_contiguous() else torch.empty_like(flat)
+        for first in range(0, flat.numel(), CHUNK):
+            part = slice(first, min(first + CHUNK, flat.numel()))
+            self._add(into[part], flat[part], seeds, coefs, param, start + first)
+        if not out.is_contiguous():
+            out.copy_(into.view(out.shape))
+        return out
+
+    def _add(
+        self, out: Tensor, w: Tensor, seeds: Tensor, coefs: Tensor, param: torch.nn.Parameter, start: int = 0
+    ) -> None:
+        moved = torch.empty_like(w)
+        super()._add(moved, w, seeds, coefs, param, start)
+        keep = self.mask.keep(param, self.slots[id(param)].id, start, w.numel())
+        torch.where(keep, moved, w, out=out)
