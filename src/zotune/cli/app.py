@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from zotune import config
+from zotune.cli import bench
 from zotune.errors import InputError, NonFiniteLoss
 
 # Typer may bring its own copy of click: its errors are found through typer's.
@@ -104,6 +105,8 @@ command("train", config.TrainConfig, "Fine-tune a model; the run goes into a fol
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
 command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
+
+app.add_typer(bench.app)
 
 
 @app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")
