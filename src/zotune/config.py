@@ -150,6 +150,26 @@ class MergeConfig(ModelOptions):
     overwrite: bool = Field(False, description="replace the output folder")
 
 
+class EstimateConfig(Options):
+    model: str = Field(description="hub name, folder or config.json of a causal model; no weights are read")
+    method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
+    scheme: str = Field("full", description="full, lora, prefix, prompt or head")
+    batch_size: Positive = Field(16, description="rows a step")
+    seq_len: Positive = Field(256, description="tokens a row")
+    answer_tokens: Positive = Field(1, description="positions a row that need logits")
+    queries: Positive = Field(1, description="directions a step")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights [default: the config's own]"
+    )
+    checkpointing: bool = Field(False, description="recompute activations (first order)")
+    card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")
+    memory: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that it has to fit [default: the card's]"
+    )
+    output: str | None = Field(None, description="write the figures to this JSON file")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
+
+
 T = TypeVar("T", bound=Options)
 
 

@@ -101,11 +101,21 @@ def _merge(options: config.MergeConfig) -> None:
     merge(options)
 
 
+def _estimate(options: config.EstimateConfig) -> None:
+    _quiet()
+    from zotune.cli.estimate import estimate
+
+    estimate(options)
+
+
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
 command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
 
+command(
+    "estimate", config.EstimateConfig, "Memory and time of a configuration, from the model's config alone.", _estimate
+)
 app.add_typer(bench.app)
 
 

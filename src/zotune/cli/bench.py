@@ -230,6 +230,9 @@ class Live:
         from rich.console import Console
         from rich.live import Live as RichLive
 
+        from zotune.memory import readable
+
+        self.readable = readable
         self.console = Console(stderr=True)
         self.live = RichLive(console=self.console, refresh_per_second=2, transient=True)
         self.said = 0
@@ -250,9 +253,13 @@ class Live:
             after = record.result.get("test_after")
             figure = f"{after:.1f}" if after is not None else record.status
             took = record.finished - record.started
-            self.console.print(
-                f"[{self.said}/{self.total}] {run.cell.name}  {figure}  {took:.0f} s", markup=False, highlight=False
-            )
+            line = f"[{self.said}/{self.total}] {run.cell.name}  {figure}  {took:.0f} s"
+            if (seconds := run.planned.get("seconds")) is not None:
+                line += f" (predicted {seconds:.0f})"
+            peak = record.result.get("peak_memory_bytes", record.result.get("peak_bytes"))
+            if peak is not None and run.planned.get("peak_bytes"):
+                line += f"  {self.readable(peak)} (predicted {self.readable(run.planned['peak_bytes'])})"
+            self.console.print(line, markup=False, highlight=False)
         if self.console.is_terminal:
             self.live.update(self._table(state))
 
