@@ -133,6 +133,29 @@ class TrainConfig(DataOptions, ModelOptions):
         return min(self.eval_every or max(1, self.steps // 10), self.steps)
 
 
+class SweepConfig(TrainConfig):
+    output: str = Field(description="folder of the search: a benchmark's, `zotune bench report` reads it")
+    lrs: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="learning rates of the grid, such as 1e-6,1e-5 [default: decades around the scheme's]"
+    )
+    epses: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="eps of the grid [default: the scheme's]"
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="seeds of each pair [default: --seed]")
+    trials: Positive | None = Field(
+        None, description="search by Optuna with so many runs, between the least and greatest of --lrs and --epses"
+    )
+    storage: str | None = Field(
+        None, description="database URL of the Optuna study [default: SQLite in the output folder]"
+    )
+    jobs: Positive | None = Field(None, description="runs at one time [default: one for each GPU, else 1]")
+
+    @field_validator("lrs", "epses", "seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
+
+
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     output: str | None = Field(None, description="write the figures to this JSON file")

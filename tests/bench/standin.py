@@ -21,7 +21,7 @@ SUITE = {
 
 # Writes what `zotune train` writes. Seed 1 waits for a file named go; seed 2 fails; seed 3 has no memory.
 PROGRAM = """
-import json, os, sys, time
+import json, math, os, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 out = Path(flags["--output"]); out.mkdir(parents=True, exist_ok=True)
@@ -31,8 +31,11 @@ if flags["--seed"] == "2": sys.exit("zotune: it broke")
 if flags["--seed"] == "3": raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 (out / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "forward_passes": 2}) + chr(10))
 while flags["--seed"] == "1" and not (out.parent.parent / "go").exists(): time.sleep(0.02)
-(out / "result.json").write_text(json.dumps({"test_after": 60.0 + int(flags["--seed"]), "forward_passes": 8,
-    "test_before": 50.0, "metric": "accuracy", "wall_seconds": 4.0, "peak_memory_bytes": 3 << 28, "steps": 4}))
+lr, seed = float(flags["--lr"]), int(flags["--seed"])
+(out / "result.json").write_text(json.dumps({
+    "test_before": 50.0, "test_after": 60.0 + seed, "validation_best": 90 - 10 * abs(math.log10(lr) + 3), "steps": 4,
+    "forward_passes": 8, "metric": "accuracy", "wall_seconds": 4.0, "peak_memory_bytes": 3 << 28,
+}))
 """
 
 

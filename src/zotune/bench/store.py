@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import JSON, Text, create_engine, event, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from zotune.errors import InputError
 
@@ -66,7 +67,11 @@ class Store:
         self.engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
         event.listen(self.engine, "connect", _write_ahead)
         try:
-            Base.metadata.create_all(self.engine)
+            with self.engine.begin() as connection:  # create_all looks first, and another process may be as quick
+                for table in Base.metadata.sorted_tables:
+                    connection.execute(CreateTable(table, if_not_exists=True))
+                    for index in table.indexes:
+                        connection.execute(CreateIndex(index, if_not_exists=True))
         except DatabaseError as error:
             raise InputError(f"{path}: not a store of results ({error.orig})") from None
 

@@ -108,6 +108,12 @@ def _estimate(options: config.EstimateConfig) -> None:
     estimate(options)
 
 
+def _sweep(options: config.SweepConfig) -> None:
+    from zotune.cli.sweep import sweep
+
+    sweep(options)
+
+
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
@@ -116,6 +122,7 @@ command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
 command(
     "estimate", config.EstimateConfig, "Memory and time of a configuration, from the model's config alone.", _estimate
 )
+command("sweep", config.SweepConfig, "Search lr and eps, by grid or Optuna; the choice is made on validation.", _sweep)
 app.add_typer(bench.app)
 
 
