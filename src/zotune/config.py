@@ -213,7 +213,17 @@ class SweepConfig(TrainConfig):
 
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
+    trajectory: str | None = Field(None, description="trajectory.zot of a run: score its chosen step, nothing is saved")
     output: str | None = Field(None, description="write the figures to this JSON file")
+
+
+class ReplayConfig(ModelOptions):
+    trajectory: str = Field(description="trajectory.zot of a run")
+    output: str = Field(description="folder of the rebuilt model")
+    until: str | None = Field(
+        None, description="step whose weights to rebuild, or last [default: the step that the run chose]"
+    )
+    overwrite: bool = Field(False, description="replace the output folder")
 
 
 class PredictConfig(DataOptions, ModelOptions):
@@ -272,6 +282,8 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     problems += _engine_problems(given)
+    if given.get("adapter") is not None and given.get("trajectory") is not None:
+        problems.append("--adapter, --trajectory: give one of the two")
     if given.get("resume") in (True, "true") and given.get("overwrite") in (True, "true"):
         problems.append("--resume and --overwrite: choose one")
     if problems:

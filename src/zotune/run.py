@@ -26,6 +26,7 @@ from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
+from zotune.replay import fingerprint, machine
 from zotune.tasks import Task, get_task
 from zotune.tasks.encoding import Collator, Encoded, Encoder
 from zotune.tasks.scoring import ROW_LOSSES, accuracy, score_rows
@@ -362,7 +363,14 @@ class _Run:
             },
             dtype=str(config.dtype),
             engine=optimizer.engine.name,
-            base={"name": config.model, "gguf_file": config.gguf_file, "scheme": config.scheme},
+            base={
+                "name": config.model,
+                "revision": getattr(self.ready.model.config, "_commit_hash", None),
+                "gguf_file": config.gguf_file,
+                "scheme": config.scheme,
+                "sha256": fingerprint(self.ready.model),
+                "machine": machine(self.ready.device),
+            },
             task=self.ready.task.name,
             versions=versions(),
         )

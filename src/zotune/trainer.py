@@ -58,6 +58,19 @@ class _TrainersOptimizer(ZeroOrderOptimizer):
         return None if closure is None else super().step(closure, batch=batch)
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters. Decay reaches what the Trainer decays: no biases and no norms."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not weight_decay:
+        return [{"params": named}]
+    decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # reads no self
+    groups = [
+        {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class ZOTrainer(transformers.Trainer):
     """`transformers.Trainer` with `training_step` replaced: no backward, no gradient, forward passes in eval mode.
 
@@ -109,21 +122,12 @@ class ZOTrainer(transformers.Trainer):
             options = dict(self._zo)
             options |= options.pop("method_options")
             self.optimizer = _TrainersOptimizer(
-                self._parameter_groups(model), lr=self.args.learning_rate, seed=self.args.seed, **options
+                parameter_groups(model, self.args.weight_decay),
+                lr=self.args.learning_rate,
+                seed=self.args.seed,
+                **options,
             )
         return self.optimizer
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Decay reaches what the Trainer decays: no biases and no norms."""
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not self.args.weight_decay:
-            return [{"params": named}]
-        decayed = set(self.get_decay_parameter_names(model))
-        groups = [
-            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._micro_batches.append(self._prepare_inputs(inputs))

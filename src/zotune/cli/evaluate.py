@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.cli.progress import Bars
+from zotune.cli.replay import rebuilt
 from zotune.config import EvalConfig, PredictConfig
 from zotune.errors import InputError
 from zotune.folder import write_atomically
@@ -67,7 +68,12 @@ def predict(options: PredictConfig) -> None:
 
 
 def _scores(options: EvalConfig | PredictConfig, examples: list[Any]) -> tuple[list[Any], list[list[float]]]:
-    model, tokenizer = load(options)
+    trajectory = getattr(options, "trajectory", None)
+    if trajectory:
+        model, tokenizer, line = rebuilt(options, trajectory)
+        print(line)
+    else:
+        model, tokenizer = load(options)
     if options.adapter:
         model = put_adapter(model, options.adapter)
     encode = encoder_for(model, tokenizer, options)

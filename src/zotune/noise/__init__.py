@@ -32,6 +32,8 @@ NOISE_VERSION = 1
 DIRECTIONS = ("gaussian", "rademacher")
 BACKENDS = ("reference", "cpu", "cuda")
 
+STEPS_PART = 1 << 17  # elements that take many steps in a row
+
 _WORD = 0xFFFFFFFF
 
 
@@ -133,6 +135,24 @@ def add_noise(
     where all are zero, out is w bit for bit.
     """
     backend_for(w.device).add_noise(out, w, seeds_Q, coefs_Q, pid, direction, start)
+
+
+def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, direction: str) -> None:
+    """w ← w + Σ_q coefs[s][q]·z(seeds[s][q]) for one step s after the other, in place, each rounded as `add_noise` rounds it.
+
+    A part of w that stays in cache takes all steps before the next part is touched.
+    """
+    backend = backend_for(w.device)
+    if hasattr(backend, "add_noise_steps") and w.is_contiguous():
+        backend.add_noise_steps(w, seeds_SQ, coefs_SQ, pid, direction)
+        return
+    flat = w.view(-1) if w.is_contiguous() else w.reshape(-1)
+    for first in range(0, flat.numel(), STEPS_PART):
+        part = flat[first : first + STEPS_PART]
+        for seeds_Q, coefs_Q in zip(seeds_SQ, coefs_SQ, strict=True):
+            backend.add_noise(part, part, seeds_Q, coefs_Q, pid, direction, first)
+    if not w.is_contiguous():
+        w.copy_(flat.view(w.shape))
 
 
 def add_noise_rows(

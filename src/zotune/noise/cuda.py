@@ -178,6 +178,20 @@ def _both_kernel(
     tl.store(minus + at_GE, (w_wide - moved_GE).to(w_GE.dtype), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pid", "S"])
+def _steps_kernel(
+    w, n, seeds, coefs, S, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
+    """S steps of a tile, each rounded."""
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    inside = at_GE < n
+    w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    for s in range(S):
+        w_GE = _displaced(w_GE, step_G, seeds + s * Q, coefs + s * Q, Q, pid, GAUSSIAN, E, G)
+    tl.store(w + at_GE, w_GE, mask=inside)
+
+
 @triton.jit
 def _many_kernel(
     tile_item,
@@ -267,6 +281,15 @@ def add_noise_both(
     _both_kernel[grid](
         plus, minus, w_flat, w_flat.numel(), start // tile["E"], shift, seed_1, coef_1, _signed(pid), **tile
     )
+
+
+def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, direction: str) -> None:
+    """See `zotune.noise.add_noise_steps`. w is contiguous."""
+    if w.numel() == 0 or len(seeds_SQ) == 0:
+        return
+    steps, queries = seeds_SQ.shape
+    grid = (triton.cdiv(w.numel(), TILE),)
+    _steps_kernel[grid](w, w.numel(), seeds_SQ, coefs_SQ, steps, queries, _signed(pid), **_shape(direction))
 
 
 _TL_DTYPE = {

@@ -1,0 +1,189 @@
+"""A run's weights again, from its base model and its trajectory."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from zotune import noise
+from zotune.directions import signed
+from zotune.engines.lowrank import LowRankEngine
+from zotune.errors import InputError
+from zotune.methods import METHODS
+from zotune.models.schemes import get_scheme
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.trainer import parameter_groups
+from zotune.trajectory import Header, Record, Trajectory, read_file
+from zotune.updates import Linear, Scalars
+
+AT_ONCE = 1024  # steps in one pass over the weights
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for first in range(0, flat.numel(), 1 << 26):
+            digest.update(flat[first : first + (1 << 26)].cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the bits of a run may depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    return {"device": name} | {package: metadata.version(package) for package in ("zotune", "torch")}
+
+
+def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
+    """The records, and how many steps of them are wanted. until: a number, "last", or None for the run's chosen step."""
+    if until is not None and until != "last":
+        if not until.isdecimal():
+            raise InputError(f"--until {until}: give a step, or last")
+        return read_file(path, until=int(until)), int(until)
+    whole = read_file(path)
+    if until == "last":
+        return whole, len(whole.records)
+    if whole.chosen_step is None:
+        raise InputError(
+            f"{path}: the run has not ended ({len(whole.records)} of {whole.header.planned_steps} steps are here), so it "
+            "names no step as its result; give --until last, or a step"
+        )
+    return whole, whole.chosen_step
+
+
+def check(header: Header, path: str) -> None:
+    """Refuse what this version cannot apply."""
+    if header.noise_version != noise.NOISE_VERSION:
+        raise InputError(
+            f"{path}: its directions are of noise definition {header.noise_version}, this version draws "
+            f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')})"
+        )
+    if header.method not in METHODS:
+        raise InputError(f"{path}: method {header.method!r} is not known here; update zotune")
+
+
+def rebuild(
+    load: Callable[[str | None], nn.Module],
+    path: str,
+    until: str | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> tuple[nn.Module, Trajectory, int, list[str]]:
+    """The model with the weights of a step, the trajectory, the step, and why they may differ in the last bits (if at all).
+
+    load: dtype → the base model in it. Raises InputError for another base model, and for damage before the step.
+    """
+    trajectory, steps = open_trajectory(path, until)
+    header = trajectory.header
+    check(header, path)
+    try:
+        model = load(header.dtype or None)
+        transformers.set_seed(header.seed)  # for an adapter's first values, as in the run
+        model = get_scheme(str(header.base.get("scheme", "full"))).prepare(model)
+        optimizer = optimizer_of(model, header)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    device = next(model.parameters()).device
+    written = header.base.get("machine", {})
+    here = machine(device)
+    differ = [f"{k} was {written.get(k)}, is {v}" for k, v in here.items() if written.get(k) != v]
+    expected = header.base.get("sha256")
+    if expected and fingerprint(model) != expected:
+        if written.get("device") == here["device"] or device.type == "cpu":
+            raise InputError(
+                f"{path}: the model is not the one that the run started from ({header.base.get('name')}): its weights differ"
+            )
+        differ.append("the base weights could not be compared bit for bit")
+    apply(optimizer, [trajectory.records[i] for i in range(steps)], advance)
+    return model, trajectory, steps, differ
+
+
+def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
+    """The optimizer that the run had, before its first step."""
+    options = dict(header.method_options)
+    optimizer = ZeroOrderOptimizer(
+        parameter_groups(model, max(header.decay, default=0.0)),
+        header.method,
+        lr=0.0,
+        seed=header.seed,
+        direction=header.direction,
+        engine=header.engine,
+        **options,
+    )
+    optimizer.pairs = header.pairs // (optimizer.method.estimator.queries * len(optimizer.blocks))
+    return optimizer
+
+
+@torch.no_grad()
+def apply(
+    optimizer: ZeroOrderOptimizer, records: Sequence[Record], advance: Callable[[int], None] = lambda steps: None
+) -> None:
+    """Do to the weights what the recorded steps did, in order; many steps in a pass where a step is a list of coefficients."""
+    for first in range(0, len(records), AT_ONCE):
+        some = records[first : first + AT_ONCE]
+        if not _together(optimizer, some):
+            for record in some:
+                optimizer.apply_record(record)
+        advance(len(some))
+
+
+def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
+    """Many steps, tensor by tensor, each step rounded as the run rounded it. False where a step is more than Σ c·z."""
+    rule, engine = optimizer.method.rule, optimizer.engine
+    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or isinstance(engine, LowRankEngine):
+        return False
+    if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
+        return False
+    directions = engine.directions
+    seeds_SQ, coefs_SGQ = [], []
+    for record in records:
+        if not record.skipped:
+            by = Scalars(
+                optimizer._seeds(record.step, 0),
+                (record.g,) * directions.groups,
+                record.lr,
+                record.decay,
+                record.choice,
+            )
+            moved = rule.displacement(by)
+            if moved.seeds_Q:
+                seeds_SQ.append([signed(seed) for seed in moved.seeds_Q])
+                coefs_SGQ.append(moved.coefs_GQ)
+    for group in optimizer.param_groups:
+        group["step"] += len(records)
+    if seeds_SQ:
+        _add(directions, seeds_SQ, coefs_SGQ)
+    return True
+
+
+def _add(directions: Any, seeds: list[list[int]], coefs: list[Any]) -> None:
+    for param in directions.params:
+        slot = directions.slots[id(param)]
+        seeds_SQ = torch.tensor(seeds, dtype=torch.int64, device=param.device)
+        coefs_SQ = torch.tensor([c_GQ[slot.group] for c_GQ in coefs], dtype=torch.float32, device=param.device)
+        noise.add_noise_steps(param.data, seeds_SQ, coefs_SQ, slot.id, directions.distribution)
+
+
+def described(header: Header, steps: int, differ: Sequence[str]) -> str:
+    """One line on what was rebuilt, and how exactly."""
+    exact = "bit for bit the run's" if not differ else f"the run's within rounding ({'; '.join(differ)})"
+    return f"step {steps} of {header.method} on {header.base.get('name')}: weights are {exact}"
+
+
+def save(model: Any, tokenizer: Any, output: Path, path: str, line: str) -> None:
+    """As `from_pretrained` (or PEFT) loads it, with a card that says where it comes from."""
+    from huggingface_hub import ModelCard
+
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    text = f"---\ntags: [zotune, zeroth-order]\n---\n\n# Rebuilt from a trajectory\n\n{line}.\n\nTrajectory: `{Path(path).name}`.\n"
+    ModelCard(text).save(output / "README.md")
