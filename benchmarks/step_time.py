@@ -59,10 +59,11 @@ def main() -> None:
     steps: dict[str, Callable[[], Any]] = {"two forwards": lambda: (forward(), forward())}
     loss_of = partial(candidate_losses, model)
     for direction in ("rademacher", "gaussian"):
-        optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction)
-        steps[f"zotune full, {direction}"] = partial(optimizer.step, forward)
-        if device.type == "cuda":
-            steps[f"zotune full, {direction}, CUDA graph"] = partial(optimizer.step, loss_of, batch=batch)
+        for engine in ("sequential", "dual"):
+            optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction, engine=engine)
+            steps[f"zotune {engine}, {direction}"] = partial(optimizer.step, loss_of, batch=batch)
+    per_row = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, groups="batch")
+    steps["zotune lowrank, a direction per row"] = partial(per_row.step, loss_of, batch=batch)
     peak = peaks(steps, device)  # before the step in place, which leaves the process larger than it found it
     for direction in ("rademacher", "gaussian"):
         reference = InPlaceMeZO(model, 1e-9, 1e-3, direction=direction)
@@ -72,10 +73,10 @@ def main() -> None:
 
     adapted = get_scheme("lora").prepare(model)
     forward_lora = torch.no_grad()(partial(candidate_losses, adapted, batch))
-    lora = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3)
+    lora, lora_loss = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3), partial(candidate_losses, adapted)
     lora_steps = {
         "two forwards": lambda: (forward_lora(), forward_lora()),
-        "zotune lora, gaussian": partial(lora.step, forward_lora),
+        "zotune lora, gaussian": partial(lora.step, lora_loss, batch=batch),
     }
     peak_lora = peaks(lora_steps, device)
     took_lora = rounds(lora_steps, device, args.rounds)

@@ -188,6 +188,29 @@ STEP_OPTIONS = (
 )  # fmt: skip
 
 
+class SweepConfig(TrainConfig):
+    output: str = Field(description="folder of the search: a benchmark's, `zotune bench report` reads it")
+    lrs: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="learning rates of the grid, such as 1e-6,1e-5 [default: decades around the scheme's]"
+    )
+    epses: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="eps of the grid [default: the scheme's]"
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="seeds of each pair [default: --seed]")
+    trials: Positive | None = Field(
+        None, description="search by Optuna with so many runs, between the least and greatest of --lrs and --epses"
+    )
+    storage: str | None = Field(
+        None, description="database URL of the Optuna study [default: SQLite in the output folder]"
+    )
+    jobs: Positive | None = Field(None, description="runs at one time [default: one for each GPU, else 1]")
+
+    @field_validator("lrs", "epses", "seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
+
+
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     output: str | None = Field(None, description="write the figures to this JSON file")
@@ -203,6 +226,26 @@ class MergeConfig(ModelOptions):
     adapter: str = Field(description="folder of the PEFT adapter")
     output: str = Field(description="folder of the merged model")
     overwrite: bool = Field(False, description="replace the output folder")
+
+
+class EstimateConfig(Options):
+    model: str = Field(description="hub name, folder or config.json of a causal model; no weights are read")
+    method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
+    scheme: str = Field("full", description="full, lora, prefix, prompt or head")
+    batch_size: Positive = Field(16, description="rows a step")
+    seq_len: Positive = Field(256, description="tokens a row")
+    answer_tokens: Positive = Field(1, description="positions a row that need logits")
+    queries: Positive = Field(1, description="directions a step")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights [default: the config's own]"
+    )
+    checkpointing: bool = Field(False, description="recompute activations (first order)")
+    card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")
+    memory: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that it has to fit [default: the card's]"
+    )
+    output: str | None = Field(None, description="write the figures to this JSON file")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
 
 
 T = TypeVar("T", bound=Options)

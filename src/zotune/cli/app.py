@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from zotune import config
+from zotune.cli import bench
 from zotune.errors import InputError, NonFiniteLoss
 
 # Typer may bring its own copy of click: its errors are found through typer's.
@@ -100,10 +101,29 @@ def _merge(options: config.MergeConfig) -> None:
     merge(options)
 
 
+def _estimate(options: config.EstimateConfig) -> None:
+    _quiet()
+    from zotune.cli.estimate import estimate
+
+    estimate(options)
+
+
+def _sweep(options: config.SweepConfig) -> None:
+    from zotune.cli.sweep import sweep
+
+    sweep(options)
+
+
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
 command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
+
+command(
+    "estimate", config.EstimateConfig, "Memory and time of a configuration, from the model's config alone.", _estimate
+)
+command("sweep", config.SweepConfig, "Search lr and eps, by grid or Optuna; the choice is made on validation.", _sweep)
+app.add_typer(bench.app)
 
 
 @app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")

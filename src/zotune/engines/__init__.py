@@ -23,8 +23,9 @@ ENGINES = {
 def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
     """The named engine; `auto` takes the fastest that draws the directions as the method has them.
 
-    That is `dual` (which is `sequential` where it gets a closure without a batch), and `lowrank` where the rows of a batch
-    are to have directions of their own. Unknown names, and groups with another engine, raise ValueError.
+    That is `lowrank` where the rows of a batch are to have directions of their own, else `sequential`, which needs the least
+    memory and has not been beaten by enough (docs/performance.md). Unknown names, and groups with another engine, raise
+    ValueError.
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
@@ -36,7 +37,7 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         raise ValueError(
             f"groups={groups!r}: engine {name!r} gives a batch one direction; use engine='lowrank' or 'auto'"
         )
-    if name == "sequential":
+    if name in ("auto", "sequential"):
         from zotune.engines.sequential import SequentialEngine
 
         return SequentialEngine(directions)

@@ -16,7 +16,8 @@ from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
 from zotune.engines.stacks import SMALL_BYTES, Stacks
 
-TILE_BYTES = 8 << 20  # of a copy: both stay in a GPU's second cache
+ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
+TILE_BYTES = 16 << 20  # of a copy: both stay in a GPU's second cache
 
 
 class DualEngine(FollowingEngine):
@@ -50,7 +51,7 @@ class _DualReads(PartedReads):
         halves = x.reshape(2, -1, width)
         out = x.new_empty(2, halves.shape[1], weight.shape[0])
         size = weight.numel() * weight.element_size()
-        rows = -(-weight.shape[0] // -(-size // TILE_BYTES))
+        rows = min(weight.shape[0], -(-weight.shape[0] // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
         copies = scratch.take(weight.data[:rows].expand(2, rows, width))
         for first in range(0, weight.shape[0], rows):
             last = min(first + rows, weight.shape[0])

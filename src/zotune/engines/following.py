@@ -29,6 +29,7 @@ class FollowingEngine(SequentialEngine):
         super().__init__(directions)
         self.usable = True
         self._checked = False
+        self._eps = 0.0  # of the narrowest format that activations were seen in
 
     @abstractmethod
     def _reads(self, at: Displacement | HeldDisplacement, shares: tuple[int, ...], copies: int) -> PartedReads:
@@ -70,6 +71,7 @@ class FollowingEngine(SequentialEngine):
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
             losses = loss(doubled)
         self.forwards += 2
+        self._eps = max(self._eps, mode.eps)
         if not isinstance(losses, Tensor) or losses.numel() != 2 * rows:
             raise Unfollowed("the loss is one number for all rows; return one a row")
         if len(mode.seen) < len(self.directions.params):
@@ -91,7 +93,7 @@ class FollowingEngine(SequentialEngine):
         doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
         with torch.no_grad():
             once, twice = (loss(b).detach().double().view(-1) for b in (batch, doubled))
-        rounding = 10 * (twice.view(2, -1) - once).abs().max() + 1e-6 * theirs.abs().mean()
+        rounding = 10 * (twice.view(2, -1) - once).abs().max() + 4 * self._eps * theirs.abs().mean()
         error, spread = (ours - theirs).abs().mean(), (theirs[0] - theirs[1]).abs().mean()
         if error > 0.05 * spread + rounding:
             raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")

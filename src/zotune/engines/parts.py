@@ -92,6 +92,7 @@ class PartedReads(TorchFunctionMode):
         super().__init__()
         self.parts, self.stacks = parts, stacks
         self.seen: set[int] = set()
+        self.eps = 0.0  # of the narrowest format that the batch was seen in
         self._params = {id(p) for p in params}
         self._values: dict[int, Parted] = {}
         self._dying: dict[int, Any] = {}
@@ -143,12 +144,11 @@ class PartedReads(TorchFunctionMode):
         return self._is_parted(arg) or (type(arg) in (list, tuple) and any(map(self._is_parted, arg)))
 
     def _is_batch(self, value: Any) -> bool:
-        return (
-            isinstance(value, Tensor)
-            and value.dim() > 0
-            and not self._is_parted(value)
-            and self.parts.fits(value.shape[0])
-        )
+        if not isinstance(value, Tensor) or value.dim() == 0 or self._is_parted(value):
+            return False
+        if value.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(value.dtype).eps)
+        return self.parts.fits(value.shape[0])
 
     def stack_of(self, value: Any) -> Tensor | None:
         """(P, …) of a parameter or of what was made from one, where there is such a stack."""

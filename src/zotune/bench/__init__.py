@@ -1,0 +1,37 @@
+"""The benchmark: a suite → its runs → a store → a report. Light to import; what needs the extra asks for it first.
+
+suite.py     YAML → cells of a grid → the options of each run
+cost.py      forward passes a step, and the steps that a budget pays for
+plan.py      runs with their keys, what is done, what the rest will take
+store.py     results in SQLite
+runner.py    a process a run
+search.py    lr and eps by grid or Optuna
+estimate.py  memory and time from a model's config alone
+probe.py     the same, measured
+report.py    tables (tables.py) and figures (figures/) as a page
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from zotune.errors import InputError
+
+EXTRA = ("sqlalchemy", "jinja2", "itables", "matplotlib", "optuna", "pandas")
+
+
+def need_extra() -> None:
+    """Raises InputError where `zotune[bench]` is not installed."""
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"zotune bench needs zotune[bench] (missing: {', '.join(missing)}): pip install 'zotune[bench]'"
+        )
+
+
+class Stopped(Exception):
+    """The benchmark was asked to stop; what was under way is saved. `code`: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,38 @@
+"""What a step costs in forward passes: evaluations of the loss on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def forwards_a_step(options: Mapping[str, Any]) -> int:
+    """Forward passes of one update, accumulated batches included.
+
+    With q queries: two-sided 2q, one-sided q + 1, conservative 2q + 3, forward gradient q (a JVP counts one), first order 1;
+    block-wise 2q a block. `blocks` is then the number of blocks. Source: arXiv 2402.11592, sections 3 and 5.
+
+    >>> forwards_a_step({"method": "zo-sgd"}), forwards_a_step({"method": "zo-sgd-cons", "queries": 2})
+    (2, 7)
+    >>> forwards_a_step({"method": "zo-sgd", "estimator": "one-sided", "queries": 3, "accumulate": 2})
+    8
+    """
+    method, queries = str(options.get("method", "zo-sgd")), int(options.get("queries") or 1)
+    blocks, batches = int(options.get("blocks") or 1), int(options.get("accumulate") or 1)
+    if method.startswith("fo-"):
+        step = 1
+    elif method == "forward-grad":
+        step = queries
+    else:
+        step = queries + 1 if options.get("estimator") == "one-sided" else 2 * queries
+        step = step * blocks + (3 if method == "zo-sgd-cons" else 0)
+    return step * batches
+
+
+def steps_for(forward_passes: int, options: Mapping[str, Any]) -> int:
+    """The updates that so many forward passes pay for, rounded down.
+
+    >>> steps_for(40_000, {"method": "zo-sgd"}), steps_for(40_000, {"method": "zo-sgd-cons"})
+    (20000, 8000)
+    """
+    return forward_passes // forwards_a_step(options)

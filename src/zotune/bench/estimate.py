@@ -1,0 +1,491 @@
+"""Memory and time of a configuration from the model's config alone: the real step, on tensors that have no storage.
+
+The model is built on the meta device and the step (the sequential engine's probe, or forward and backward) runs on it, while
+every storage that would have been allocated is counted until it is freed. What the meta device cannot show is added: the state
+of the method, and the scratch that the engine keeps.
+"""
+
+# B rows, T tokens, K answer positions.
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from zotune.directions import Directions, Displacement
+from zotune.engines.scratch import SMALL_BYTES, Scratch
+from zotune.engines.sequential import SequentialEngine
+from zotune.errors import InputError, nearest
+from zotune.models.loading import DTYPES
+from zotune.tasks.scoring import ROW_LOSSES
+
+METHODS = (
+    "zo-sgd", "zo-sgd-mmt", "zo-sgd-sign", "zo-sgd-cons", "zo-adam", "forward-grad", "fo-sgd", "fo-adam",
+)  # fmt: skip
+SCHEMES = ("full", "lora", "prefix", "prompt", "head")
+VIRTUAL_TOKENS = {"prefix": 5, "prompt": 10}
+# Bytes of state a trainable element: ZO keeps it in float32, torch.optim in the parameter's own dtype (0 here: see `_state`).
+ZO_STATE = {"zo-sgd-mmt": 4, "zo-adam": 8}
+FO_STATES = {"fo-adam": 2}
+# On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux.
+PROCESS_BYTES = 630 << 20
+NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # 4 bits, a quantised scale for each block of 64, a scale of 256 scales
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, seconds and counts. `activations` is the peak less all that is named: scratch and workspaces of a step included."""
+
+    method: str
+    scheme: str
+    variant: str
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    trainable: int
+    flops: float
+    forwards: int
+    peak: int
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device sustains: FLOP/s of a matrix product, bytes/s of a copy, noise elements/s."""
+
+    flops: float
+    bandwidth: float
+    noise: float
+    memory: int | None = None
+
+
+# Sustained in a model's forward pass, bfloat16; H100 measured, the others scaled by their data sheets.
+CARDS = {
+    "h100": Rates(520e12, 2.98e12, 1.2e12, 80 * 2**30),
+    "h200": Rates(520e12, 4.2e12, 1.2e12, 141 * 2**30),
+    "a100": Rates(200e12, 1.8e12, 0.7e12, 80 * 2**30),
+    "l4": Rates(60e12, 0.27e12, 0.25e12, 24 * 2**30),
+    "rtx4090": Rates(110e12, 0.9e12, 0.6e12, 24 * 2**30),
+    "rtx3090": Rates(50e12, 0.8e12, 0.3e12, 24 * 2**30),
+    "t4": Rates(25e12, 0.27e12, 0.1e12, 16 * 2**30),
+}
+
+
+def model_config(source: str | Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+    """The config of a hub name, a folder, a config.json, or `{random: {model_type, …}}`. Raises InputError."""
+    import transformers
+
+    if not isinstance(source, str):
+        given = dict(source["random"])
+        try:
+            return transformers.AutoConfig.for_model(**given)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"random model: {str(error).splitlines()[0]}") from None
+    path = Path(source).expanduser()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".json"
+    if looks_local and not path.exists():
+        raise InputError(f"--model {source}: no such file or folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"--model {source}: no config.json in it")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(path) if path.exists() else source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"--model {source}: {first.strip()}") from None
+
+
+def build(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device, without dropout: methods without back-propagation use none, and it must not differ here."""
+    import transformers
+
+    for key, value in vars(config).items():
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def estimate(
+    config: Any,
+    *,
+    method: str = "zo-sgd",
+    scheme: str = "full",
+    batch_size: int = 16,
+    seq_len: int = 256,
+    dtype: str | None = None,
+    checkpointing: bool = False,
+    quantised: bool = False,
+    answer_tokens: int = 1,
+    queries: int = 1,
+    rates: Rates | None = None,
+) -> Estimate:
+    """Peak bytes and seconds of a training step.
+
+    config: of transformers, as `model_config` gives it; it is not altered. checkpointing: of activations, first order alone.
+    quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K. Raises InputError.
+    """
+    import copy
+
+    for value, known, what in ((method, METHODS, "method"), (scheme, SCHEMES, "scheme")):
+        if value not in known:
+            raise InputError(f"--{what} {value}: {nearest(value, known)}")
+    kind = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
+    model = build(copy.deepcopy(config), kind)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < seq_len:
+        raise InputError(f"--seq-len {seq_len}: the model takes {limit} tokens")
+    model, extra = with_scheme(model, scheme)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable = sum(p.numel() for p in trained)
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    batch = _batch(batch_size, seq_len + extra, answer_tokens)
+    loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
+    first_order = method.startswith("fo-")
+    gradients, held = 0, 0
+    flops = _forward_flops(model, loss)
+    with _fused_attention(), Allocations(model) as live:
+        if first_order:
+            with set_checkpoint_early_stop(False):  # the exception that stops would keep alive what was recomputed
+                kept = _forward(model, loss, checkpointing)
+            kept.backward()
+            gradients = trained_bytes
+        elif method == "forward-grad":
+            with torch.no_grad():
+                loss()
+        else:
+            held = _probe(model, loss, live)
+    step = live.peak + held
+    if method == "forward-grad":  # each value has a tangent; the direction is held whole
+        step = 2 * live.peak + trained_bytes
+    state = ZO_STATE.get(method, 0) * trainable + FO_STATES.get(method, 0) * trained_bytes
+    if quantised:
+        saved, scratch = _quantised(model)
+        weights -= saved
+        step += scratch
+    peak = weights + state + step
+    made = Estimate(
+        method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
+        step - gradients, trainable, flops, _forwards(method, queries), peak,
+    )  # fmt: skip
+    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
+
+
+def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estimate]:
+    """What was asked for, then plain ZO, LoRA, LoRA with checkpointing, QLoRA and full Adam beside it."""
+    rows: list[dict[str, Any]] = [
+        dict(chosen),
+        {"method": "zo-sgd", "scheme": "full"},
+        {"method": "zo-adam", "scheme": "full"},
+        {"method": "fo-adam", "scheme": "lora"},
+        {"method": "fo-adam", "scheme": "lora", "checkpointing": True},
+        {"method": "fo-adam", "scheme": "lora", "checkpointing": True, "quantised": True},
+        {"method": "fo-adam", "scheme": "full"},
+        {"method": "fo-adam", "scheme": "full", "checkpointing": True},
+    ]
+    distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    return [estimate(config, **(common | row)) for row in distinct]
+
+
+def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Peak bytes and seconds a step of one run of a suite, on this machine; rows of 64 tokens where their length is not known."""
+    config = model_config(source)
+    limit = getattr(config, "max_position_embeddings", None) or 64
+    made = estimate(
+        config,
+        method=options["method"],
+        scheme=options.get("scheme", "full"),
+        batch_size=int(options.get("batch_size") or 16),
+        seq_len=int(options.get("tokens") or min(64, limit)),
+        dtype=options.get("dtype"),
+        checkpointing=bool(options.get("checkpointing")),
+        queries=int(options.get("queries") or 1),
+        rates=rates_here(options.get("device", "auto")),
+    )
+    on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
+    process = 0 if on_gpu or "tokens" in options else PROCESS_BYTES
+    return {"peak_bytes": made.peak + process, "step_seconds": made.step_seconds}
+
+
+def with_scheme(model: nn.Module, scheme: str) -> tuple[nn.Module, int]:
+    """The meta model with the scheme's parameters on it, and the tokens that it adds to each row.
+
+    Prefix and prompt start from activations or embeddings, which a model without values has not: their sizes stand in.
+    """
+    from zotune.models.schemes import SCHEMES as OURS
+
+    if scheme in OURS and scheme not in VIRTUAL_TOKENS:
+        return OURS[scheme].prepare(model), 0
+    model.requires_grad_(False)
+    config: Any = getattr(model.config, "text_config", model.config)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    if scheme == "head":
+        head.weight = nn.Parameter(torch.empty_like(head.weight))  # type: ignore[arg-type]  # untied
+        return model, 0
+    layers, width = config.num_hidden_layers, config.hidden_size
+    if scheme == "prefix":
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        count = 2 * layers * VIRTUAL_TOKENS["prefix"] * heads * size
+    else:
+        count = VIRTUAL_TOKENS["prompt"] * width
+    virtual = nn.Parameter(torch.empty(count, dtype=head.weight.dtype, device="meta"))  # type: ignore[arg-type]
+    model.register_parameter("virtual_tokens", virtual)
+    # What follows the virtual tokens depends on them: autograd keeps its activations.
+    table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    table.register_forward_hook(lambda module, args, out: out + 0 * virtual[0] if torch.is_grad_enabled() else out)
+    return model, VIRTUAL_TOKENS["prompt"] if scheme == "prompt" else 0
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make, until they are freed; the model's own are not counted.
+
+    Rounded to 512, as CUDA's allocator does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.now = self.peak = 0
+        self._ignore = False
+        self._alive: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # A model asks for a value: whether a batch is plain (not packed, not padded). It is.
+            return args[0].dtype == torch.bool
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._own:
+            return
+        if self._ignore:
+            self._own.add(key)
+            weakref.finalize(storage, self._own.discard, key)
+            return
+        size = -(-storage.nbytes() // 512) * 512
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._alive[key] = weakref.finalize(storage, self._freed, key, size)
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """What is made inside is never counted."""
+        self._ignore = True
+        yield
+        self._ignore = False
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.pop(key, None)
+        self.now -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+class _Still(Directions):
+    """Directions that are drawn nowhere."""
+
+    def displaced(self, param: Any, by: Any, out: Tensor) -> Tensor:
+        return out
+
+    def displaced_span(self, param: Any, first: int, last: int, by: Any, out: Tensor) -> Tensor:
+        return out
+
+    def displaced_rows(self, param: Any, rows_K: Tensor, by: Any, out: Tensor) -> Tensor:
+        return out
+
+
+class _CountedScratch(Scratch):
+    """A pool of which only the size is wanted: the most bytes in use at one time, which the real one keeps."""
+
+    def __init__(self, live: Allocations) -> None:
+        super().__init__()
+        self.live, self.most, self._sizes = live, 0, dict[int, int]()
+
+    def take(self, like: Tensor) -> Tensor:
+        size = like.numel() * like.element_size()
+        if size < SMALL_BYTES:
+            return super().take(like)
+        with self.live.ignored():
+            taken = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._sizes[id(taken)] = size
+        self.most = max(self.most, sum(self._sizes.values()))
+        return taken
+
+    def give(self, tensor: Tensor) -> None:
+        self._sizes.pop(id(tensor), None)
+
+    forget = give
+
+
+def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> int:
+    """One probe by the sequential engine; the bytes of scratch that it keeps."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    engine = SequentialEngine(_Still([named]))
+    engine._unread = []
+    engine.scratch = scratch = _CountedScratch(live)
+    engine.loss(loss, Displacement((0,), ((1.0,),)))
+    return scratch.most
+
+
+def _forward_flops(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    # On its own: the counter's hooks keep tensors alive, which would be counted.
+    with (
+        torch.no_grad(),
+        _fused_attention() as attention,
+        FlopCounterMode(display=False) as products,
+        Allocations(model),
+    ):
+        loss()
+    return products.get_total_flops() + sum(attention)
+
+
+def _forward(model: nn.Module, loss: Callable[[], Tensor], checkpointing: bool) -> Tensor:
+    """The loss, with what autograd keeps for its gradients."""
+    inner: Any = model
+    if checkpointing:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+    return loss()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused_attention() -> Iterator[list[float]]:
+    """Scaled dot-product attention as the fused kernels do it: no scores are kept. Gives the FLOPs of each call.
+
+    A mode would do but for the recomputation of a checkpoint, which runs outside of all modes.
+    """
+    flops: list[float] = []
+    real = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flops.append(4 * query.numel() * key.shape[-2] / 2)  # causal
+        return _Fused.apply(query, key, value)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield flops
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+def _batch(rows: int, tokens: int, answer_tokens: int) -> dict[str, Tensor]:
+    """What `Collator("answer", …)` makes, without values."""
+    shape = (rows, answer_tokens)
+    return {
+        "input_ids": torch.zeros((rows, tokens), dtype=torch.long, device="meta"),
+        "positions": torch.zeros(shape, dtype=torch.long, device="meta"),
+        "targets": torch.zeros(shape, dtype=torch.long, device="meta"),
+        "target_mask": torch.zeros(shape, device="meta"),
+    }
+
+
+def _quantised(model: nn.Module) -> tuple[int, int]:
+    """Bytes that NF4 saves on the linear layers (not the head, not an adapter), and of the largest of them, dequantised."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    weights = [
+        m.weight
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad and "lora_" not in name
+    ]
+    sizes = [w.numel() * w.element_size() for w in weights]
+    kept = sum(int(w.numel() * NF4_BYTES) for w in weights)
+    return sum(sizes) - kept, max(sizes, default=0)
+
+
+def _forwards(method: str, queries: int) -> int:
+    from zotune.bench.cost import forwards_a_step
+
+    return forwards_a_step({"method": method, "queries": queries})
+
+
+def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rates) -> float:
+    """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
+
+    First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward.
+    """
+    whole = trained_bytes > made.weights / 2
+    forward = max(made.flops / rates.flops, made.weights / rates.bandwidth)
+    if made.method.startswith("fo-"):
+        passes = (3 if whole else 2) + (1 if checkpointing else 0)
+        return passes * forward + (3 * trained_bytes + 2 * made.state) / rates.bandwidth
+    copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
+    if made.method == "forward-grad":
+        return 2 * made.forwards * forward + copies
+    return made.forwards * (forward + copies) + copies + 2 * made.state / rates.bandwidth
+
+
+_measured: dict[str, Rates] = {}
+
+
+def rates_here(device: str = "auto") -> Rates:
+    """This machine's rates: a card's by its name, else measured in a tenth of a second."""
+    if device != "cpu" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        name = properties.name.lower().replace(" ", "")
+        known = next((rates for card, rates in CARDS.items() if card in name), CARDS["a100"])
+        return replace(known, memory=properties.total_memory)
+    if "cpu" not in _measured:
+        _measured["cpu"] = _measure_cpu()
+    return _measured["cpu"]
+
+
+def _measure_cpu() -> Rates:
+    import os
+    import time
+
+    def best(work: Callable[[], Any]) -> float:
+        took = []
+        for _ in range(3):
+            began = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - began)
+        return min(took)
+
+    a = torch.randn(512, 512)
+    flat = torch.zeros(8 << 20)
+    product, copy = best(lambda: a @ a), best(lambda: flat.clone())
+    threads = torch.get_num_threads()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Gaussian noise: 0.105 s for 135 M elements on two threads.
+    return Rates(2 * 512**3 / product, 2 * flat.nbytes / copy, 0.65e9 * threads, memory)

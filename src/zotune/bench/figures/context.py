@@ -1,0 +1,40 @@
+"""Peak memory against the tokens of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, place
+
+NAME, TITLE = "context", "Memory against context length"
+ABOUT = "Peak memory of a step. A line that ends early did not fit at the next length."
+
+
+def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
+    rows = groups[groups.tokens.notna()].copy()
+    rows["line"] = [
+        f"{row.method} {row.scheme} {' '.join(f'{k}={v}' for k, v in row.labels.items() if k != 'tokens')}".strip()
+        for row in rows.itertuples()
+    ]
+    rows = rows[rows.groupby(["model", "line"]).tokens.transform("nunique") > 1]
+    if not len(rows):
+        return None
+    names = list(dict.fromkeys(rows.line))
+    places = list(rows.groupby("model", sort=False))
+    figure, axes = panels(len(places))
+    for axis, (model, group) in zip(axes, places, strict=True):
+        for i, name in enumerate(names):
+            line = group[(group.line == name) & group.peak_bytes.notna()].sort_values("tokens")
+            if len(line):
+                axis.plot(
+                    line.tokens, line.peak_bytes / 2**30, label=name, color=COLOURS[i % 8], marker=MARKERS[i % 8],
+                    linestyle=DASHES[i % 8], markersize=5,
+                )  # fmt: skip
+        axis.set_xlabel("tokens a row")
+        axis.set_ylabel("peak memory (GiB)")
+        axis.set_ylim(bottom=0)
+        axis.set_title(place(str(model), ""))
+    legend(figure, axes)
+    return figure

@@ -1,0 +1,29 @@
+"""Block-wise descent, hybrid training and gradient sparsity beside the plain method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.figures import place
+from zotune.bench.figures.pairs import bars
+
+NAME, TITLE = "enhancements", "Block-wise, hybrid and sparse"
+ABOUT = "Test accuracy at equal forward passes; bars are one standard deviation over seeds."
+LABELS = {"blocks", "fo_fraction", "sparsity"}
+
+
+def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
+    scored = groups[groups["mean"].notna() & groups.labels.map(lambda given: set(given) <= LABELS)]
+    titles, panels = [], []
+    for (model, task), group in scored.groupby(["model", "task"], sort=False):
+        enhanced = set(group[group.variant != ""].method)
+        clusters = [
+            (method, [(row.variant or "plain", row.mean, row.sd) for row in rows.itertuples()])
+            for method, rows in group[group.method.isin(enhanced)].groupby("method", sort=False)
+        ]
+        if clusters:
+            titles.append(place(str(model), str(task)))
+            panels.append(clusters)
+    return bars(titles, panels) if titles else None

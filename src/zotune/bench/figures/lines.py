@@ -1,0 +1,47 @@
+"""A value of metrics.jsonl against forward passes, a line a configuration: what two figures share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.figures import COLOURS, DASHES, legend, panels, place
+from zotune.bench.frame import label
+
+
+def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: int | None = None) -> Any:
+    """The mean over a configuration's seeds; the band from their least to their greatest. bins: so many means a line."""
+    places: dict[tuple[str, str], list[tuple[str, pd.DataFrame]]] = {}
+    by_key = runs.set_index("key")
+    for row in groups[groups.kind == "train"].itertuples():
+        points = []
+        for run in by_key.loc[row.keys].itertuples():
+            if run.status == "done" and run.lr == row.lr and run.eps == row.eps:
+                points += [
+                    {"passes": m["forward_passes"], "value": m[key]}
+                    for m in run.metrics
+                    if m.get(key) is not None and m.get("forward_passes") is not None
+                ]
+        if points:
+            frame = pd.DataFrame(points)
+            if bins is not None and frame.passes.nunique() > bins:
+                width = frame.passes.max() / bins
+                frame["passes"] = ((frame.passes - 1) // width + 0.5) * width
+            line = frame.groupby("passes").value.agg(["mean", "min", "max"]).reset_index()
+            places.setdefault((row.model, row.task), []).append((f"{label(row)} · {row.scheme}", line))
+    if not places:
+        return None
+    names = list(dict.fromkeys(name for group in places.values() for name, _ in group))
+    figure, axes = panels(len(places))
+    for axis, ((model, task), group) in zip(axes, places.items(), strict=True):
+        for name, line in group:
+            i = names.index(name)
+            axis.plot(line.passes, line["mean"], label=name, color=COLOURS[i % 8], linestyle=DASHES[i % 8])
+            if (line["max"] > line["min"]).any():
+                axis.fill_between(line.passes, line["min"], line["max"], color=COLOURS[i % 8], alpha=0.15, linewidth=0)
+        axis.set_xlabel("forward passes")
+        axis.set_ylabel(unit)
+        axis.set_title(place(model, task))
+    legend(figure, axes)
+    return figure

@@ -1,0 +1,16 @@
+"""Accuracy against the time of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.figures.pareto import pareto
+
+NAME, TITLE = "pareto-time", "Accuracy against time"
+ABOUT = "Wall time of a whole run, evaluation included, median over seeds. The line joins what no other beats in both."
+
+
+def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
+    return pareto(groups, "seconds", 60, "minutes a run")

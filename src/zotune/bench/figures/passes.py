@@ -1,0 +1,16 @@
+"""Validation accuracy against forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.figures.lines import lines
+
+NAME, TITLE = "passes", "Accuracy against forward passes"
+ABOUT = "Validation accuracy while training, mean over seeds; the band is from the least to the greatest."
+
+
+def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
+    return lines(runs, groups, "validation_accuracy", "validation accuracy (%)")

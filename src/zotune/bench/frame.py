@@ -1,0 +1,133 @@
+"""The store's rows as data frames: every run, and the runs of each configuration taken together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from zotune.bench.store import Record
+from zotune.bench.suite import _text
+
+GROUP = ["kind", "model", "task", "method", "scheme", "variant"]  # what names a configuration, seeds and lr, eps aside
+SEARCHED = ("lr", "eps")  # among several values of these the best on validation is taken
+
+
+def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """A row a run. Bytes, seconds, percent; NaN where a run has no such figure."""
+    return pd.DataFrame([_row(record) for record in records])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    result, options = record.result or {}, record.options
+    labels = {k: v for k, v in record.labels.items() if k not in SEARCHED}
+    number = lambda *names: next((float(result[n]) for n in names if result.get(n) is not None), math.nan)  # noqa: E731
+    return {
+        "key": record.key,
+        "kind": record.kind,
+        "suite": record.suite,
+        "model": record.model,
+        "task": record.task,
+        "method": record.method,
+        "scheme": record.scheme,
+        "seed": record.seed,
+        "variant": " ".join(f"{k}={_text(v)}" for k, v in sorted(labels.items())),
+        "labels": labels,
+        "status": record.status,
+        "lr": _number(result.get("lr", options.get("lr"))),
+        "eps": _number(result.get("eps", options.get("eps"))),
+        "queries": int(options.get("queries") or 1),
+        "tokens": _number(options.get("tokens")),
+        "accuracy": number("test_after"),
+        "before": number("test_before"),
+        "validation": number("validation_best"),
+        "forward_passes": number("forward_passes"),
+        "seconds": number("wall_seconds"),
+        "step_seconds": number("step_seconds") if record.kind == "probe" else step_seconds(record.metrics),
+        "peak_bytes": number("peak_memory_bytes", "peak_bytes"),
+        "planned_bytes": _number((record.planned or {}).get("peak_bytes")),
+        "trainable": number("trainable_parameters"),
+        "device": result.get("device", ""),
+        "dtype": result.get("dtype", options.get("dtype", "")),
+        "metric": result.get("metric", "accuracy"),
+        "metrics": record.metrics or [],
+        "options": options,
+        "command": record.command,
+        "code": record.code,
+        "folder": record.folder,
+        "error": record.error,
+    }
+
+
+def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
+    """Seconds a step: the median over the intervals between logged steps, the first (warm-up) left out.
+
+    >>> step_seconds([{"step": s, "seconds": t} for s, t in ((10, 9.0), (20, 10.0), (30, 11.0), (40, 16.0))])
+    0.1
+    """
+    points = [(line["step"], line["seconds"]) for line in metrics if "seconds" in line]
+    pace = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(points) if s1 > s0]
+    return median(pace) if pace else math.nan
+
+
+def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a configuration, its chosen lr and eps: mean and spread over seeds, and its rank among the methods.
+
+    sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of (model, task, scheme, variant); equals share a rank.
+    """
+    rows = []
+    for names, group in runs.groupby(GROUP, sort=False, dropna=False):
+        done = group[group.status == "done"]
+        chosen = choose(done)
+        row = dict(zip(GROUP, names, strict=True))
+        rows.append(
+            row
+            | {
+                "group": "g-" + str(group.key.iloc[0]),
+                "keys": list(group.key),
+                "labels": group.labels.iloc[0],
+                "n": len(chosen),
+                "failed": int((group.status == "failed").sum()),
+                "oom": int((group.status == "oom").sum()),
+                "mean": chosen.accuracy.mean() if len(chosen) else math.nan,
+                "sd": chosen.accuracy.std(ddof=1) if len(chosen) > 1 else math.nan,
+                "before": chosen.before.mean() if len(chosen) else math.nan,
+                "lr": chosen.lr.iloc[0] if len(chosen) else math.nan,
+                "eps": chosen.eps.iloc[0] if len(chosen) else math.nan,
+                "searched": len(done[list(SEARCHED)].drop_duplicates()),
+                "forward_passes": chosen.forward_passes.median() if len(chosen) else math.nan,
+                "seconds": chosen.seconds.median() if len(chosen) else math.nan,
+                "step_seconds": chosen.step_seconds.median() if len(chosen) else math.nan,
+                "peak_bytes": chosen.peak_bytes.max() if len(chosen) else math.nan,
+                "queries": int(group.queries.iloc[0]),
+                "tokens": group.tokens.iloc[0],
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["rank"] = frame.groupby(["model", "task", "scheme", "variant"])["mean"].rank(ascending=False, method="min")
+    return frame
+
+
+def choose(done: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose lr and eps are best on validation, mean over seeds; test decides nothing."""
+    if not len(done):
+        return done
+    means = done.groupby(list(SEARCHED), dropna=False)["validation"].mean()
+    if len(means) < 2 or means.isna().all():
+        return done
+    lr, eps = means.idxmax()
+    same = lambda column, value: (column == value) | (column.isna() & (value != value))  # noqa: E731
+    return done[same(done.lr, lr) & same(done.eps, eps)]
+
+
+def label(row: Any) -> str:
+    """A configuration's name within its model, task and scheme."""
+    return f"{row.method} {row.variant}".strip()
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

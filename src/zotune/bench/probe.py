@@ -1,0 +1,144 @@
+"""A few steps on random weights, measured: peak memory of a step, and its time without the first."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.bench.estimate import model_config
+from zotune.memory import peak_bytes, reset_peak
+from zotune.models.loading import DTYPES, pick_device
+from zotune.models.schemes import get_scheme
+from zotune.tasks.scoring import ROW_LOSSES
+
+WARM_UP = {"random": {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128,
+                      "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}}  # fmt: skip
+M_MMAP_THRESHOLD = -3
+
+
+def measure(options: Mapping[str, Any]) -> dict[str, Any]:
+    """peak_bytes, step_seconds, trainable_parameters, forward_passes of `steps` steps, the first of which warms up.
+
+    options: model (a name, or {random: config}), method, scheme, batch_size, tokens, dtype, device, checkpointing, queries.
+    On the CPU the peak is the process's, less what it held before there was a model.
+    """
+    device = pick_device(options.get("device", "auto"))
+    base = 0
+    if device.type == "cpu":
+        _exact_frees()
+        small = {**options, "model": WARM_UP, "tokens": 8, "batch_size": 2}
+        _steps(small, device, 2)
+        gc.collect()
+        reset_peak(device)
+        base = peak_bytes(device)
+    measured = _steps(options, device, max(2, int(options.get("steps") or 3)))
+    return measured | {
+        "peak_bytes": measured["peak_bytes"] - base,
+        "method": options.get("method", "zo-sgd"),
+        "scheme": options.get("scheme", "full"),
+        "device": _name(device),
+    }
+
+
+def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict[str, Any]:
+    import transformers
+
+    config = model_config(options["model"])
+    config.use_cache = False
+    dtype = DTYPES[options["dtype"]] if options.get("dtype") else (getattr(config, "dtype", None) or torch.float32)
+    torch.manual_seed(0)
+    with device:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = get_scheme(str(options.get("scheme", "full"))).prepare(model)
+    rows, tokens = int(options.get("batch_size") or 16), int(options.get("tokens") or 64)
+    answer = int(options.get("answer_tokens") or 1)
+    batch = {
+        "input_ids": torch.randint(2, config.vocab_size, (rows, tokens), device=device),
+        "positions": torch.arange(tokens - answer - 1, tokens - 1, device=device).repeat(rows, 1),
+        "targets": torch.randint(2, config.vocab_size, (rows, answer), device=device),
+        "target_mask": torch.ones((rows, answer), device=device),
+    }
+    step, count = _stepper(model, batch, options)
+    step()
+    _wait(device)
+    gc.collect()
+    reset_peak(device)
+    took = []
+    for _ in range(steps - 1):
+        began = time.perf_counter()
+        step()
+        _wait(device)
+        took.append(time.perf_counter() - began)
+    return {
+        "peak_bytes": peak_bytes(device),
+        "step_seconds": statistics.median(took),
+        "steps": steps,
+        "forward_passes": count(steps),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _stepper(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> tuple[Callable[[], Any], Callable[[int], int]]:
+    from zotune.methods import METHODS
+    from zotune.optimizer import ZeroOrderOptimizer
+
+    method = str(options.get("method", "zo-sgd"))
+    loss = ROW_LOSSES["answer"]
+    if not method.startswith("fo-"):
+        known = METHODS[method].options
+        extra: Any = {"queries": int(options["queries"])} if options.get("queries") and "queries" in known else {}
+        optimizer = ZeroOrderOptimizer(
+            model, method, lr=1e-9, eps=1e-3, engine=options.get("engine") or "auto", **extra
+        )
+        if batch["input_ids"].is_cuda:
+            of_batch = lambda given: loss(model, given)  # noqa: E731  # one object: a graph is captured for each
+            return lambda: optimizer.step(of_batch, batch=batch), lambda steps: optimizer.forward_passes
+        return lambda: optimizer.step(lambda: loss(model, batch)), lambda steps: optimizer.forward_passes
+    if options.get("checkpointing"):
+        inner: Any = model
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.enable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch_optimizer: torch.optim.Optimizer
+    if method == "fo-adam":
+        torch_optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
+    else:
+        torch_optimizer = torch.optim.SGD(trained, lr=1e-9, fused=True)
+
+    def step() -> None:
+        loss(model, batch).mean().backward()
+        torch_optimizer.step()
+        torch_optimizer.zero_grad(set_to_none=True)
+
+    return step, lambda steps: steps
+
+
+def _exact_frees() -> None:
+    """glibc hands back what is freed at once, so that the resident set is what is in use."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

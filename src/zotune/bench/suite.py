@@ -1,0 +1,308 @@
+"""A suite: a grid over the options of `zotune train`, as YAML.
+
+A cell takes `defaults`, over them the `rules` that match it, over them its own place in the grid. An `include` is the grid
+again with some of its axes replaced; an `exclude` drops the cells that match.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from zotune.bench.cost import forwards_a_step, steps_for
+from zotune.config import Options, Positive, TrainConfig, resolve
+from zotune.errors import InputError, nearest
+
+AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
+PROBE_KEYS = ("tokens", "checkpointing", "repeats", "answer_tokens")  # what a probe takes beyond the options of a run
+PROBE_METHODS = ("fo-sgd", "fo-adam")  # which a probe steps by torch.optim where the library has none of them
+
+
+class Budget(Options):
+    """Equal for every run: forward passes, or steps."""
+
+    forward_passes: Positive | None = None
+    steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.forward_passes is None) == (self.steps is None):
+            raise ValueError("give forward_passes or steps, one of the two")
+        return self
+
+
+class Rule(Options):
+    """`set` these options where a cell matches `when`: a value, a pattern ("fo-*"), or a list of them for each key."""
+
+    when: dict[str, Any] = Field({})
+    set: dict[str, Any]
+
+
+class ModelEntry(Options):
+    """A model of the grid by a name of the suite's own: a hub name or folder, or a random one that is made from a config."""
+
+    model: str | None = None
+    gguf_file: str | None = None
+    random: dict[str, Any] | None = Field(None, description="config of a random model, with model_type")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelEntry:
+        if (self.model is None) == (self.random is None):
+            raise ValueError("give model or random, one of the two")
+        if self.random is not None and not isinstance(self.random.get("model_type"), str):
+            raise ValueError("random: a model_type is needed, such as llama")
+        return self
+
+
+class Suite(Options):
+    name: str
+    about: str = ""
+    kind: Literal["train", "probe"] = Field("train", description="runs, or a few timed steps on random weights")
+    models: dict[str, ModelEntry] = Field({})
+    tasks: dict[str, dict[str, Any]] = Field(
+        {}, description="data by a name of the suite's own: options, or made: words"
+    )
+    grid: dict[str, list[Any]]
+    defaults: dict[str, Any] = Field({})
+    rules: list[Rule] = Field([])
+    include: list[dict[str, list[Any]]] = Field([])
+    exclude: list[dict[str, Any]] = Field([])
+    budget: Budget
+    missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that this version lacks")
+    keep_models: bool = Field(False, description="keep the trained weights of each run")
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return {k: _listed(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("include", mode="before")
+    @classmethod
+    def _lists_too(cls, value: Any) -> Any:
+        return [cls._lists(entry) for entry in value] if isinstance(value, list) else value
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        """Each cell of the grid and its includes, without the excluded, none twice."""
+        seen = set()
+        replacements: list[dict[str, list[Any]]] = [{}, *self.include]
+        for axes in replacements:
+            given: dict[str, list[Any]] = {"scheme": ["full"], "seed": [0], **self.grid, **axes}
+            grid = {axis: _all_of(axis, values) for axis, values in given.items()}
+            order = [a for a in AXES if a in grid] + [k for k in grid if k not in AXES]
+            for values in itertools.product(*(grid[k] for k in order)):
+                cell = dict(zip(order, values, strict=True))
+                key = repr(sorted(cell.items()))
+                if key not in seen and not any(matches(pattern, cell) for pattern in self.exclude):
+                    seen.add(key)
+                    yield cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that a suite asks for.
+
+    options: of `zotune train` (or of a probe), complete, without the output folder. made: what has to be made first.
+    """
+
+    name: str
+    kind: str
+    model: str
+    task: str
+    options: dict[str, Any]
+    forward_passes: int
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Expanded:
+    """The cells of a suite that this version has, and for those it has not a reason and their number."""
+
+    suite: Suite
+    cells: list[Cell]
+    left_out: dict[str, int]
+
+
+def shipped() -> list[str]:
+    """The suites that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("zotune.bench").joinpath("suites").iterdir()
+                  if p.name.endswith(".yaml"))  # fmt: skip
+
+
+def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
+    """A shipped suite by name, or a YAML file. changes: `KEY → value` of --set. Raises InputError, a line a fault."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise InputError(f"suite {name}: no such file")
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    elif name in shipped():
+        text, where = files("zotune.bench").joinpath("suites", f"{name}.yaml").read_text(encoding="utf-8"), name
+    else:
+        raise InputError(f"unknown suite {name!r}; {nearest(name, shipped())}, or name a .yaml file")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{where}{f':{mark.line + 1}' if mark else ''}: not YAML") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: keys and values were expected")
+    for key, given in (changes or {}).items():
+        _change(value, key, given)
+    try:
+        return Suite.model_validate(value)
+    except ValidationError as error:
+        raise InputError("\n".join(_line(where, e) for e in error.errors())) from None
+
+
+def _change(value: dict[str, Any], key: str, given: Any) -> None:
+    """--set: `budget.steps` and the suite's own scalars by their place; an axis of the grid; else a default, over all rules."""
+    head, _, rest = key.partition(".")
+    if rest and head in ("budget", "defaults", "grid"):
+        value[head] = {rest: given} if head == "budget" else {**value.get(head, {}), rest: given}
+    elif key in ("missing", "keep_models"):
+        value[key] = given
+    elif key in AXES or key in value.get("grid", {}) or isinstance(given, list):
+        value.setdefault("grid", {})[key] = given
+        value["include"] = [{k: v for k, v in entry.items() if k != key} for entry in value.get("include", [])]
+    else:
+        value.setdefault("defaults", {})[key] = given
+        value["rules"] = [*value.get("rules", []), {"set": {key: given}}]
+
+
+def expand(suite: Suite) -> Expanded:
+    """The suite's runs. Cells that this version lacks are left out with a reason, or refused, as the suite says."""
+    cells: list[Cell] = []
+    left_out: dict[str, int] = {}
+    for axes in suite.cells():
+        absent = [a for a in ("model", "method") + (("task",) if suite.kind == "train" else ()) if a not in axes]
+        if absent:
+            raise InputError(f"suite {suite.name}: grid: no {absent[0]}")
+        lacking = _lacks(suite, axes)
+        if lacking and suite.missing == "refuse":
+            raise InputError(f"suite {suite.name}: {lacking[0]}{lacking[1]}")
+        if lacking:
+            left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
+            continue
+        cells.append(_cell(suite, axes))
+    if not cells:
+        said = "; ".join(left_out) or "its exclusions leave nothing"
+        raise InputError(f"suite {suite.name}: no run is left ({said})")
+    return Expanded(suite, cells, left_out)
+
+
+def matches(pattern: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
+    """Whether the cell has, for each key, one of the pattern's values; a text may be a shell pattern.
+
+    >>> matches({"method": ["fo-*"], "seed": 0}, {"method": "fo-sgd", "seed": 0})
+    True
+    """
+    return all(
+        key in cell and any(fnmatchcase(_text(cell[key]), _text(value)) for value in _listed(wanted))
+        for key, wanted in pattern.items()
+    )
+
+
+def _options(suite: Suite, axes: Mapping[str, Any]) -> dict[str, Any]:
+    options = dict(suite.defaults)
+    for rule in suite.rules:
+        if matches(rule.when, {**options, **axes}):
+            options |= rule.set
+    return {**options, **axes}
+
+
+def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What of a cell this version lacks, and a hint."""
+    from zotune.registry import names
+
+    options = _options(suite, axes)
+    for kind in ("method", "scheme", "task"):
+        value, known = options.get(kind), names(kind)
+        if kind == "task" and (suite.kind == "probe" or value in suite.tasks):
+            continue
+        if kind == "method" and suite.kind == "probe":
+            known = [*known, *PROBE_METHODS]
+        if value is not None and value not in known:
+            return f"{kind} {value!r} is not in this version", f"; {nearest(str(value), known)}"
+    fields = [*TrainConfig.model_fields, *(PROBE_KEYS if suite.kind == "probe" else ())]
+    for key in options:
+        if key not in fields:
+            return f"option {key!r} is not in this version", f"; {nearest(key, fields)}"
+    return None
+
+
+def _cell(suite: Suite, axes: Mapping[str, Any]) -> Cell:
+    options = _options(suite, axes)
+    made: dict[str, dict[str, Any]] = {}
+    model, task = str(options["model"]), str(options.get("task") or "")
+    if (entry := suite.models.get(model)) is not None:
+        if entry.random is not None:
+            made["model"] = entry.random
+        else:
+            options |= entry.model_dump(exclude={"random"}, exclude_none=True)
+    if task in suite.tasks:
+        del options["task"]
+        given = dict(suite.tasks[task])
+        if "made" in given:
+            made["data"] = {"kind": given.pop("made"), **{k: given.pop(k) for k in _SIZES if k in given}}
+            options["data"] = f"made:{task}"
+        options = given | options
+    cost = forwards_a_step(options)
+    if suite.budget.steps is not None:
+        options["steps"] = suite.budget.steps
+    else:
+        assert suite.budget.forward_passes is not None
+        options["steps"] = steps_for(suite.budget.forward_passes, options)
+        if options["steps"] < 1:
+            raise InputError(
+                f"suite {suite.name}: budget: {suite.budget.forward_passes} forward passes pay for no step of "
+                f"{options['method']} ({cost} each); raise the budget"
+            )
+    name = " ".join(_text(v) if k in AXES[:4] else f"{k}={_text(v)}" for k, v in axes.items())
+    if suite.kind == "train":
+        try:
+            checked = resolve(TrainConfig, options | {"output": "-"}, None)
+        except InputError as error:
+            raise InputError(
+                "\n".join(f"suite {suite.name}: {name}: {line}" for line in str(error).splitlines())
+            ) from None
+        options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
+    labels = {k: v for k, v in axes.items() if k not in AXES}
+    passes = int(options["steps"]) * cost
+    return Cell(name, suite.kind, model, task, options, passes, made, labels)
+
+
+_SIZES = ("train", "validation", "test")
+
+
+def _all_of(axis: str, values: list[Any]) -> list[Any]:
+    if values != ["all"]:
+        return values
+    from zotune.registry import names
+
+    return names(axis)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _line(where: str, error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        parts: dict[str, type[Options]] = {"budget": Budget, "rules": Rule, "models": ModelEntry}
+        known = list((parts.get(error["loc"][0], Suite) if len(error["loc"]) > 1 else Suite).model_fields)
+        return f"{where}: unknown key {place!r}; {nearest(str(error['loc'][-1]), known)}"
+    return f"{where}: {place}: {error['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,150 @@
+"""The report's tables: as frames of plain text, and as HTML, CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup, escape
+
+from zotune.bench.frame import label
+
+
+def accuracy(groups: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """For each model and task: methods × schemes, cells (text, group), and the mean rank over the schemes."""
+    tables = {}
+    scored = groups[(groups["mean"].notna()) | (groups.kind == "train")]
+    for (model, task), here in scored.groupby(["model", "task"], sort=False):
+        names = list(dict.fromkeys(label(row) for row in here.itertuples()))
+        schemes = list(dict.fromkeys(here.scheme))
+        table = pd.DataFrame("", index=names, columns=[*schemes, "mean rank"], dtype=object)
+        ranks: dict[str, list[float]] = {name: [] for name in names}
+        for row in here.itertuples():
+            table.loc[label(row), row.scheme] = Cell(mean_sd(row), row.group)
+            ranks[label(row)] += [row.rank] if row.rank == row.rank else []
+        table["mean rank"] = [f"{sum(r) / len(r):.1f}" if (r := ranks[name]) else "" for name in names]
+        tables[f"{model}, {task}"] = table
+    return tables
+
+
+class Cell(str):
+    """A cell's text, with the group that it comes from."""
+
+    group: str
+
+    def __new__(cls, text: str, group: str) -> Cell:
+        made = super().__new__(cls, text)
+        made.group = group
+        return made
+
+
+def mean_sd(row: Any) -> str:
+    """`91.2 ± 0.4`, or why there is no figure."""
+    if row.mean != row.mean:
+        return "does not fit" if row.oom else "failed" if row.failed else "not run"
+    return f"{row.mean:.1f}" + (f" ± {row.sd:.1f}" if row.sd == row.sd else "")
+
+
+def summary(groups: pd.DataFrame) -> pd.DataFrame:
+    """A row a configuration, columns as the files and the sortable table have them."""
+    return pd.DataFrame(
+        [
+            {
+                "model": row.model, "task": row.task, "method": row.method, "scheme": row.scheme, "variant": row.variant,
+                "accuracy": row.mean, "sd": row.sd, "seeds": row.n, "rank": row.rank, "before": row.before,
+                "lr": row.lr, "eps": row.eps, "forward passes": row.forward_passes, "minutes a run": row.seconds / 60,
+                "ms a step": row.step_seconds * 1000, "peak GiB": row.peak_bytes / 2**30,
+                "failed": row.failed, "does not fit": row.oom, "group": row.group,
+            }
+            for row in groups.itertuples()
+        ]
+    )  # fmt: skip
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "accuracy": lambda v: f"{v:.1f}", "sd": lambda v: f"{v:.1f}", "before": lambda v: f"{v:.1f}",
+    "rank": lambda v: f"{v:.0f}", "lr": lambda v: f"{v:g}", "eps": lambda v: f"{v:g}",
+    "forward passes": lambda v: f"{v:.0f}", "minutes a run": lambda v: f"{v:.2f}", "ms a step": lambda v: f"{v:.2f}",
+    "peak GiB": lambda v: f"{v:.3f}", "predicted GiB": lambda v: f"{v:.3f}", "tokens": lambda v: f"{v:.0f}",
+}  # fmt: skip
+
+
+def runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a run."""
+    return pd.DataFrame(
+        [
+            {
+                "model": row.model, "task": row.task, "method": row.method, "scheme": row.scheme, "variant": row.variant,
+                "seed": row.seed, "status": row.status, "accuracy": row.accuracy, "before": row.before, "lr": row.lr,
+                "eps": row.eps, "forward passes": row.forward_passes, "minutes a run": row.seconds / 60,
+                "ms a step": row.step_seconds * 1000, "peak GiB": row.peak_bytes / 2**30,
+                "predicted GiB": row.planned_bytes / 2**30, "code": row.code, "key": row.key,
+            }
+            for row in frame.itertuples()
+        ]
+    )  # fmt: skip
+
+
+def written(table: pd.DataFrame) -> pd.DataFrame:
+    """Every value as the text that a reader sees; columns that are empty throughout are left out."""
+    out = pd.DataFrame(index=table.index)
+    for column in table.columns:
+        text = [_written(str(column), value) for value in table[column]]
+        if any(text):
+            out[column] = pd.Series(text, index=table.index, dtype=object)
+    return out
+
+
+def _written(column: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return FORMATS[column](value) if column in FORMATS else str(value)
+
+
+def linked(table: pd.DataFrame, anchors: pd.Series, columns: tuple[str, ...]) -> pd.DataFrame:
+    """The table as HTML text, escaped, its numbers linked to where they come from."""
+    out = written(table)
+    for column in out.columns:
+        if column in columns:
+            out[column] = [
+                str(Markup('<a href="#{}">{}</a>').format(anchor, text)) if text else ""
+                for text, anchor in zip(out[column], anchors, strict=True)
+            ]
+        else:
+            out[column] = [str(escape(text)) for text in out[column]]
+    return out
+
+
+def plain(text: Any) -> str:
+    """A text that means nothing to Markdown and HTML."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def markdown(table: pd.DataFrame, corner: str = "") -> str:
+    """A Markdown table; bars and angle brackets in it are escaped."""
+    named = not isinstance(table.index, pd.RangeIndex)
+    head = ([corner] if named else []) + list(table.columns)
+    lines = [f"| {' | '.join(map(plain, head))} |", f"|{' --- |' * len(head)}"]
+    for index, row in zip(table.index, table.itertuples(index=False), strict=True):
+        lines.append(f"| {' | '.join(map(plain, ([index] if named else []) + list(row)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: pd.DataFrame, caption: str) -> str:
+    """A booktabs table; TeX's own characters are escaped."""
+    texts = table.map(str)
+    named = not isinstance(table.index, pd.RangeIndex)
+    texts.index = pd.Index([_tex(name) for name in texts.index]) if named else texts.index
+    texts = texts.map(_tex)
+    texts.columns = [_tex(name) for name in texts.columns]
+    return texts.to_latex(
+        escape=False, index=named, caption=_tex(caption), column_format="l" * (len(texts.columns) + named)
+    )
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {c: "\\" + c for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}", "†": r"\textdagger{}"}
+    return "".join(special.get(c, c) for c in str(text))

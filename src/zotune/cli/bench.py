@@ -1,0 +1,279 @@
+"""`zotune bench`: run a suite, report on it. Loads nothing of the extra until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zotune.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from zotune.bench.plan import Plan
+    from zotune.bench.runner import State
+
+app = typer.Typer(
+    name="bench",
+    help="Suites of runs: every method, scheme, model and task of a grid, resumable, with a report.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+EXECUTORS = ("local", "ray")
+
+
+@app.command("run", help="Run a suite, or go on with it; shows the plan first.")
+def run(
+    suite: Annotated[str, typer.Argument(help="a shipped suite, see `zotune bench list`, or a .yaml file")],
+    output: Annotated[str, typer.Option("--output", help="folder of the results")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="replace an axis or an option, budget.steps too; may be repeated"
+        ),
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="as of `zotune train`, for every run")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="runs at one time [default: one for each GPU, else 1]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, run nothing")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="run again what failed or did not fit")] = False,
+    any_version: Annotated[
+        bool, typer.Option("--any-version", help="count as done what another version of the code has done")
+    ] = False,
+    executor: Annotated[str, typer.Option("--executor", metavar="local|ray", help="where the runs go")] = "local",
+) -> None:
+    from zotune.bench import need_extra
+
+    need_extra()
+    if executor not in EXECUTORS:
+        raise InputError(f"--executor {executor}: {nearest(executor, EXECUTORS)}")
+    if executor == "ray":
+        raise InputError("--executor ray: not in this version; leave it out to run here, one run for each GPU")
+    if jobs is not None and jobs < 1:
+        raise InputError(f"--jobs {jobs}: one or more")
+    from zotune.bench.plan import foresee, make_plan
+    from zotune.bench.runner import execute, sole_runner
+    from zotune.bench.store import DATABASE, Store
+    from zotune.bench.suite import expand, load_suite
+
+    given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
+    expanded = expand(load_suite(suite, given))
+    folder = Path(output).expanduser()
+    check_folder(folder)
+    if dry_run and not (folder / DATABASE).is_file():
+        plan = make_plan(expanded, folder)
+        foresee(plan)
+        show_plan(plan)
+        return
+    gpus = count_gpus()
+    with sole_runner(folder):
+        store = Store(folder)
+        plan = make_plan(expanded, folder, store, retry=retry, any_version=any_version)
+        foresee(plan, store)
+        show_plan(plan)
+        if dry_run:
+            return
+        if not plan.to_do:
+            print(f"all done; zotune bench report {output}")
+            return
+        with Live(plan) as live:
+            state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live)
+        show_end(state, output)
+
+
+@app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR.")
+def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="folder that `zotune bench run` filled")]) -> None:
+    from zotune.bench import need_extra
+
+    need_extra()
+    from zotune.bench.report import make_report
+
+    page = make_report(Path(folder).expanduser())
+    print(f"report: {page}")
+
+
+@app.command("list", help="The suites that come with zotune.")
+def suites() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zotune.bench.suite import load_suite, shipped
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name in shipped():
+        table.add_row(name, load_suite(name).about)
+    Console().print(table)
+
+
+@app.command("probe", hidden=True, help="A few timed steps on random weights, as one run of a suite.")
+def probe(options: str, output: Annotated[str, typer.Option("--output")]) -> None:
+    from zotune.bench.probe import measure
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(options + "\n", encoding="utf-8")  # JSON is YAML
+    from zotune.folder import write_atomically
+
+    write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2) + "\n")
+
+
+def parse_changes(changes: list[str]) -> dict[str, Any]:
+    """KEY=VALUE of --set; a value is YAML, and "a,b" a list."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {change}: write KEY=VALUE, such as seed=0,1,2 or budget.steps=100")
+        plain = not text.startswith(("[", "{", '"', "'"))
+        try:
+            value = [yaml.safe_load(t) for t in text.split(",")] if plain and "," in text else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {change}: {text!r} is not YAML") from None
+        parsed[key.strip().replace("-", "_")] = value
+    return parsed
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a file, and a folder of somebody's own."""
+    from zotune.bench.store import DATABASE
+
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file; name a folder")
+    if folder.is_dir() and not (folder / DATABASE).is_file():
+        foreign = [p.name for p in folder.iterdir() if p.name not in (".lock", "made")]
+        if foreign:
+            raise InputError(f"--output {folder}: holds files that are not a benchmark's ({foreign[0]}); name another")
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def show_plan(plan: Plan) -> None:
+    """Runs, forward passes, expected time and memory, what is done already."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from zotune.memory import readable
+
+    console = Console()
+    suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
+    table = Table(title=f"suite {suite.name}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("model", "task", "method", "scheme"):
+        table.add_column(name)
+    for name in ("runs", "done", "steps", "forward passes", "memory", "minutes"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for run in plan.runs:
+        cell = run.cell
+        groups.setdefault(
+            (cell.model, cell.task, cell.options["method"], cell.options.get("scheme", "full")), []
+        ).append(run)
+    for names, runs in groups.items():
+        steps = {run.options["steps"] for run in runs}
+        done = sum(run.status in plan.final for run in runs)
+        peaks = [run.planned["peak_bytes"] for run in runs if run.planned.get("peak_bytes")]
+        seconds = [run.planned.get("seconds") for run in runs if run.key in to_do]
+        table.add_row(
+            *names,
+            str(len(runs)),
+            str(done),
+            f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,}-{max(steps):,}",
+            f"{sum(run.cell.forward_passes for run in runs):,}",
+            readable(max(peaks)) if peaks else "?",
+            minutes(seconds),
+        )
+    console.print(table, highlight=False)
+    for reason, count in plan.expanded.left_out.items():
+        console.print(f"left out: {reason} ({count} run{'s' if count > 1 else ''})", highlight=False, markup=False)
+    waiting = plan.to_do
+    expected = minutes([run.planned.get("seconds") for run in waiting])
+    console.print(
+        f"{len(plan.runs)} runs, {plan.forward_passes:,} forward passes; {len(plan.runs) - len(waiting)} done, "
+        f"{len(waiting)} to do, about {expected} minutes one after the other",
+        highlight=False,
+    )
+
+
+def minutes(seconds: list[float | None]) -> str:
+    known = [s for s in seconds if s is not None]
+    if not seconds:
+        return "0"
+    return "?" if not known else f"{sum(known) / 60:.1f}" + ("+" if len(known) < len(seconds) else "")
+
+
+def show_end(state: State, output: str) -> None:
+    counts: dict[str, int] = {}
+    for run, record in state.finished:
+        counts[record.status] = counts.get(record.status, 0) + 1
+        if record.status == "failed":
+            last = (record.error.strip().splitlines() or ["no word"])[-1]
+            print(f"failed: {run.cell.name}: {last}", file=sys.stderr)
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{said}; zotune bench report {output}")
+
+
+class Live:
+    """A table of what runs, redrawn on a terminal; elsewhere a line for each run that ends."""
+
+    def __init__(self, plan: Plan) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        from zotune.memory import readable
+
+        self.readable = readable
+        self.console = Console(stderr=True)
+        self.live = RichLive(console=self.console, refresh_per_second=2, transient=True)
+        self.said = 0
+        self.total = len(plan.to_do)
+        self.began = time.monotonic()
+
+    def __enter__(self) -> Live:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.live.stop()
+
+    def changed(self, state: State) -> None:
+        for run, record in state.finished[self.said :]:
+            self.said += 1
+            after = record.result.get("test_after")
+            figure = f"{after:.1f}" if after is not None else record.status
+            took = record.finished - record.started
+            line = f"[{self.said}/{self.total}] {run.cell.name}  {figure}  {took:.0f} s"
+            if (seconds := run.planned.get("seconds")) is not None:
+                line += f" (predicted {seconds:.0f})"
+            peak = record.result.get("peak_memory_bytes", record.result.get("peak_bytes"))
+            if peak is not None and run.planned.get("peak_bytes"):
+                line += f"  {self.readable(peak)} (predicted {self.readable(run.planned['peak_bytes'])})"
+            self.console.print(line, markup=False, highlight=False)
+        if self.console.is_terminal:
+            self.live.update(self._table(state))
+
+    def _table(self, state: State) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("run", "step", "loss", "seconds"):
+            table.add_column(name, justify="left" if name == "run" else "right")
+        for active in state.active:
+            loss = "" if active.loss is None else f"{active.loss:.3f}"
+            steps = f"{active.step}/{active.run.options['steps']}"
+            table.add_row(active.run.cell.name, steps, loss, f"{time.monotonic() - active.began:.0f}")
+        expected = [run.planned.get("seconds") for run in state.plan.to_do]
+        took = time.monotonic() - self.began
+        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(expected)} min"
+        return table

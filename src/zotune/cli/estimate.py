@@ -1,0 +1,64 @@
+"""`zotune estimate`: memory and time of a configuration, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from zotune.config import EstimateConfig
+from zotune.errors import InputError, nearest
+from zotune.folder import write_atomically
+from zotune.memory import readable
+
+
+def estimate(options: EstimateConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zotune.bench.estimate import CARDS, compare, model_config, rates_here
+
+    if options.card is not None and options.card not in CARDS:
+        raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
+    config = model_config(options.model, options.trust_remote_code)
+    rates = CARDS[options.card] if options.card else rates_here()
+    room = int(options.memory * 2**30) if options.memory else rates.memory
+    chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
+    if options.checkpointing:
+        chosen["checkpointing"] = True
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        rows = compare(
+            config, chosen, batch_size=options.batch_size, seq_len=options.seq_len, dtype=options.dtype,
+            queries=options.queries, answer_tokens=options.answer_tokens, rates=rates,
+        )  # fmt: skip
+    first = rows[0]
+    console = Console()
+    console.print(
+        f"{options.model}: {first.method}, {first.scheme}, {options.batch_size} × {options.seq_len} tokens",
+        highlight=False,
+    )
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("GiB", no_wrap=True)
+    for name in ("weights", "grads", "state", "activ.", "peak", "ms/step", "fits" if room else ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        sizes = [f"{size / 2**30:.2f}" for size in (row.weights, row.gradients, row.state, row.activations, row.peak)]
+        fits = "" if not room else "yes" if row.peak <= room else "no"
+        name = f"{row.method} {row.scheme} {row.variant}".strip()
+        table.add_row(name, *sizes, f"{1000 * (row.step_seconds or 0):.0f}", fits, style="bold" if i == 0 else "")
+    console.print(table, highlight=False)
+    where = options.card or "this machine"
+    console.print(
+        f"memory: within a tenth of measured peaks; time: rough, on {where}; logits at {options.answer_tokens} "
+        f"position{'s' if options.answer_tokens > 1 else ''} a row" + (f"; {readable(room)} to fit" if room else ""),
+        highlight=False,
+    )
+    if options.output:
+        path = Path(options.output).expanduser()
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"--output {path}: no such folder")
+        write_atomically(path, json.dumps([vars(row) for row in rows], indent=2) + "\n")

@@ -1,0 +1,189 @@
+"""The report: its numbers against ones computed here, what it escapes, and the page in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+
+from zotune.bench.report import make_report
+from zotune.bench.store import Record, Store
+from zotune.cli.app import run
+from zotune.errors import InputError
+
+NASTY = "<script>alert('x')</script>&\"_$%"
+SEEDS = {("zo-sgd", "full"): [80.0, 82.0, 87.0], ("zo-sgd", "lora"): [70.0, 71.0], ("zo-adam", "full"): [90.0]}
+
+
+def record(number: int, **changes) -> Record:
+    values = {
+        "key": f"{number:016x}", "config_key": f"c{number}", "code": "0.1.0+abc", "suite": "mine", "kind": "train",
+        "name": "n", "model": "org/model", "task": "sst2", "method": "zo-sgd", "scheme": "full", "seed": 0, "labels": {},
+        "options": {"lr": 1e-3, "eps": 1e-3, "method": "zo-sgd"}, "command": "zotune train --lr 1e-3", "folder": "runs/x",
+        "planned": {"peak_bytes": 2**30}, "status": "done", "attempts": 1, "started": float(number), "finished": 1.0 + number,
+        "result": {
+            "test_after": 80.0, "test_before": 50.0, "validation_best": 81.0, "lr": 1e-3, "eps": 1e-3,
+            "forward_passes": 400, "wall_seconds": 90.0, "peak_memory_bytes": 3 * 2**29, "device": "cpu",
+        },
+        "metrics": [
+            {"step": s, "loss": 1 / s, "forward_passes": 2 * s, "seconds": 0.1 * s, "validation_accuracy": 50.0 + s / 10}
+            for s in range(10, 210, 10)
+        ],
+        "error": "",
+    }  # fmt: skip
+    result = values["result"] | changes.pop("result", {})
+    return Record(**(values | {"result": result} | changes))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Three configurations, a learning rate that is better on validation and worse on test, a failure, alignment, probes."""
+    folder = tmp_path_factory.mktemp("results")
+    store, number = Store(folder), 0
+
+    def put(**changes) -> None:
+        nonlocal number
+        number += 1
+        store.put(record(number, **changes))
+
+    for (method, scheme), scores in SEEDS.items():
+        for seed, score in enumerate(scores):
+            put(method=method, scheme=scheme, seed=seed, result={"test_after": score, "validation_best": 88.0})
+    put(seed=0, labels={"lr": 0.1}, result={"test_after": 99.0, "lr": 0.1, "validation_best": 60.0})
+    put(task="sst2-plain", result={"test_after": 60.0})
+    put(labels={"queries": 4}, options={"queries": 4}, result={"test_after": 83.0})
+    put(labels={"sparsity": 0.5}, result={"test_after": 79.0})
+    put(method=NASTY, model=NASTY, status="failed", error=NASTY, command=NASTY, options={"x": NASTY}, result={})
+    put(scheme="head", status="oom", result={"test_after": None, "test_before": None}, error="CUDA out of memory")
+    for method, bytes_a_token in (("zo-sgd", 10), ("fo-adam", 1000)):
+        for tokens in (128, 256):
+            put(
+                kind="probe", method=method, task="", labels={"tokens": tokens}, options={"tokens": tokens}, metrics=[],
+                result={"test_after": None, "peak_bytes": 2**30 + bytes_a_token * tokens * 1000, "step_seconds": 0.1},
+            )  # fmt: skip
+    store.close()
+    make_report(folder)
+    return folder
+
+
+def test_tables_hold_mean_spread_and_rank_and_choose_lr_on_validation(results):
+    rows = list(csv.DictReader((results / "report" / "summary.csv").open()))
+    found = {(r["method"], r["scheme"]): r for r in rows if r["task"] == "sst2" and not r["variant"]}
+    for (method, scheme), scores in SEEDS.items():
+        row = found[method, scheme]
+        assert float(row["accuracy"]) == pytest.approx(statistics.mean(scores))
+        assert int(row["seeds"]) == len(scores)
+        assert float(row["lr"]) == 1e-3
+        if len(scores) > 1:
+            assert float(row["sd"]) == pytest.approx(statistics.stdev(scores))
+    assert float(found["zo-adam", "full"]["rank"]) == 1
+    assert float(found["zo-sgd", "full"]["rank"]) == 2
+    text = (results / "report" / "tables.md").read_text()
+    assert "| zo-sgd | 83.0 ± 3.6 | 70.5 ± 0.7 | does not fit |" in text
+    assert r"83.0 $\pm$ 3.6" in (results / "report" / "tables.tex").read_text()
+    assert float(found["zo-sgd", "full"]["ms a step"]) == pytest.approx(100)
+
+
+def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
+    drawn = {path.stem for path in (results / "report").glob("*.png")}
+    assert drawn == {
+        "accuracy", "memory", "context", "passes", "queries", "curves", "alignment", "enhancements", "pareto-memory",
+        "pareto-time", "sensitivity",
+    }  # fmt: skip
+    assert drawn == {path.stem for path in (results / "report").glob("*.svg")}
+    other = tmp_path_factory.mktemp("other")
+    store = Store(other)
+    store.put(record(1))
+    store.close()
+    page = make_report(other).read_text()
+    assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "curves"}
+    assert "context length" not in page
+
+
+def test_names_are_escaped_everywhere(results):
+    page = (results / "report" / "index.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    assert "<script>" not in (results / "report" / "tables.md").read_text()
+    assert r"\_\$\%" in (results / "report" / "tables.tex").read_text()
+    for svg in (results / "report").glob("*.svg"):
+        assert "<script>" not in svg.read_text()
+
+
+def test_each_number_leads_to_its_runs_and_their_commands(results):
+    page = (results / "report" / "index.html").read_text()
+    anchors = set(re.findall(r'<details id="([^"]+)"', page))
+    links = {link for link in re.findall(r'href=\\?"#([^"\\]+)', page) if link.startswith(("g-", "run-"))}
+    assert links
+    assert links <= anchors
+    assert "zotune train --lr 1e-3" in page
+    assert "Quoted from arXiv 2402.11592" in page
+    assert "Not measured here" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_asks_for_nothing_from_outside(results):
+    page = (results / "report" / "index.html").read_text()
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
+    assert "var(--s0" in page
+    assert "currentColor" in page
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    assert run(["bench", "report", str(tmp_path)]) == 2
+    assert "zotune bench run" in capsys.readouterr().err
+    Store(tmp_path).close()
+    with pytest.raises(InputError, match="no run has finished"):
+        make_report(tmp_path)
+
+
+def test_the_page_in_a_browser_has_no_error_and_no_fault_of_accessibility(results):
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("no Chromium on this machine")
+    found = [Path("node_modules/axe-core/axe.min.js"), Path("/usr/lib/node_modules/axe-core/axe.min.js")]
+    axe = next((path.read_text() for path in found if path.is_file()), None)
+    page_path = results / "report" / "index.html"
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        for width, scheme in ((1200, "light"), (390, "dark")):
+            assert (
+                _faults(browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme), page_path, axe)
+                == []
+            )
+        browser.close()
+
+
+def _faults(page, path: Path, axe: str | None) -> list[str]:
+    """What the console, the network and axe say of the page, once it was filtered and a number followed."""
+    faults: list[str] = []
+    page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: faults.append(str(e)))
+    page.on("request", lambda r: None if r.url.startswith(("data:", "blob:", "file:")) else faults.append(r.url))
+    page.on("dialog", lambda d: faults.append(d.message))
+    page.goto(path.as_uri())
+    page.wait_for_selector("#table-runs tbody tr")
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    rows = page.locator("#table-runs tbody tr")
+    every = rows.count()
+    page.locator("#table-runs_wrapper input[type=search]").fill("zo-adam")
+    assert 0 < rows.count() < every
+    page.locator("table.matrix a").first.click(timeout=5000)
+    assert page.locator("details[open]").count() == 1
+    if axe is not None:
+        page.evaluate(axe)
+        faults += [f"{v['id']}: {v['nodes'][0]['html']}" for v in page.evaluate("axe.run()")["violations"]]
+    return faults
+
+
+def test_json_in_the_store_survives_a_round(tmp_path):
+    store = Store(tmp_path)
+    store.put(record(1, labels={"queries": 4}))
+    assert json.dumps(store.get(f"{1:016x}").labels) == '{"queries": 4}'

@@ -1,0 +1,141 @@
+"""Suites: the grid, its rules and budgets, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zotune.bench.cost import forwards_a_step, steps_for
+from zotune.bench.plan import make_plan
+from zotune.bench.suite import Suite, expand, load_suite, matches, shipped
+from zotune.errors import InputError
+
+NAMED = {
+    "smoke", "sst2", "complexities", "alignment", "memory", "context-length", "query-budget", "enhancements", "paper",
+}  # fmt: skip
+
+
+def test_the_shipped_suites_are_those_named_and_each_can_be_read():
+    assert set(shipped()) == NAMED
+    for name in shipped():
+        suite = load_suite(name)
+        assert suite.name == name
+        assert suite.about
+        cells = list(suite.cells())
+        assert len({repr(sorted(c.items())) for c in cells}) == len(cells)
+
+
+def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_reason(monkeypatch):
+    from zotune import registry
+
+    real = registry.names
+    monkeypatch.setattr(registry, "names", lambda kind: ["zo-sgd"] if kind == "method" else real(kind))
+    expanded = expand(load_suite("sst2"))
+    assert {cell.options["method"] for cell in expanded.cells} == {"zo-sgd"}
+    assert expanded.left_out["method 'fo-sgd' is not in this version"] == 15
+    monkeypatch.setattr(registry, "names", lambda kind: ["zo-sgd", "fo-sgd"] if kind == "method" else real(kind))
+    assert {c.options["method"] for c in expand(load_suite("smoke")).cells} == {"zo-sgd", "fo-sgd"}
+
+
+@pytest.mark.parametrize(
+    ("options", "cost"),
+    [
+        ({"method": "zo-sgd"}, 2),
+        ({"method": "zo-adam", "queries": 3}, 6),
+        ({"method": "zo-sgd", "estimator": "one-sided", "queries": 3}, 4),
+        ({"method": "zo-sgd-cons"}, 5),
+        ({"method": "zo-sgd-cons", "queries": 4}, 11),
+        ({"method": "zo-sgd", "blocks": 27}, 54),
+        ({"method": "forward-grad"}, 1),
+        ({"method": "fo-adam"}, 1),
+        ({"method": "fo-adam", "accumulate": 4}, 4),
+    ],
+)
+def test_a_step_costs_what_the_study_says(options, cost):
+    assert forwards_a_step(options) == cost
+
+
+@given(st.sampled_from(["zo-sgd", "zo-sgd-cons", "fo-sgd", "forward-grad"]), st.integers(1, 9), st.integers(1, 10**6))
+def test_a_budget_is_spent_as_far_as_whole_steps_go(method, queries, budget):
+    options = {"method": method, "queries": queries}
+    spent = steps_for(budget, options) * forwards_a_step(options)
+    assert budget - forwards_a_step(options) < spent <= budget
+
+
+def test_rules_go_over_defaults_cells_over_rules_and_includes_replace_axes(suite_file):
+    suite = load_suite(
+        suite_file(
+            grid={"model": "tiny", "task": "words", "method": "zo-sgd", "scheme": ["full", "lora"], "seed": [0, 1]},
+            rules=[{"when": {"scheme": "lo*"}, "set": {"lr": 0.5}}],
+            include=[{"seed": 7, "lr": [0.1, 0.2]}],
+            exclude=[{"scheme": "full", "seed": 1}],
+        )
+    )
+    got = {(c.options["scheme"], c.options["seed"], c.options["lr"]) for c in expand(suite).cells}
+    assert got == {
+        ("full", 0, 1e-3), ("lora", 0, 0.5), ("lora", 1, 0.5),
+        ("full", 7, 0.1), ("full", 7, 0.2), ("lora", 7, 0.1), ("lora", 7, 0.2),
+    }  # fmt: skip
+
+
+def test_every_run_of_a_suite_has_the_same_forward_passes(suite_file):
+    expanded = expand(load_suite(suite_file(budget={"forward_passes": 24}, include=[{"queries": [2, 3, 4]}])))
+    assert {cell.forward_passes for cell in expanded.cells} == {24}
+    assert sorted({cell.options["steps"] for cell in expanded.cells}) == [3, 4, 6, 12]
+
+
+def test_set_replaces_an_axis_an_option_and_the_budget(suite_file):
+    changes = {"seed": [5], "lr": 0.25, "budget.steps": 3}
+    cells = expand(load_suite(suite_file(rules=[{"set": {"lr": 9}}]), changes)).cells
+    assert [(c.options["seed"], c.options["lr"], c.options["steps"]) for c in cells] == [(5, 0.25, 3)]
+
+
+def test_keys_depend_on_what_is_computed_and_not_on_where(suite_file, tmp_path):
+    def keys(folder="a", **changes):
+        return [run.key for run in make_plan(expand(load_suite(suite_file(**changes))), tmp_path / folder).runs]
+
+    assert keys() == keys("b")
+    assert keys() == keys(defaults={"batch_size": 4, "lr": 1e-3, "device": "auto", "log_every": 5})
+    assert set(keys()).isdisjoint(keys(defaults={"batch_size": 4, "lr": 2e-3}))
+    assert set(keys()).isdisjoint(keys(tasks={"words": {"made": "words", "train": 21, "template": "{text}",
+                                                        "label_words": {"0": "bad", "1": "good"}}}))  # fmt: skip
+
+
+def test_patterns_match_texts_and_numbers():
+    assert matches({"method": ["fo-*", "zo-adam"], "seed": [0, 1]}, {"method": "zo-adam", "seed": 1})
+    assert not matches({"method": "fo-*"}, {"method": "zo-adam"})
+    assert not matches({"scheme": "full"}, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
+        ({"budget": {"step": 3}}, "unknown key 'budget.step'; did you mean 'steps'?"),
+        ({"budget": {"steps": 3, "forward_passes": 6}}, "one of the two"),
+        ({"budget": {"forward_passes": 1}}, "pay for no step"),
+        ({"grid": {"model": "tiny", "task": "words", "method": "zo-sdg"}}, "did you mean 'zo-sgd'?"),
+        ({"grid": {"model": "tiny", "task": "wrods", "method": "zo-sgd"}}, "'wrods'"),
+        ({"grid": {"task": "words", "method": "zo-sgd"}}, "no model"),
+        ({"defaults": {"bach_size": 3}}, "did you mean 'batch_size'?"),
+        ({"defaults": {"lr": "fast"}}, "lr"),
+        ({"exclude": [{"method": "*"}]}, "no run is left"),
+        ({"models": {"tiny": {"random": {"hidden_size": 3}}}}, "model_type"),
+    ],
+)
+def test_a_wrong_suite_is_said_in_one_line(suite_file, changes, message):
+    with pytest.raises(InputError) as error:
+        expand(load_suite(suite_file(**changes)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_suite_names_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'smoke'"):
+        load_suite("smok")
+
+
+def test_a_suite_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="extra"):
+        Suite.model_validate({"name": "x", "grid": {}, "budget": {"steps": 1}, "extra": 1})
