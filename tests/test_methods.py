@@ -215,6 +215,30 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
 
 
 @pytest.mark.parametrize(
+    "extra",
+    [
+        ["--method", "zo-adam", "--dtype", "bfloat16", "--lr-schedule", "linear"],
+        ["--method", "zo-sgd-cons", "--queries", "2", "--g-clip", "3"],
+        ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--beta", "0.5"],
+        ["--sparsity", "0.5", "--mask", "magnitude", "--mask-refresh", "2"],
+        ["--method", "forward-grad", "--sparsity", "0.5", "--sparsity-scope", "global"],
+    ],
+)
+def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):
+    out = tmp_path / "run"
+    assert run(["train", *tiny.flags(*made, eval_every=6), *extra, "--output", str(out)]) == 0
+    header, records = (trajectory := read_file(out / "trajectory.zot")).header, trajectory.records
+    model = tf.AutoModelForCausalLM.from_pretrained(made[0], dtype=getattr(torch, header.dtype)).eval()
+    kept = {"direction": header.direction, "seed": header.seed, "engine": header.engine}
+    optimizer = ZeroOrderOptimizer(model, header.method, **kept, **header.method_options)
+    for record in records:
+        optimizer.apply_record(record)
+    trained = tf.AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
+    assert trajectory.chosen_step == 6
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
     ("extra", "said"),
     [
         (["--method", "zo-sgd", "--beta", "0.5"], "no option 'beta'"),

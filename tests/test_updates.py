@@ -132,10 +132,10 @@ def test_sign_of_the_scalar_moves_along_z():
 @given(lr=st.floats(1e-6, 3.0), seed=st.integers(0, 1 << 40))
 def test_a_conservative_step_is_never_worse_on_its_batch(estimator, lr, seed):
     model = Toy()
-    before, start = float(model.loss()), [p.detach().clone() for p in model.parameters()]
+    before, start = model.loss().item(), [p.detach().clone() for p in model.parameters()]
     optimizer = ZeroOrderOptimizer(model, "zo-sgd-cons", lr=lr, eps=EPS, seed=seed, estimator=estimator)
     optimizer.step(model.loss)
-    assert float(model.loss()) <= before
+    assert model.loss().item() <= before
     stayed = all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
     assert stayed == (optimizer.last.choice == 0)
 

@@ -117,9 +117,7 @@ def kept(count: int, seed: int, pid: int, sparsity: float, start: int, device: t
 
     Element i is left out where its word (block i // 4, word i % 4, stream MASK) is under sparsity·2³², rounded.
     """
-    backend = backend_for(device)
-    draw = getattr(backend, "kept", None) or _module("reference").kept
-    result: Tensor = draw(count, seed, pid, min(round(sparsity * 2**32), _WORD), start, device)
+    result: Tensor = backend_for(device).kept(count, seed, pid, min(round(sparsity * 2**32), _WORD), start, device)
     return result
 
 

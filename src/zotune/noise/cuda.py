@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.noise import Item
+from zotune.noise import Item, Stream
 
 NORMAL_GROUP = 4  # elements: one block's two Box–Muller pairs
 SIGN_GROUP = (
@@ -228,6 +228,19 @@ def _many_kernel(
     tl.store(out + at_GE, _displaced(w_GE, step_G, seeds + part * Q, own, Q, pid, GAUSSIAN, E, G), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pid", "edge"])
+def _kept_kernel(out, n, block, shift, seeds, pid, edge, STREAM: tl.constexpr, G: tl.constexpr):
+    """Element i of out is element 4·block − shift + i of the parameter."""
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    low = ((block + step_G) & 0xFFFFFFFF).to(tl.uint32)
+    high = (((block + step_G) >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    x0, x1, x2, x3 = tl.philox(tl.load(seeds), low, high, zero + pid.to(tl.uint32, bitcast=True), zero + STREAM, 10)
+    word_GE = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (G, 4))
+    at_GE = step_G[:, None] * 4 + tl.arange(0, 4)[None, :] - shift
+    tl.store(out + at_GE, word_GE >= edge.to(tl.uint32, bitcast=True), mask=(at_GE >= 0) & (at_GE < n))
+
+
 def _shape(direction: str) -> dict[str, Any]:
     gaussian = direction == "gaussian"
     group = NORMAL_GROUP if gaussian else SIGN_GROUP
@@ -236,6 +249,18 @@ def _shape(direction: str) -> dict[str, Any]:
 
 def _signed(pid: int) -> int:
     return pid - (1 << 32) if pid >> 31 else pid
+
+
+def kept(count: int, seed: int, pid: int, edge: int, start: int, device: torch.device) -> Tensor:
+    """See `zotune.noise.kept`; edge: words under it are left out."""
+    out = torch.empty(count, dtype=torch.bool, device=device)
+    seeds = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], dtype=torch.int64, device=device)
+    if count:
+        grid = (triton.cdiv(count + start % 4, TILE),)
+        _kept_kernel[grid](
+            out, count, start // 4, start % 4, seeds, _signed(pid), _signed(edge), STREAM=int(Stream.MASK), G=TILE // 4
+        )
+    return out
 
 
 def add_noise(
