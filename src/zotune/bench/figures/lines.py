@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, DASHES, legend, panels, place
+from zotune.bench.figures import COLOURS, DASHES, legend, panels, percent, place
 from zotune.bench.frame import label
 
 
@@ -42,6 +42,8 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
                 axis.fill_between(line.passes, line["min"], line["max"], color=COLOURS[i % 8], alpha=0.15, linewidth=0)
         axis.set_xlabel("forward passes")
         axis.set_ylabel(unit)
+        if unit.endswith("(%)"):
+            percent(axis)
         axis.set_title(place(model, task))
     legend(figure, axes)
     return figure

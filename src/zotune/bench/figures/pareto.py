@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, place
+from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place
 from zotune.bench.frame import label
 
 
@@ -42,6 +42,7 @@ def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
             axis.plot(cost, value, MARKERS[j % 8], color=COLOURS[i % 8], label=name, markersize=7)
         axis.set_xlabel(unit)
         axis.set_ylabel("test accuracy (%)")
+        percent(axis)
         axis.set_title(place(model, task))
         axis.margins(0.08)
         axis.locator_params(axis="x", nbins=5)
