@@ -56,6 +56,7 @@ class Estimate:
     activations: int
     trainable: int
     flops: float
+    calls: int
     forwards: int
     peak: int
     step_seconds: float | None = None
@@ -63,12 +64,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device sustains: FLOP/s of a matrix product, bytes/s of a copy, noise elements/s."""
+    """What a device sustains: FLOP/s of a matrix product, bytes/s of a copy, noise elements/s; seconds a call of an operation.
+
+    Calls cost nothing on CUDA, where a step is one graph.
+    """
 
     flops: float
     bandwidth: float
     noise: float
     memory: int | None = None
+    call: float = 0.0
 
 
 # Sustained in a model's forward pass, bfloat16; H100 measured, the others scaled by their data sheets.
@@ -108,14 +113,19 @@ def model_config(source: str | Mapping[str, Any], trust_remote_code: bool = Fals
         raise InputError(f"--model {source}: {first.strip()}") from None
 
 
+def without_dropout(config: Any) -> None:
+    """Set a config's dropouts to 0, and no key-value cache."""
+    for key, value in list(vars(config).items()):
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+
+
 def build(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, without dropout: methods without back-propagation use none, and it must not differ here."""
     import transformers
 
-    for key, value in vars(config).items():
-        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
-    config.use_cache = False
+    without_dropout(config)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -158,7 +168,7 @@ def estimate(
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
     first_order = method.startswith("fo-")
     gradients, held = 0, 0
-    flops = _forward_flops(model, loss)
+    flops, calls = _forward_cost(model, loss)
     with _fused_attention(), Allocations(model) as live:
         if first_order:
             with set_checkpoint_early_stop(False):  # the exception that stops would keep alive what was recomputed
@@ -181,7 +191,7 @@ def estimate(
     peak = weights + state + step
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
-        step - gradients, trainable, flops, _forwards(method, queries), peak,
+        step - gradients, trainable, flops, calls + 2 * len(trained), _forwards(method, queries), peak,
     )  # fmt: skip
     return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
 
@@ -261,7 +271,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self.now = self.peak = 0
+        self.now = self.peak = self.calls = 0
         self._ignore = False
         self._alive: dict[int, weakref.finalize] = {}
 
@@ -269,6 +279,7 @@ class Allocations(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             # A model asks for a value: whether a batch is plain (not packed, not padded). It is.
             return args[0].dtype == torch.bool
+        self.calls += 1
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             self._count(tensor)
@@ -354,16 +365,17 @@ def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> i
     return scratch.most
 
 
-def _forward_flops(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+def _forward_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, int]:
+    """FLOPs and operations of one forward."""
     # On its own: the counter's hooks keep tensors alive, which would be counted.
     with (
         torch.no_grad(),
         _fused_attention() as attention,
         FlopCounterMode(display=False) as products,
-        Allocations(model),
+        Allocations(model) as made,
     ):
         loss()
-    return products.get_total_flops() + sum(attention)
+    return products.get_total_flops() + sum(attention), made.calls
 
 
 def _forward(model: nn.Module, loss: Callable[[], Tensor], checkpointing: bool) -> Tensor:
@@ -445,7 +457,7 @@ def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rat
     First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward.
     """
     whole = trained_bytes > made.weights / 2
-    forward = max(made.flops / rates.flops, made.weights / rates.bandwidth)
+    forward = max(made.flops / rates.flops, made.weights / rates.bandwidth) + made.calls * rates.call
     if made.method.startswith("fo-"):
         passes = (3 if whole else 2) + (1 if checkpointing else 0)
         return passes * forward + (3 * trained_bytes + 2 * made.state) / rates.bandwidth
@@ -488,4 +500,4 @@ def _measure_cpu() -> Rates:
     threads = torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Gaussian noise: 0.105 s for 135 M elements on two threads.
-    return Rates(2 * 512**3 / product, 2 * flat.nbytes / copy, 0.65e9 * threads, memory)
+    return Rates(2 * 512**3 / product, 2 * flat.nbytes / copy, 0.65e9 * threads, memory, 1e-5)

@@ -77,7 +77,7 @@ def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
 def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a configuration, its chosen lr and eps: mean and spread over seeds, and its rank among the methods.
 
-    sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of (model, task, scheme, variant); equals share a rank.
+    sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of (model, task, scheme); equals share a rank.
     """
     rows = []
     for names, group in runs.groupby(GROUP, sort=False, dropna=False):
@@ -108,7 +108,7 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    frame["rank"] = frame.groupby(["model", "task", "scheme", "variant"])["mean"].rank(ascending=False, method="min")
+    frame["rank"] = frame.groupby(["model", "task", "scheme"])["mean"].rank(ascending=False, method="min")
     return frame
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -161,7 +162,9 @@ def _guess(run: Run) -> dict[str, Any]:
         return {}
     definition = run.cell.made.get("model")
     try:
-        return estimate_for({"random": definition} if definition else run.options["model"], run.options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return estimate_for({"random": definition} if definition else run.options["model"], run.options)
     except InputError:
         return {}
 

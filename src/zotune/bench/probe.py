@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.bench.estimate import model_config
+from zotune.bench.estimate import model_config, without_dropout
 from zotune.memory import peak_bytes, reset_peak
 from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
@@ -53,7 +53,7 @@ def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict
     import transformers
 
     config = model_config(options["model"])
-    config.use_cache = False
+    without_dropout(config)
     dtype = DTYPES[options["dtype"]] if options.get("dtype") else (getattr(config, "dtype", None) or torch.float32)
     torch.manual_seed(0)
     with device:
@@ -109,9 +109,6 @@ def _stepper(
         inner: Any = model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inner.enable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch_optimizer: torch.optim.Optimizer

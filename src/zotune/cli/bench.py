@@ -164,15 +164,13 @@ def show_plan(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zotune.memory import readable
-
     console = Console()
     suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
     table = Table(title=f"suite {suite.name}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("model", "task", "method", "scheme"):
         table.add_column(name)
-    for name in ("runs", "done", "steps", "forward passes", "memory", "minutes"):
-        table.add_column(name, justify="right")
+    for name in ("runs", "done", "steps", "passes", "GiB", "minutes"):
+        table.add_column(name, justify="right", no_wrap=True)
     groups: dict[tuple[str, ...], list[Any]] = {}
     for run in plan.runs:
         cell = run.cell
@@ -185,17 +183,18 @@ def show_plan(plan: Plan) -> None:
         peaks = [run.planned["peak_bytes"] for run in runs if run.planned.get("peak_bytes")]
         seconds = [run.planned.get("seconds") for run in runs if run.key in to_do]
         table.add_row(
-            *names,
+            names[0].rsplit("/", 1)[-1],
+            *names[1:],
             str(len(runs)),
             str(done),
             f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,}-{max(steps):,}",
             f"{sum(run.cell.forward_passes for run in runs):,}",
-            readable(max(peaks)) if peaks else "?",
+            f"{max(peaks) / 2**30:.2f}" if peaks else "?",
             minutes(seconds),
         )
     console.print(table, highlight=False)
-    for reason, count in plan.expanded.left_out.items():
-        console.print(f"left out: {reason} ({count} run{'s' if count > 1 else ''})", highlight=False, markup=False)
+    for line in left_out(plan.expanded.left_out):
+        console.print(line, highlight=False, markup=False)
     waiting = plan.to_do
     expected = minutes([run.planned.get("seconds") for run in waiting])
     console.print(
@@ -203,6 +202,19 @@ def show_plan(plan: Plan) -> None:
         f"{len(waiting)} to do, about {expected} minutes one after the other",
         highlight=False,
     )
+
+
+def left_out(reasons: dict[str, int]) -> list[str]:
+    """What this version lacks, a line a kind.
+
+    >>> left_out({"method 'zo-x' is not in this version": 2, "method 'zo-y' is not in this version": 1})
+    ["left out, not in this version: method 'zo-x' (2 runs), 'zo-y' (1 run)"]
+    """
+    kinds: dict[str, list[str]] = {}
+    for reason, count in reasons.items():
+        kind, name = reason.removesuffix(" is not in this version").split(" ", 1)
+        kinds.setdefault(kind, []).append(f"{name} ({count} run{'s' if count > 1 else ''})")
+    return [f"left out, not in this version: {kind} {', '.join(names)}" for kind, names in kinds.items()]
 
 
 def minutes(seconds: list[float | None]) -> str:

@@ -77,6 +77,12 @@ def place(model: str, task: str) -> str:
     return f"{model.rsplit('/', 1)[-1]}, {task}" if task else model.rsplit("/", 1)[-1]
 
 
+def percent(axis: Any) -> None:
+    """No room above 100 %."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, min(high, 101))
+
+
 def legend(figure: Figure, axes: list[Any]) -> None:
     """One legend under all panels."""
     entries: dict[str, Any] = {}

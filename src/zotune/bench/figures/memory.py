@@ -14,10 +14,8 @@ ABOUT = "Peak memory of training, and the median time of a step. A cross is a co
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
-    measured = groups[(groups.peak_bytes.notna() | (groups.oom > 0)) & groups.tokens.isna()]
-    probes = groups[(groups.kind == "probe") & ~groups.variant.str.contains("tokens")]
-    measured = measured if len(measured) else probes
-    measured = probes if len(probes) else measured
+    swept = groups.labels.map(lambda given: "tokens" in given)
+    measured = groups[(groups.peak_bytes.notna() | (groups.oom > 0)) & ~swept]
     if not len(measured):
         return None
     measured = measured.drop_duplicates(["model", "method", "scheme", "variant"])
@@ -32,8 +30,9 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         colours = [COLOURS[models.index(model) % 8] for model in measured.model]
         axis.barh(range(len(names)), value.fillna(0), color=colours, height=0.62)
         for i, (v, row) in enumerate(zip(value, measured.itertuples(), strict=True)):
-            text = "× does not fit" if row.oom and v != v else "" if v != v else f" {v:.3g}"
-            axis.text(0 if v != v else v, i, text, va="center", fontsize=8)
+            text = "× does not fit" if row.oom and v != v else "" if v != v else f"{v:.3g}"
+            at = (0 if v != v else v, i)
+            axis.annotate(text, at, xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names), fontsize=8)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlabel(unit)

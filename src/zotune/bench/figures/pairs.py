@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zotune.bench.figures import COLOURS, legend, panels
+from zotune.bench.figures import COLOURS, INK, legend, panels
 
 
 def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, float]]]]]) -> Any:
@@ -20,7 +20,14 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
             places = [x + (i - (len(names) - 1) / 2) * width for x, _, _ in found]
             spread = [0.0 if s != s else s for _, _, s in found]
             axis.bar(
-                places, [m for _, m, _ in found], width * 0.92, yerr=spread, label=name, color=COLOURS[i % 8], capsize=2
+                places,
+                [m for _, m, _ in found],
+                width * 0.92,
+                yerr=spread,
+                label=name,
+                color=COLOURS[i % 8],
+                capsize=2,
+                ecolor=INK,
             )
             for x, (_, m, _) in zip(places, found, strict=True):
                 axis.text(x, 1, f"{m:.1f}", ha="center", va="bottom", fontsize=8, color="white", rotation=90)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, place
+from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place
 
 NAME, TITLE = "queries", "Accuracy against queries a step"
 ABOUT = "Test accuracy at equal forward passes; bars are one standard deviation over seeds."
@@ -33,6 +33,7 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         axis.set_xticks(ticks, [str(q) for q in ticks])
         axis.set_xlabel("queries a step")
         axis.set_ylabel("test accuracy (%)")
+        percent(axis)
         axis.set_title(place(model, task))
     legend(figure, axes)
     return figure
