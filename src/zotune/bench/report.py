@@ -107,7 +107,7 @@ def _sortable(table: pd.DataFrame, anchor: str, name: str) -> Markup:
     """A table that sorts and filters, by itables, with nothing fetched. Its cells are escaped by `tables.linked`."""
     html = itables.to_html_datatable(
         tables.linked(table.drop(columns=anchor), table[anchor], NUMBERS), connected=False, allow_html=True, showIndex=False,
-        display_logo_when_loading=False, classes="display compact nowrap", paging=len(table) > 25, pageLength=25,
+        display_logo_when_loading=False, classes="display compact nowrap", paging=name == "runs" and len(table) > 25, pageLength=25,
         table_id=f"table-{name}", maxBytes=0, maxColumns=0, style="width:100%",
     )  # fmt: skip
     return Markup(html)

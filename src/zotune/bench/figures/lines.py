@@ -1,4 +1,4 @@
-"""A value of metrics.jsonl against forward passes, a line a configuration: what two figures share."""
+"""A value of metrics.jsonl against forward passes, a panel a scheme, a line a method: what two figures share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zotune.bench.frame import label
 
 def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: int | None = None) -> Any:
     """The mean over a configuration's seeds; the band from their least to their greatest. bins: so many means a line."""
-    places: dict[tuple[str, str], list[tuple[str, pd.DataFrame]]] = {}
+    places: dict[tuple[str, str, str], list[tuple[str, pd.DataFrame]]] = {}
     by_key = runs.set_index("key")
     for row in groups[groups.kind == "train"].itertuples():
         points = []
@@ -29,12 +29,12 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
                 width = frame.passes.max() / bins
                 frame["passes"] = ((frame.passes - 1) // width + 0.5) * width
             line = frame.groupby("passes").value.agg(["mean", "min", "max"]).reset_index()
-            places.setdefault((row.model, row.task), []).append((f"{label(row)} · {row.scheme}", line))
+            places.setdefault((row.model, row.task, row.scheme), []).append((label(row), line))
     if not places:
         return None
     names = list(dict.fromkeys(name for group in places.values() for name, _ in group))
     figure, axes = panels(len(places))
-    for axis, ((model, task), group) in zip(axes, places.items(), strict=True):
+    for axis, ((model, task, scheme), group) in zip(axes, places.items(), strict=True):
         for name, line in group:
             i = names.index(name)
             axis.plot(line.passes, line["mean"], label=name, color=COLOURS[i % 8], linestyle=DASHES[i % 8])
@@ -44,6 +44,6 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
         axis.set_ylabel(unit)
         if unit.endswith("(%)"):
             percent(axis)
-        axis.set_title(place(model, task))
+        axis.set_title(f"{place(model, task)}, {scheme}")
     legend(figure, axes)
     return figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place
+from zotune.bench.figures import COLOURS, INK, MARKERS, legend, panels, percent, place
 from zotune.bench.frame import label
 
 
@@ -38,8 +38,12 @@ def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
         edge = front(costs, values)
         axis.step([costs[i] for i in edge], [values[i] for i in edge], where="post", color=COLOURS[7], linewidth=1)
         for cost, value, row in zip(costs, values, group.itertuples(), strict=True):
-            name, i, j = f"{label(row)} · {row.scheme}", names.index(label(row)), schemes.index(row.scheme)
-            axis.plot(cost, value, MARKERS[j % 8], color=COLOURS[i % 8], label=name, markersize=7)
+            i, j = names.index(label(row)), schemes.index(row.scheme)
+            axis.plot(cost, value, MARKERS[j % 8], color=COLOURS[i % 8], markersize=7)
+        for i, name in enumerate(names):  # colours are methods, markers schemes
+            axis.plot([], [], color=COLOURS[i % 8], linewidth=6, label=name)
+        for j, scheme in enumerate(schemes):
+            axis.plot([], [], MARKERS[j % 8], color=INK, label=scheme)
         axis.set_xlabel(unit)
         axis.set_ylabel("test accuracy (%)")
         percent(axis)

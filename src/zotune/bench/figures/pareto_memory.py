@@ -9,7 +9,7 @@ import pandas as pd
 from zotune.bench.figures.pareto import pareto
 
 NAME, TITLE = "pareto-memory", "Accuracy against memory"
-ABOUT = "The line joins the configurations that no other beats in both."
+ABOUT = "Colours are methods, shapes are schemes. The line joins the configurations that no other beats in both."
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:

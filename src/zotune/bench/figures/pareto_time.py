@@ -9,7 +9,7 @@ import pandas as pd
 from zotune.bench.figures.pareto import pareto
 
 NAME, TITLE = "pareto-time", "Accuracy against time"
-ABOUT = "Wall time of a whole run, evaluation included, median over seeds. The line joins what no other beats in both."
+ABOUT = "Colours are methods, shapes are schemes. Time of a run, median over seeds. The line joins what nothing beats in both."
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
