@@ -17,7 +17,7 @@ from zotune.tasks import Task
 def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
     """What was trained, on what, how, with which outcome, and the command that does it again."""
     data = ModelCardData(
-        library_name="peft" if config.scheme == "lora" else "transformers",
+        library_name="peft" if config.scheme in ("lora", "prefix", "prompt") else "transformers",
         tags=["zotune", "zeroth-order", config.method],
         base_model=None if Path(config.model).exists() else config.model,
     )

@@ -171,11 +171,12 @@ def _faults(page, path: Path, axe: str | None) -> list[str]:
     page.goto(path.as_uri())
     page.wait_for_selector("#table-runs tbody tr")
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
-    rows = page.locator("#table-runs tbody tr")
-    every = rows.count()
+    every = page.locator("#table-runs tbody tr").count()
     page.locator("#table-runs_wrapper input[type=search]").fill("zo-adam")
-    assert 0 < rows.count() < every
+    rows = "document.querySelectorAll('#table-runs tbody tr').length"
+    page.wait_for_function(f"every => 0 < {rows} && {rows} < every", arg=every, timeout=5000)
     page.locator("table.matrix a").first.click(timeout=5000)
+    page.wait_for_selector("details[open]", timeout=5000)
     assert page.locator("details[open]").count() == 1
     if axe is not None:
         page.evaluate(axe)

@@ -19,7 +19,12 @@ def merge(options: MergeConfig) -> None:
             raise InputError(f"--output {output}: not empty; name another folder, or pass --overwrite")
         shutil.rmtree(output) if output.is_dir() else output.unlink()
     model, tokenizer = load(options)
-    merged = put_adapter(model, options.adapter).merge_and_unload()
+    adapted = put_adapter(model, options.adapter)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise InputError(
+            f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
+        )
+    merged = adapted.merge_and_unload()
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"merged model: {output}")

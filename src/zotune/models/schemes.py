@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
@@ -37,18 +39,95 @@ def _lora(model: nn.Module) -> nn.Module:
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= names else None
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
+    return _adapted(model, config, "lora")
+
+
+PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
+
+
+@torch.no_grad()
+def _prefix(model: nn.Module) -> nn.Module:
+    """5 tokens' keys and values in each layer, no reparametrisation, started from those of 5 random real tokens."""
+    import peft
+
+    config = peft.PrefixTuningConfig(num_virtual_tokens=PREFIX_TOKENS, task_type="CAUSAL_LM", prefix_projection=False)
+    cache = _cache_of(model, _random_tokens(model, PREFIX_TOKENS))
+    adapted = _adapted(model, config, "prefix")
+    layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # (2, heads, tokens, width)
+    start = torch.cat(layers).permute(2, 0, 1, 3).flatten(1)
+    weight = adapted.prompt_encoder["default"].embedding.weight
+    if weight.shape != start.shape:
         kind = getattr(model.config, "model_type", type(model).__name__)
         raise InputError(
-            f"--scheme lora: PEFT names no modules of {kind!r} to adapt ({str(error).splitlines()[0]})"
+            f"--scheme prefix: PEFT makes a prefix of {tuple(weight.shape)} for {kind!r}, its keys and values are "
+            f"{tuple(start.shape)}; use --scheme lora or prompt"
+        )
+    weight.copy_(start)
+    return adapted
+
+
+@torch.no_grad()
+def _prompt(model: nn.Module) -> nn.Module:
+    """10 virtual tokens before the input's embeddings, started from the embeddings of random real tokens."""
+    import peft
+
+    tokens = _random_tokens(model, PROMPT_TOKENS)
+    start = model.get_input_embeddings()(tokens)[0]  # type: ignore[operator]
+    adapted = _adapted(
+        model, peft.PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, task_type="CAUSAL_LM"), "prompt"
+    )
+    adapted.prompt_encoder["default"].embedding.weight.copy_(start)
+    return adapted
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """The output head alone, untied from the embedding."""
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise InputError("--scheme head: the model has no output head")
+    if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        configs: list[Any] = [model.config, getattr(model.config, "text_config", None)]
+        for config in filter(None, configs):
+            config.tie_word_embeddings = False
+    head.requires_grad_(True)
+    return model
+
+
+def _random_tokens(model: nn.Module, count: int) -> torch.Tensor:
+    """(1, count) ids, from torch's generator."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.randint(0, embeddings.weight.shape[0], (1, count))
+    return ids.to(embeddings.weight.device)
+
+
+def _cache_of(model: nn.Module, ids: torch.Tensor) -> Any:
+    """The key-value cache after these tokens."""
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    if not hasattr(cache, "layers"):
+        raise InputError("--scheme prefix: the model keeps no key-value cache to put a prefix into")
+    return cache
+
+
+def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
+    import peft
+
+    try:
+        return peft.get_peft_model(model, config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = getattr(model.config, "model_type", type(model).__name__)
+        raise InputError(
+            f"--scheme {scheme}: PEFT cannot adapt {kind!r} ({(str(error).splitlines() or ['?'])[0]})"
         ) from None
 
 
 SCHEMES = {
     "full": Scheme("all parameters", _full, lr=1e-6, small_lr=1e-5, eps=1e-3),
     "lora": Scheme("LoRA r 8, α 16 on q_proj and v_proj", _lora, lr=1e-4, small_lr=3e-4, eps=1e-2),
+    "prefix": Scheme("keys and values of 5 tokens before each layer's", _prefix, lr=1e-3, small_lr=1e-2, eps=1e-1),
+    "prompt": Scheme("embeddings of 10 tokens before the input's", _prompt, lr=1e-3, small_lr=1e-3, eps=1e-2),
+    "head": Scheme("the output head, untied from the embedding", _head, lr=1e-5, small_lr=1e-4, eps=1e-3),
 }
 
 

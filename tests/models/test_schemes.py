@@ -1,0 +1,140 @@
+"""What each scheme trains, where it starts, and that a family of models goes through it."""
+
+from __future__ import annotations
+
+import copy
+
+import families
+import pytest
+import torch
+import transformers as tf
+from families import CAUSAL, H, V
+
+from zotune import ZeroOrderOptimizer
+from zotune.errors import InputError
+from zotune.models.schemes import PREFIX_TOKENS, PROMPT_TOKENS, get_scheme, trainable_parameters
+from zotune.tasks.encoding import Collator, Encoded
+from zotune.tasks.scoring import answer_losses, score_rows
+
+ROWS = [
+    Encoded((3, 9, 4, 7), ((11,), (12,)), 0),
+    Encoded((5, 2), ((11,), (12,)), 1),
+    Encoded((8, 8, 8), ((11,), (12,)), 0),
+]
+
+
+def prepared(name: str, scheme: str, seed: int = 5):
+    model = families.build(name).double()
+    torch.manual_seed(seed)
+    return get_scheme(scheme).prepare(model).eval()
+
+
+def logits(model, ids: torch.Tensor, **more) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False, **more).logits
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_lora_starts_at_the_model(name):
+    ids = torch.randint(2, V, (2, 6))
+    torch.testing.assert_close(logits(prepared(name, "lora"), ids), logits(families.build(name).double(), ids))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_prefix_starts_as_real_tokens_before_the_text(name):
+    model = prepared(name, "prefix")
+    torch.manual_seed(5)
+    tokens = torch.randint(0, V, (1, PREFIX_TOKENS))
+    ids = torch.randint(2, V, (3, 6))
+    whole = torch.cat([tokens.expand(3, -1), ids], 1)
+    wanted = logits(families.build(name).double(), whole)[:, PREFIX_TOKENS:]
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-6, atol=1e-6)  # a fresh cache each time
+    config = model.get_base_model().config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or H // config.num_attention_heads
+    assert trainable_parameters(model) == PREFIX_TOKENS * 2 * 2 * heads * width
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_prompt_starts_as_real_tokens_before_the_text(name):
+    model = prepared(name, "prompt")
+    torch.manual_seed(5)
+    tokens = torch.randint(0, V, (1, PROMPT_TOKENS))
+    ids = torch.randint(2, V, (3, 6))
+    wanted = logits(families.build(name).double(), torch.cat([tokens.expand(3, -1), ids], 1))
+    torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-6, atol=1e-6)
+    assert trainable_parameters(model) == PROMPT_TOKENS * H
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_head_is_trained_alone_and_saved_with_its_own_weights(name, tmp_path):
+    model = prepared(name, "head")
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    optimizer = ZeroOrderOptimizer(model, lr=1e-2)
+    optimizer.step(lambda: logits(model, torch.tensor([[3, 4, 5]])).square().mean())
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert not torch.equal(model.get_output_embeddings().weight, embedding)
+    model.save_pretrained(tmp_path)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    ids = torch.randint(2, V, (2, 6))
+    torch.testing.assert_close(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("scheme", ["full", "lora", "prefix", "prompt", "head"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_step_is_that_of_a_displaced_copy_and_survives_saving(name, scheme, tmp_path):
+    import peft
+
+    model = prepared(name, scheme)
+    base = copy.deepcopy(model)
+    batch = Collator("answer", 0)(ROWS)
+    optimizer = ZeroOrderOptimizer(model, lr=1e-3, eps=1e-3, seed=2)
+    optimizer.step(lambda b: answer_losses(model, b).double(), batch=batch)
+    losses = []
+    named = [(n, p) for n, p in base.named_parameters() if p.requires_grad]
+    start = [p.detach().clone() for _, p in named]
+    z = ZeroOrderOptimizer(named, lr=0.0, seed=2).engine.directions
+    from zotune import noise
+    from zotune.directions import Displacement
+
+    seed = noise.step_seed(2, 0, 0)
+    with torch.no_grad():
+        for sign in (1, -1):
+            z.apply(Displacement((seed,), ((sign * 1e-3,),)))
+            losses.append(answer_losses(base, batch).double().mean())
+            for (_, p), w in zip(named, start, strict=True):
+                p.copy_(w)
+    torch.testing.assert_close(torch.tensor(optimizer.last.losses_P).double(), torch.stack(losses), rtol=1e-5, atol=0)
+    assert any(
+        not torch.equal(p, w) for p, w in zip((p for p in model.parameters() if p.requires_grad), start, strict=True)
+    )
+    scores = score_rows(model, ROWS, batch_size=2, pad_id=0)
+    model.save_pretrained(tmp_path)
+    if scheme in ("full", "head"):
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    else:
+        again = peft.PeftModel.from_pretrained(families.build(name).double(), str(tmp_path)).eval()
+    found = score_rows(again, ROWS, batch_size=3, pad_id=0)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(scores), rtol=1e-5, atol=1e-6)
+
+
+def test_counts_are_the_paper_s():
+    """OPT-1.3B and LLaMA-2-7B on the meta device; prefix and prompt by their formulas, which the tests above hold to."""
+    opt = tf.OPTConfig(
+        hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
+    )
+    for config, lora, prefix, prompt in (
+        (opt, 1_572_864, 491_520, 20_480),
+        (tf.LlamaConfig(), 4_194_304, 1_310_720, 40_960),
+    ):
+        with torch.device("meta"):
+            model = tf.AutoModelForCausalLM.from_config(config)
+        assert trainable_parameters(get_scheme("lora").prepare(model)) == lora
+        assert PREFIX_TOKENS * 2 * config.num_hidden_layers * config.hidden_size == prefix
+        assert PROMPT_TOKENS * config.hidden_size == prompt
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(InputError, match="prefix"):
+        get_scheme("prefx")
