@@ -43,6 +43,12 @@ class DataOptions(Options):
         None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
     )
     choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
+    answer_field: str | None = Field(
+        None, description="field that holds the text to generate, or a list of right ones (generation)"
+    )
+    alignment: Literal["template", "none"] = Field(
+        "template", description="none: the task's prompt without its template's words"
+    )
     batch_size: Positive = Field(16, description="rows a step")
     eval_size: Positive | None = Field(
         None, description="at most so many validation and test rows [default: 500, 1000]"
@@ -226,6 +232,13 @@ class ReplayConfig(ModelOptions):
     overwrite: bool = Field(False, description="replace the output folder")
 
 
+class PreviewConfig(DataOptions):
+    model: str | None = Field(None, description="hub name or folder of a model: shows its tokens and lengths")
+    gguf_file: str | None = Field(None, description="read the tokenizer from this GGUF file of the model")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    rows: Positive = Field(5, description="rows to show")
+
+
 class PredictConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     output: str = Field(description="write labels and scores to this .jsonl file")
@@ -300,10 +313,13 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     if data is not None:
         if not given.get("template"):
             problems.append("--template: needed with --data, such as '{text} It was'")
-        if (given.get("label_words") is None) == (given.get("choices_field") is None):
-            problems.append("--label-words, --choices-field: give one of the two with --data")
+        kinds = ("label_words", "choices_field", "answer_field")
+        if sum(given.get(key) is not None for key in kinds) != 1:
+            problems.append("--label-words, --choices-field, --answer-field: give one of them with --data")
+        if given.get("answer_field") is not None and given.get("loss") == "candidates":
+            problems.append("--loss candidates: a generated answer has none; use answer")
     elif task is not None:
-        owned = ("template", "label_field", "label_words", "choices_field")
+        owned = ("template", "label_field", "label_words", "choices_field", "answer_field")
         problems += [
             f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def names(kind: str) -> list[str]:
     """The names that an option takes: kind is "method", "scheme", "engine" or "task"."""
@@ -28,4 +30,10 @@ def entries(kind: str) -> list[tuple[str, str]]:
     assert kind == "task"
     from zotune.tasks import TASKS
 
-    return [(name, f"{task.prompt!r} → {' / '.join((task.words or {}).values())}") for name, task in TASKS.items()]
+    return [(name, f"{task.prompt!r} → {_answers(task)}  [{task.metric}]") for name, task in TASKS.items()]
+
+
+def _answers(task: Any) -> str:
+    if task.words:
+        return " / ".join(task.words.values())
+    return "a text" if task.generates else "one of the row's choices"

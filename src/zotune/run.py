@@ -29,7 +29,8 @@ from zotune.optimizer import ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
 from zotune.tasks import Task, get_task
 from zotune.tasks.encoding import Collator, Encoded, Encoder
-from zotune.tasks.scoring import ROW_LOSSES, accuracy, score_rows
+from zotune.tasks.evaluation import outcome
+from zotune.tasks.scoring import ROW_LOSSES
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, find_source, training_splits
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
@@ -76,20 +77,24 @@ class Prepared:
         return pad_id(self.tokenizer)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
-        """Accuracy in percent."""
+        """The task's metric, in percent."""
         listener.begin(what, len(rows))
-        scores = score_rows(
+        found = outcome(
             self.model,
+            self.tokenizer,
+            self.task,
             rows,
             batch_size=2 * self.config.batch_size,
             pad_id=self.pad_id,
             advance=lambda n: listener.advance(what, n),
         )
         listener.end(what)
-        return accuracy(scores, rows)
+        return found.metric(self.task.metric, rows)
 
     def one_class(self, rows: list[Encoded]) -> float:
-        """Percent right by always answering the label that is most frequent among the rows."""
+        """Percent right by always answering the label that is most frequent among the rows; 0 for generated answers."""
+        if self.task.generates:
+            return 0.0
         counts: dict[int, int] = {}
         for row in rows:
             counts[row.label] = counts.get(row.label, 0) + 1
@@ -109,7 +114,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def task_of(options: DataOptions) -> Task:
     if options.task is not None:
-        return get_task(options.task)
+        return get_task(options.task).aligned(options.alignment)
     assert options.data is not None
     assert options.template is not None
     return Task(
@@ -118,6 +123,7 @@ def task_of(options: DataOptions) -> Task:
         words=options.label_words,
         label_field=options.label_field or "label",
         choices_field=options.choices_field,
+        answer_field=options.answer_field,
     )
 
 
@@ -136,11 +142,13 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encod
 def prepare(config: TrainConfig) -> Prepared:
     """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
     task = task_of(config)
+    if task.generates and config.loss == "candidates":
+        raise InputError(f"--loss candidates: task {task.name!r} generates its answers and has none; use answer")
     splits = training_splits(
         task,
         find_source(task, config.data, config.data_dir),
         train_size=config.train_size,
-        validation_size=min(VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
+        validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
         test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
         seed=config.seed,
     )

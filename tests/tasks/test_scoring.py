@@ -10,7 +10,8 @@ import transformers as tf
 
 from zotune.models.schemes import get_scheme
 from zotune.tasks.encoding import Collator, Encoded
-from zotune.tasks.scoring import accuracy, answer_losses, candidate_losses, candidate_scores, score_rows
+from zotune.tasks.metrics import accuracy
+from zotune.tasks.scoring import answer_losses, candidate_losses, candidate_scores, score_rows
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zotune.errors import InputError
-from zotune.tasks import TASKS, get_task
+from zotune.tasks import get_task
 from zotune.tasks.rows import Row
 from zotune.tasks.task import Task, join, template_fields
 
@@ -27,7 +27,6 @@ def test_sst2_asks_as_the_paper_does():
     asked = get_task("sst2").example(Row({"sentence": "a fine film", "label": 1}, "x:1"))
     assert asked.prompt == "a fine film It was"
     assert (asked.candidates, asked.label) == ((" terrible", " great"), 1)
-    assert list(TASKS) == ["sst2"]
     with pytest.raises(InputError, match="did you mean 'sst2'"):
         get_task("sst")
 
@@ -126,5 +125,5 @@ def test_a_label_that_is_no_choice_is_refused(label):
 
 def test_words_and_choices_exclude_each_other():
     for kind in ({}, {"words": WORDS, "choices_field": "choices"}):
-        with pytest.raises(InputError, match="one of the two"):
+        with pytest.raises(InputError, match="one of them"):
             Task(name="t", prompt="{text}", **kind)

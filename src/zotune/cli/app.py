@@ -101,6 +101,13 @@ def _merge(options: config.MergeConfig) -> None:
     merge(options)
 
 
+def _preview(options: config.PreviewConfig) -> None:
+    _quiet()
+    from zotune.cli.preview import preview
+
+    preview(options)
+
+
 def _replay(options: config.ReplayConfig) -> None:
     _quiet()
     from zotune.cli.replay import replay
@@ -124,6 +131,7 @@ def _sweep(options: config.SweepConfig) -> None:
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
+command("preview", config.PreviewConfig, "Rows as the model will see them.", _preview)
 command("replay", config.ReplayConfig, "Rebuild a run's weights from its base model and trajectory.", _replay)
 command("merge", config.MergeConfig, "Merge an adapter into its model.", _merge)
 

@@ -15,7 +15,8 @@ from zotune.errors import InputError
 from zotune.folder import write_atomically
 from zotune.models.adapters import put_adapter
 from zotune.run import encoder_for, load, pad_id, task_of
-from zotune.tasks.scoring import accuracy, score_rows
+from zotune.tasks import Task
+from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.splits import find_source, scored_rows
 
 
@@ -28,15 +29,17 @@ def evaluate(options: EvalConfig) -> None:
         raise InputError(f"--output {options.output}: no such folder")
     if split == "validation":
         print("no test split here: these are validation's figures")
-    encoded, scores = _scores(options, examples)
-    figures = {
+    encoded, found = _outcome(options, task, examples)
+    figures: dict[str, Any] = {
         "task": task.name,
         "metric": task.metric,
-        "value": accuracy(scores, encoded),
+        "value": found.metric(task.metric, encoded),
         "n": len(rows),
         "split": split,
     }
-    print(f"{task.name}  {task.metric} {figures['value']:.1f}  ({len(rows)} rows of {split})")
+    figures |= {name: found.metric(name, encoded) for name in also(task)}
+    more = "".join(f"  {name} {figures[name]:.1f}" for name in also(task))
+    print(f"{task.name}  {task.metric} {figures['value']:.1f}{more}  ({len(rows)} rows of {split})")
     if options.output:
         write_atomically(Path(options.output).expanduser(), json.dumps(figures, indent=2) + "\n")
 
@@ -50,12 +53,14 @@ def predict(options: PredictConfig) -> None:
     task = task_of(options)
     rows, split = scored_rows(find_source(task, options.data, options.data_dir), options.eval_size, in_order=True)
     examples = [task.example(row, labelled=False) for row in rows]
-    _, scores = _scores(options, examples)
+    _, found = _outcome(options, task, examples)
     temporary = output.with_name(f".{output.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for example, row_scores in zip(examples, scores, strict=True):
+        for answer in found.answers:
+            file.write(json.dumps({"answer": answer}, ensure_ascii=False) + "\n")
+        for example, row_scores in zip(examples if found.scores else [], found.scores, strict=True):
             best = max(range(len(row_scores)), key=row_scores.__getitem__)
-            names = task.labels or [text.strip() for text in example.candidates]
+            names = task.labels or list(example.names) or [text.strip() for text in example.candidates]
             shares = _softmax(row_scores)
             line: dict[str, Any] = {
                 "label": names[best],
@@ -67,7 +72,7 @@ def predict(options: PredictConfig) -> None:
     print(f"{len(rows)} rows of {split} → {output}")
 
 
-def _scores(options: EvalConfig | PredictConfig, examples: list[Any]) -> tuple[list[Any], list[list[float]]]:
+def _outcome(options: EvalConfig | PredictConfig, task: Task, examples: list[Any]) -> tuple[list[Any], Outcome]:
     trajectory = getattr(options, "trajectory", None)
     if trajectory:
         model, tokenizer, line = rebuilt(options, trajectory)
@@ -80,14 +85,16 @@ def _scores(options: EvalConfig | PredictConfig, examples: list[Any]) -> tuple[l
     encoded = [encode(example) for example in examples]
     with Bars() as bars:
         bars.begin("rows", len(encoded))
-        scores = score_rows(
+        found = outcome(
             model,
+            tokenizer,
+            task,
             encoded,
             batch_size=2 * options.batch_size,
             pad_id=pad_id(tokenizer),
             advance=lambda n: bars.advance("rows", n),
         )
-    return encoded, scores
+    return encoded, found
 
 
 def _softmax(scores: list[float]) -> list[float]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zotune import run
+from zotune.cli.preview import show_row
 from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
 from zotune.folder import RunFolder
@@ -75,14 +76,7 @@ def dry_run(config: TrainConfig) -> None:
     )
     console.print(Text("rows as the model will see them (answer in bold)", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
-        prompt = ready.tokenizer.decode(list(encoded.prompt))
-        answer = ready.tokenizer.decode(list(encoded.candidates[encoded.label]))
-        line = (
-            Text(repr(prompt)[1:-1])
-            .append(repr(answer)[1:-1], style="bold reverse")
-            .append(f"   {encoded.tokens} tokens", style="dim")
-        )
-        console.print(Text(f"{example.where}  ", style="dim").append(line))
+        show_row(console, example, encoded, ready.tokenizer)
     step_seconds, row_seconds, forwards = _time(ready)
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * evaluations

@@ -1,10 +1,15 @@
 """Built-in tasks. A further one is a `Task` in a file of its family and a line here."""
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.sentiment import sst2
+from zotune.tasks.choice import copa, record, winogrande
+from zotune.tasks.inference import boolq, cb, multirc, rte, wic, wsc
+from zotune.tasks.reading import drop, squad
+from zotune.tasks.sentiment import sst2, sst5
 from zotune.tasks.task import Example, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (sst2,)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (sst2, sst5, rte, cb, boolq, wsc, wic, multirc, copa, winogrande, record, squad, drop)
+}
 
 __all__ = ["TASKS", "Example", "Task", "get_task"]
 

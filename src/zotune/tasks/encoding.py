@@ -23,6 +23,8 @@ class Encoded:
     candidates: tuple[tuple[int, ...], ...]
     label: int
     cut: int = 0
+    golds: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -44,6 +46,8 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         prompt = self._ids(example.prompt)
+        if example.candidates == ("",):  # nothing to train on: an answer is to be generated
+            return Encoded(self._kept(tuple(prompt), example), ((),), -1, 0, example.golds)
         whole = [self._ids(example.prompt + text) for text in example.candidates]
         shared = min(_common_prefix(prompt, ids) for ids in whole)
         if shared == 0:
@@ -68,7 +72,17 @@ class Encoder:
                 raise InputError(f"{example.where}: --max-length {limit} leaves no room for the prompt")
             cut = len(kept) - room
             kept = head + kept[len(kept) - room + len(head) :]
-        return Encoded(kept, answers, -1 if example.label is None else example.label, cut)
+        label = -1 if example.label is None else example.label
+        return Encoded(kept, answers, label, cut, example.golds, example.names)
+
+    def _kept(self, prompt: tuple[int, ...], example: Example) -> tuple[int, ...]:
+        limit = self.max_length or self.model_takes
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        if self.max_length is None:
+            raise InputError(f"{example.where}: the prompt is {len(prompt)} tokens, the model takes {limit}")
+        head = self._special_head(prompt)
+        return head + prompt[len(prompt) - limit + len(head) :]
 
     def _ids(self, text: str) -> list[int]:
         """Ids with the tokenizer's own start (BOS, CLS), without its end (EOS, SEP): the answer follows."""

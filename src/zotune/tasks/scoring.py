@@ -96,9 +96,3 @@ def score_rows(
     finally:
         model.train(was_training)
     return scores
-
-
-def accuracy(scores: Sequence[Sequence[float]], rows: Sequence[Encoded]) -> float:
-    """Percent of rows whose right candidate scores highest. Source: MeZO, arXiv 2305.17333, appendix."""
-    right = sum(max(range(len(s)), key=s.__getitem__) == row.label for s, row in zip(scores, rows, strict=True))
-    return 100 * right / len(rows)

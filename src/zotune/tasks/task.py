@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zotune.errors import InputError
 from zotune.tasks.rows import Row
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task's own function makes of a row: prompt, texts that may follow it, which is right; see `Example`."""
+
+    prompt: str
+    texts: list[str]
+    label: int | None
+    golds: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -22,21 +33,31 @@ class Hub:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model will be asked: a prompt, the texts that may follow it, and which of them is right."""
+    """A row as the model will be asked: a prompt, the texts that may follow it, and which of them is right.
+
+    golds: what counts as right besides: the texts that an answer is compared with. names: what each candidate answers, where
+    its text says more. A task that generates has one candidate, the text it is trained on.
+    """
 
     prompt: str
     candidates: tuple[str, ...]
     label: int | None
     where: str
+    golds: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """Classification by label words, or multiple choice among a row's own texts.
+    """Classification by label words, multiple choice among a row's own texts, or an answer that is generated.
 
-    prompt: a format string over a row's fields, `'{sentence} It was'`.
+    prompt: a format string over a row's fields, `'{sentence} It was'`. plain: the same without the template's words, for
+        `--alignment none`.
     words: label → word, labels compared as strings (JSON's 1 is CSV's "1"). None where rows bring their candidates.
     label_field: the right label (or, with choices_field, the index or the text of the right choice).
+    answer_field: the text to generate, or a list of texts that are all right, the first of which is trained on.
+    ask: a function of the row (and whether its label is wanted) where format strings do not reach.
+    metric: see `zotune.tasks.metrics`. validation_size: rows at most.
     """
 
     name: str
@@ -44,13 +65,25 @@ class Task:
     words: Mapping[str, str] | None = None
     label_field: str = "label"
     choices_field: str | None = None
+    answer_field: str | None = None
+    ask: Callable[[Row, bool], Asked] | None = None
+    plain: str | None = None
     source: Hub | None = None
     metric: str = "accuracy"
+    generates: bool = False
+    validation_size: int | None = None
 
     def __post_init__(self) -> None:
-        template_fields(self.prompt)
-        if (self.words is None) == (self.choices_field is None):
-            raise InputError(f"task {self.name!r}: give label words or a field of choices, one of the two")
+        if self.ask is None:
+            template_fields(self.prompt)
+            given = [self.words, self.choices_field, self.answer_field]
+            if sum(one is not None for one in given) != 1:
+                raise InputError(
+                    f"task {self.name!r}: give label words, a field of choices or a field of answers, one of them"
+                )
+        if self.answer_field is not None:
+            object.__setattr__(self, "generates", True)
+            object.__setattr__(self, "metric", "f1" if self.metric == "accuracy" else self.metric)
         if self.words is not None and not all(word.strip() for word in self.words.values()):
             raise InputError(f"task {self.name!r}: an empty label word: {dict(self.words)}")
         if self.words is not None and len({word.strip() for word in self.words.values()}) < max(2, len(self.words)):
@@ -62,15 +95,40 @@ class Task:
     def labels(self) -> list[str]:
         return list(self.words or ())
 
+    def aligned(self, alignment: str) -> Task:
+        """The task with its template, or with alignment "none" without the template's words."""
+        if alignment == "template":
+            return self
+        if self.plain is None:
+            raise InputError(f"--alignment {alignment}: task {self.name!r} has one form of prompt; use template")
+        return replace(self, prompt=self.plain, plain=None)
+
     def example(self, row: Row, labelled: bool = True) -> Example:
         """The row as prompt, candidates and label. Raises InputError that names the row's place."""
+        if self.ask is not None:
+            asked = self.ask(row, labelled)
+            candidates = tuple(join(asked.prompt, text) if text else "" for text in asked.texts)
+            golds, names = tuple(asked.golds), tuple(asked.names)
+            return Example(asked.prompt, candidates, asked.label if labelled else None, row.where, golds, names)
         values = {field: _text(row[field]) for field in template_fields(self.prompt)}
         prompt = self.prompt.format(**values)
         if not prompt.strip():
             raise InputError(f"{row.where}: an empty prompt")
-        candidates = self._candidates(row)
-        label = self._label(row, candidates) if labelled else None
-        return Example(prompt, tuple(join(prompt, text) for text in candidates), label, row.where)
+        if self.answer_field is not None:
+            if not labelled:
+                return Example(prompt, ("",), None, row.where)
+            answers = self._answers(row)
+            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers)
+        texts = self._candidates(row)
+        label = self._label(row, texts) if labelled else None
+        return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where)
+
+    def _answers(self, row: Row) -> tuple[str, ...]:
+        value = row[self.answer_field or ""]
+        answers = tuple(_text(v) for v in value) if isinstance(value, list) else (_text(value),)
+        if not answers or not answers[0].strip():
+            raise InputError(f"{row.where}: field {self.answer_field!r} must be a text, or a list of texts")
+        return answers
 
     def _candidates(self, row: Row) -> list[str]:
         if self.words is not None:
@@ -101,6 +159,14 @@ def join(prompt: str, answer: str) -> str:
     (' great', 'Yes')
     """
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+
+
+def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:
+    """The index that a row's label stands for. Raises InputError for another one."""
+    label = _text(row[field])
+    if label not in known:
+        raise InputError(f"{row.where}: field {field!r} is {label!r}; it must be one of {', '.join(known)}")
+    return known[label]
 
 
 def template_fields(template: str) -> list[str]:

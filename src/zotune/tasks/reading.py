@@ -1,0 +1,44 @@
+"""Questions answered by generated text: SQuAD (arXiv 1606.05250) and DROP (arXiv 1903.00161)."""
+
+from collections.abc import Mapping
+
+from zotune.errors import InputError
+from zotune.tasks.rows import Row
+from zotune.tasks.task import Asked, Hub, Task
+
+
+def _squad(row: Row, labelled: bool) -> Asked:
+    """Context and question. All answers count, the first is trained on."""
+    prompt = f"Context: {row['context']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
+    if not labelled:
+        return Asked(prompt, [""], None)
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    if not texts:
+        raise InputError(f"{row.where}: field 'answers' must hold a list 'text' of one or more answers")
+    return Asked(prompt, [str(texts[0])], 0, [str(text) for text in texts])
+
+
+def _drop(row: Row, labelled: bool) -> Asked:
+    """Passage and question. Answers of several spans are one text, joined by "and" as the data has them: F1 is SQuAD's on that
+    text, which the authors' alignment of spans can only raise."""
+    prompt = f"Passage: {row['passage']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
+    if not labelled:
+        return Asked(prompt, [""], None)
+    if "answers_spans" in row.fields:  # the hub's form: one answer of one or more spans
+        golds = [" and ".join(map(str, row["answers_spans"]["spans"]))]
+    else:
+        golds = [str(answer) for answer in row["answers"]]
+    if not golds or not golds[0]:
+        raise InputError(f"{row.where}: no answer in it")
+    return Asked(prompt, golds[:1], 0, golds)
+
+
+squad = Task(
+    name="squad", source=Hub("rajpurkar/squad", test_split="validation"), prompt="Context: … Question: … Answer:",
+    ask=_squad, metric="f1", generates=True,
+)  # fmt: skip
+drop = Task(
+    name="drop", source=Hub("ucinlp/drop", test_split="validation"), prompt="Passage: … Question: … Answer:",
+    ask=_drop, metric="f1", generates=True,
+)  # fmt: skip
