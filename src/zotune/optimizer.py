@@ -292,7 +292,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._apply(late)
         if gradients and not skipped_B[0]:
             self._descend(gradients)
-        self.forward_passes += self.forwards_a_step
+        self.forward_passes += self.forwards_a_step * len(batches)
         self._record(step, losses_P, g_BGQ, all(skipped_B), choice)
         loss = losses_P[0] if self.method.first_order else centre(self.method.estimator, losses_P, shares)
         return torch.tensor(loss) if isinstance(raw, Tensor) else loss

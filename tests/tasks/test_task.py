@@ -28,7 +28,7 @@ def test_sst2_asks_as_the_paper_does():
     assert asked.prompt == "a fine film It was"
     assert (asked.candidates, asked.label) == ((" terrible", " great"), 1)
     with pytest.raises(InputError, match="did you mean 'sst2'"):
-        get_task("sst")
+        get_task("sst-2")
 
 
 @pytest.mark.parametrize(

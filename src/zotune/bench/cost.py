@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 
@@ -10,7 +11,8 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
     """Forward passes of one update, accumulated batches included.
 
     With q queries: two-sided 2q, one-sided q + 1, conservative 2q + 3, forward gradient q (a JVP counts one), first order 1;
-    block-wise 2q a block. `blocks` is then the number of blocks. Source: arXiv 2402.11592, sections 3 and 5.
+    block-wise 2q a block, hybrid one more. `blocks` is the number of blocks, or their kind, which are then counted in the model's
+    config. Source: arXiv 2402.11592, sections 3 and 5.
 
     >>> forwards_a_step({"method": "zo-sgd"}), forwards_a_step({"method": "zo-sgd-cons", "queries": 2})
     (2, 7)
@@ -18,15 +20,33 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
     8
     """
     method, queries = str(options.get("method", "zo-sgd")), int(options.get("queries") or 1)
-    blocks, batches = int(options.get("blocks") or 1), int(options.get("accumulate") or 1)
+    blocks, batches = _blocks(options), int(options.get("accumulate") or 1)
     if method.startswith("fo-"):
         step = 1
     elif method == "forward-grad":
         step = queries
     else:
         step = queries + 1 if options.get("estimator") == "one-sided" else 2 * queries
-        step = step * blocks + (3 if method == "zo-sgd-cons" else 0)
+        step = step * blocks + (3 if method == "zo-sgd-cons" else 0) + (options.get("hybrid") is not None)
     return step * batches
+
+
+def _blocks(options: Mapping[str, Any]) -> int:
+    blocks = options.get("blocks") or 1
+    if str(blocks).isdecimal():
+        return int(blocks)
+    return _blocks_of(str(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
+
+
+@cache
+def _blocks_of(model: str, scheme: str, kind: str) -> int:
+    import torch
+
+    from zotune.bench.estimate import build, model_config, with_scheme
+    from zotune.enhancements import partition
+
+    made, _ = with_scheme(build(model_config(model), torch.float32), scheme)
+    return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
 
 
 def steps_for(forward_passes: int, options: Mapping[str, Any]) -> int:

@@ -94,7 +94,7 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
     table.add_row(
         "forward passes",
-        f"{config.steps * forwards:,}",
+        f"{config.steps * forwards * config.accumulate:,}",
     )
     table.add_row(
         "memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included"
