@@ -46,6 +46,9 @@ class DataOptions(Options):
     answer_field: str | None = Field(
         None, description="field that holds the text to generate, or a list of right ones (generation)"
     )
+    columns: dict[str, str] | None = Field(
+        None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
+    )
     alignment: Literal["template", "none"] = Field(
         "template", description="none: the task's prompt without its template's words"
     )
@@ -56,14 +59,17 @@ class DataOptions(Options):
     max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
 
-    @field_validator("label_words", mode="before")
+    @field_validator("label_words", "columns", mode="before")
     @classmethod
-    def _read_words(cls, value: Any) -> Any:
+    def _read_words(cls, value: Any, info: Any) -> Any:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f'not JSON ({error.msg}); write {{"0": "terrible", "1": "great"}}') from None
+                like = (
+                    '{"0": "terrible", "1": "great"}' if info.field_name == "label_words" else '{"question": "prompt"}'
+                )
+                raise ValueError(f"not JSON ({error.msg}); write {like}") from None
         if isinstance(value, Mapping):
             return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
         return value
@@ -310,9 +316,19 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     task, data = given.get("task"), given.get("data")
     if (task is None) == (data is None):
         problems.append("--task, --data: give one of the two" + (", not both" if task else ""))
+    if (
+        data is not None
+        and given.get("template") is None
+        and not any(
+            given.get(key) is not None for key in ("label_words", "choices_field", "answer_field", "label_field")
+        )
+    ):
+        return problems  # prompt and completion, as the rows will show
     if data is not None:
         if not given.get("template"):
-            problems.append("--template: needed with --data, such as '{text} It was'")
+            problems.append(
+                "--template: needed with --data, such as '{text} It was' (rows of prompt and completion need no option)"
+            )
         kinds = ("label_words", "choices_field", "answer_field")
         if sum(given.get(key) is not None for key in kinds) != 1:
             problems.append("--label-words, --choices-field, --answer-field: give one of them with --data")

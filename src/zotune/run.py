@@ -116,7 +116,9 @@ def task_of(options: DataOptions) -> Task:
     if options.task is not None:
         return get_task(options.task).aligned(options.alignment)
     assert options.data is not None
-    assert options.template is not None
+    if options.template is None:  # TRL's convention: prompt and completion
+        name = Path(options.data).name or options.data
+        return Task(name=name, prompt="{prompt}", answer_field="completion")
     return Task(
         name=Path(options.data).name or options.data,
         prompt=options.template,
@@ -146,7 +148,7 @@ def prepare(config: TrainConfig) -> Prepared:
         raise InputError(f"--loss candidates: task {task.name!r} generates its answers and has none; use answer")
     splits = training_splits(
         task,
-        find_source(task, config.data, config.data_dir),
+        find_source(task, config.data, config.data_dir, config.columns),
         train_size=config.train_size,
         validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
         test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),

@@ -98,7 +98,7 @@ def test_a_field_without_a_value_is_said_to_be_empty(tmp_path, name):
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: more values than the header has names"),
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not CSV"),
         ("a.csv", "a,a\n1,2\n", "a.csv:1: the header names 'a' twice"),
-        ("a.txt", "x", "a.txt: not a .jsonl or .csv file"),
+        ("a.txt", "x", "a.txt: not a .jsonl, .csv or .parquet file"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path, name, text, said):

@@ -108,7 +108,7 @@ def test_a_missing_path_suggests_the_nearest_name(tmp_path):
 
 
 def test_what_is_missing_or_empty_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no train\.jsonl or train\.csv in it"):
+    with pytest.raises(InputError, match=r"no train\.jsonl, train\.csv or train\.parquet in it"):
         draw(Source(folder=tiny.save_data(tmp_path / "a", validation=3)))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "train.csv").write_text("text,label\n")

@@ -22,7 +22,7 @@ from zotune.tasks.splits import find_source, scored_rows
 
 def evaluate(options: EvalConfig) -> None:
     task = task_of(options)
-    source = find_source(task, options.data, options.data_dir)
+    source = find_source(task, options.data, options.data_dir, options.columns)
     rows, split = scored_rows(source, options.eval_size, seed=options.seed)
     examples = [task.example(row) for row in rows]
     if options.output and not Path(options.output).expanduser().absolute().parent.is_dir():
@@ -51,7 +51,9 @@ def predict(options: PredictConfig) -> None:
     if not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such folder")
     task = task_of(options)
-    rows, split = scored_rows(find_source(task, options.data, options.data_dir), options.eval_size, in_order=True)
+    rows, split = scored_rows(
+        find_source(task, options.data, options.data_dir, options.columns), options.eval_size, in_order=True
+    )
     examples = [task.example(row, labelled=False) for row in rows]
     _, found = _outcome(options, task, examples)
     temporary = output.with_name(f".{output.name}.tmp")

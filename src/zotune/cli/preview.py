@@ -18,7 +18,7 @@ from zotune.tasks.splits import find_source
 def preview(options: PreviewConfig) -> None:
     """The first rows of a split: prompt, right answer in reverse, the other candidates, lengths and cuts."""
     task = run.task_of(options)
-    source = find_source(task, options.data, options.data_dir)
+    source = find_source(task, options.data, options.data_dir, options.columns)
     found = next(((split, rows) for split in ("train", "validation", "test") if (rows := source.rows(split))), None)
     assert found is not None  # a source without rows has said so
     split, rows = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from zotune.errors import InputError
 
-SUFFIXES = (".jsonl", ".csv")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Row:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .csv file. Raises InputError that names file, line and what was expected."""
+    """The rows of a .jsonl, .csv or .parquet file. Raises InputError that names file, line and what was expected."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,7 +48,18 @@ def read_file(path: Path) -> list[Row]:
         return list(_json_lines(path, text))
     if path.suffix == ".csv":
         return list(_csv_lines(path, text))
-    raise InputError(f"{path}: not a .jsonl or .csv file")
+    raise InputError(f"{path}: not a .jsonl, .csv or .parquet file")
+
+
+def _parquet_rows(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file ({(str(error).splitlines() or ['?'])[0]})") from None
+    return [Row(fields, f"{path}:{i}") for i, fields in enumerate(table.to_pylist(), start=1)]
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
@@ -101,6 +114,17 @@ def read_hub(name: str, subset: str | None, split: str) -> list[Row]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"hub data set {name!r} (split {split!r}): {reason}; offline, pass --data-dir") from None
     return [Row(dict(fields), f"{name}/{split}:{i}") for i, fields in enumerate(loaded, start=1)]
+
+
+def renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
+    """The rows with fields under other names: columns maps a row's own name to the name that is wanted."""
+    found = []
+    for row in rows:
+        for name in columns:
+            row[name]  # says so where the row lacks it
+        fields = {columns.get(name, name): value for name, value in row.fields.items()}
+        found.append(Row(fields, row.where))
+    return found
 
 
 def split_file(folder: Path, split: str) -> Path | None:

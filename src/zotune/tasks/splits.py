@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import Row, read_file, read_hub, split_file
+from zotune.tasks.rows import Row, read_file, read_hub, renamed, split_file
 from zotune.tasks.task import Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
@@ -21,9 +22,14 @@ class Source:
     folder: Path | None = None
     file: Path | None = None
     hub: tuple[str, str | None, str] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, split: str) -> list[Row] | None:
         """The rows of a split, None where the source has no such split, InputError where it is empty."""
+        rows = self._read(split)
+        return renamed(rows, self.columns) if rows is not None and self.columns else rows
+
+    def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
             path = split_file(self.folder, split)
             return None if path is None else _not_empty(read_file(path), str(path))
@@ -39,8 +45,15 @@ class Source:
         return str(self.folder or self.file or (self.hub or ("",))[0])
 
 
-def find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
-    """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name)."""
+def find_source(task: Task, data: str | None, data_dir: str | None, columns: Mapping[str, str] | None = None) -> Source:
+    """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name).
+
+    columns: names of the data's fields → names that the task reads.
+    """
+    return replace(_find_source(task, data, data_dir), columns=columns or {})
+
+
+def _find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
     if data is not None:
         path = Path(data).expanduser()
         if path.is_dir():
@@ -80,7 +93,7 @@ def training_splits(
     """
     train = source.rows("train")
     if train is None:
-        raise InputError(f"{source}: no train.jsonl or train.csv in it")
+        raise InputError(f"{source}: no train.jsonl, train.csv or train.parquet in it")
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)

@@ -1,0 +1,56 @@
+"""A user's own rows: prompt and completion without any option, other names, Parquet."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from zotune.cli.app import run
+from zotune.errors import InputError
+from zotune.tasks.rows import Row, read_file, renamed
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [{"question": f"the film {i} was", "completion": "good" if i % 2 else "bad"} for i in range(12)]
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        tiny.write_rows(data / f"{split}.jsonl", rows)
+    return data
+
+
+def test_prompt_and_completion_need_no_option(folder, tmp_path, capsys):
+    model = tiny.save_model(tmp_path / "model")
+    columns = ["--columns", json.dumps({"question": "prompt"})]
+    done = tmp_path / "run"
+    flags = ["--model", str(model), "--data", str(folder), "--device", "cpu", "--batch-size", "4"]
+    assert run(["train", *flags, *columns, "--steps", "2", "--lr", "1e-3", "--output", str(done)]) == 0
+    assert json.loads((done / "result.json").read_text())["metric"] == "f1"
+    assert run(["preview", "--data", str(folder), *columns, "--rows", "1"]) == 0
+    assert "the film 0 was bad" in capsys.readouterr().out
+    assert run(["eval", *flags]) == 2
+    assert "no field 'prompt' (has 'question'" in capsys.readouterr().err
+
+
+def test_a_column_that_is_not_there_is_named():
+    rows = [Row({"a": 1, "b": 2}, "f:1")]
+    assert renamed(rows, {"a": "x"})[0].fields == {"x": 1, "b": 2}
+    with pytest.raises(InputError, match="no field 'c'"):
+        renamed(rows, {"c": "x"})
+
+
+def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), path)
+    rows = read_file(path)
+    assert [row.fields for row in rows] == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    assert rows[1].where.endswith("train.parquet:2")
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        read_file(path)
