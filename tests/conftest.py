@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at its import; tests need no network, and do not wait for one
+
 import torch
 from hypothesis import settings
 
