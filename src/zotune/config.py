@@ -137,8 +137,10 @@ class TrainConfig(DataOptions, ModelOptions):
         description="fraction of the layers, from the input on, that train by the method; the others by back-propagation",
     )
     fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
-    loss: Literal["answer", "candidates"] = Field(
-        "answer", description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words"
+    loss: str = Field(
+        "answer",
+        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
+        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
     )
     engine: str = Field("auto", description="see `zotune list engines`")
     steps: Positive = Field(1000, description="updates")
@@ -161,6 +163,13 @@ class TrainConfig(DataOptions, ModelOptions):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        from zotune.tasks.objectives import check_name
+
+        return check_name(value)
 
     @field_validator("method", "engine", "scheme")
     @classmethod

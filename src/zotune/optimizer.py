@@ -470,7 +470,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             return None
         if more.sequential or more.g_clip is not None:
             return None
-        if not all(p.is_cuda for g in groups for p in g["params"]) or not all(t.is_cuda for t in batches[0].values()):
+        if not all(p.is_cuda for g in groups for p in g["params"]) or not all(
+            isinstance(t, Tensor) and t.is_cuda for t in batches[0].values()
+        ):
             return None
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:

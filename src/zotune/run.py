@@ -28,9 +28,9 @@ from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
 from zotune.tasks import Task, get_task
-from zotune.tasks.encoding import Collator, Encoded, Encoder
+from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
-from zotune.tasks.scoring import ROW_LOSSES
+from zotune.tasks.objectives import objective
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, find_source, training_splits
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
@@ -102,7 +102,10 @@ class Prepared:
 
     def adam_cost(self) -> AdamCost:
         longest = max(self.train, key=lambda row: row.tokens)
-        loss, collate = ROW_LOSSES[self.config.loss], Collator(self.config.loss, self.pad_id)
+        asked = objective(self.config.loss, self.task, self.tokenizer, self.pad_id)
+        if not asked.differentiable:  # what back-propagation would have to train on instead
+            asked = objective("answer", self.task, self.tokenizer, self.pad_id)
+        loss, collate = asked.row_loss, asked.collate
         batch = {k: v.to(self.device) for k, v in collate([longest]).items()}
         return adam_cost(self.model, lambda: loss(self.model, batch), self.config.batch_size)
 
@@ -144,8 +147,13 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encod
 def prepare(config: TrainConfig) -> Prepared:
     """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
     task = task_of(config)
-    if task.generates and config.loss == "candidates":
-        raise InputError(f"--loss candidates: task {task.name!r} generates its answers and has none; use answer")
+    asked = objective(config.loss, task, None, 0)  # says at once what does not go together
+    if not asked.differentiable and (
+        config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
+    ):
+        raise InputError(
+            f"--loss {config.loss}: has no gradient; method {config.method} needs one (answer, candidates)"
+        )
     splits = training_splits(
         task,
         find_source(task, config.data, config.data_dir, config.columns),
@@ -326,13 +334,15 @@ class _Run:
             report_to=config.report_to,
             use_cpu=ready.device.type == "cpu",
         )
+        multiple = LENGTHS if ready.device.type == "cuda" else 1
+        asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
         trainer = _TaskTrainer(
             model=ready.model,
             args=args,
             train_dataset=ready.train,
             eval_dataset=ready.validation,
-            data_collator=Collator(config.loss, ready.pad_id, LENGTHS if ready.device.type == "cuda" else 1),
-            row_loss=ROW_LOSSES[config.loss],
+            data_collator=asked.collate,
+            row_loss=asked.row_loss,
             score=lambda: ready.score(ready.validation, self.listener, "validation"),
             metric=ready.task.metric,
         )

@@ -20,8 +20,7 @@ from zotune.folder import RunFolder
 from zotune.memory import peak_bytes, readable
 from zotune.models.schemes import trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
-from zotune.tasks.encoding import Collator
-from zotune.tasks.scoring import ROW_LOSSES
+from zotune.tasks.objectives import objective
 
 
 def train(config: TrainConfig) -> None:
@@ -123,8 +122,9 @@ def _time(ready: run.Prepared) -> tuple[float, float, int]:
         **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
     )
     rows = (ready.train * config.batch_size)[: config.batch_size]
-    batch = {k: v.to(ready.device) for k, v in Collator(config.loss, ready.pad_id)(rows).items()}
-    loss_of = functools.partial(ROW_LOSSES[config.loss], ready.model)
+    asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
+    batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
+    loss_of = functools.partial(asked.row_loss, ready.model)
     seconds = 0.0
     for _ in range(3):
         began = _now(ready.device)

@@ -8,11 +8,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.tasks.encoding import Encoded
 
 MOST_TOKENS = 50
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and their mask."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), longest), pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    for b, prompt in enumerate(prompts):
+        ids_BT[b, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[b, longest - len(prompt) :] = 1
+    return ids_BT, mask_BT
+
+
+def write(
+    model: nn.Module, tokenizer: Any, ids_BT: Tensor, mask_BT: Tensor, *, pad_id: int, most: int = MOST_TOKENS
+) -> list[str]:
+    """The line that the model writes after each prompt, greedily, at most so many tokens."""
+    generate: Any = model.generate
+    written = generate(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad_id,
+    )
+    texts = [tokenizer.decode(ids[ids_BT.shape[1] :], skip_special_tokens=True) for ids in written.tolist()]
+    return [text.strip().split("\n")[0].strip() for text in texts]
 
 
 @torch.inference_mode()
@@ -37,27 +68,10 @@ def generate_answers(
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            longest = max(len(rows[i].prompt) for i in chosen)
-            ids_BT = torch.full((len(chosen), longest), pad_id)
-            mask_BT = torch.zeros_like(ids_BT)
-            for b, i in enumerate(chosen):
-                ids_BT[b, longest - len(rows[i].prompt) :] = torch.tensor(rows[i].prompt)
-                mask_BT[b, longest - len(rows[i].prompt) :] = 1
-            generate: Any = model.generate
-            written = generate(
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                max_new_tokens=most,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad_id,
-            )
-            for i, ids in zip(chosen, written.tolist(), strict=True):
-                text = tokenizer.decode(ids[longest:], skip_special_tokens=True)
-                answers[i] = text.strip().split("\n")[0].strip()
+            ids_BT, mask_BT = left_padded([rows[i].prompt for i in chosen], pad_id)
+            texts = write(model, tokenizer, ids_BT.to(device), mask_BT.to(device), pad_id=pad_id, most=most)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
             advance(len(chosen))
     finally:
         model.train(was_training)

@@ -1,0 +1,113 @@
+"""What a run minimises, by name: losses with a gradient, and objectives that have none.
+
+answer        −log p of the answer's tokens                    candidates   cross-entropy over the candidates' scores
+accuracy      1 where the wrong candidate scores highest       f1, exact_match   1 − the metric of the generated answer
+package.module:function    −function(prompt, answer, golds), any Python function that scores a generated text
+"""
+
+# B rows.
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import InputError, nearest
+from zotune.tasks.encoding import Collator, Encoded
+from zotune.tasks.generation import left_padded, write
+from zotune.tasks.metrics import TEXT_METRICS
+from zotune.tasks.scoring import ROW_LOSSES, candidate_scores
+from zotune.tasks.task import Task
+
+RowLoss = Callable[[nn.Module, Any], Tensor]
+NAMES = (*ROW_LOSSES, "accuracy", *TEXT_METRICS)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of each row of a batch, how batches for it are made, and whether it has a gradient."""
+
+    row_loss: RowLoss
+    collate: Callable[[Sequence[Encoded]], dict[str, Any]]
+    differentiable: bool
+
+
+def check_name(name: str) -> str:
+    """The name, if it is one of an objective. Raises ValueError that says what there is."""
+    if name not in NAMES and ":" not in name:
+        raise ValueError(f"unknown loss {name!r}; {nearest(name, NAMES)}, or package.module:function")
+    return name
+
+
+def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int = 1) -> Objective:
+    """The named objective for a task. Raises InputError where the two do not go together."""
+    if name in ROW_LOSSES:
+        if name == "candidates" and task.generates:
+            raise InputError(f"--loss candidates: task {task.name!r} generates its answers and has none; use answer")
+        return Objective(ROW_LOSSES[name], Collator(name, pad_id, multiple), True)
+    if name == "accuracy":
+        if task.generates:
+            raise InputError(f"--loss accuracy: task {task.name!r} generates its answers; use f1 or exact_match")
+        return Objective(error_rate, Collator("candidates", pad_id, multiple), False)
+    if name in TEXT_METRICS and not task.generates:
+        raise InputError(f"--loss {name}: task {task.name!r} has candidates and generates nothing; use accuracy")
+    if name in TEXT_METRICS:
+        score: Callable[[str, str, Sequence[str]], float] = lambda prompt, text, golds: TEXT_METRICS[name](text, golds)  # noqa: E731
+        offset = 1.0
+    else:
+        score, offset = _function(name), 0.0
+    row_loss = functools.partial(generated_losses, tokenizer=tokenizer, pad_id=pad_id, score=score, offset=offset)
+    return Objective(row_loss, functools.partial(_prompts, tokenizer=tokenizer, pad_id=pad_id), False)
+
+
+def error_rate(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,): 0 where the right candidate scores highest, else 1."""
+    return (candidate_scores(model, batch).argmax(1) != batch["labels"]).float()
+
+
+def generated_losses(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    tokenizer: Any,
+    pad_id: int,
+    score: Callable[[str, str, Sequence[str]], float],
+    offset: float,
+) -> Tensor:
+    """(B,): offset − the score of what the model writes after each prompt."""
+    answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id)
+    scored = zip(batch["prompts"], answers, batch["golds"], strict=True)
+    return torch.tensor([offset - float(score(*one)) for one in scored], dtype=torch.float64)
+
+
+def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[str, Any]:
+    ids, mask = left_padded([row.prompt for row in rows], pad_id)
+    prompts = [tokenizer.decode(list(row.prompt), skip_special_tokens=True) for row in rows]
+    golds = [list(row.golds) or [_right(row, tokenizer)] for row in rows]
+    return {"prompt_ids": ids, "prompt_mask": mask, "prompts": prompts, "golds": golds}
+
+
+def _right(row: Encoded, tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(row.candidates[row.label]), skip_special_tokens=True)).strip()
+
+
+def _function(name: str) -> Callable[[str, str, Sequence[str]], float]:
+    """The function of `package.module:function`; modules in the working folder are found."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"--loss {name}: cannot be imported ({error})") from None
+    if not callable(found):
+        raise InputError(f"--loss {name}: is no function")
+    return found  # type: ignore[no-any-return]

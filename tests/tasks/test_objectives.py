@@ -1,0 +1,78 @@
+"""Objectives that have no gradient: the loss of each row is what the metric says of it, and the command line trains on it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from zotune.cli.app import run
+from zotune.errors import InputError
+from zotune.tasks import get_task
+from zotune.tasks.encoding import Encoded
+from zotune.tasks.metrics import text_f1
+from zotune.tasks.objectives import NAMES, check_name, objective
+from zotune.tasks.scoring import score_rows
+
+ROWS = [Encoded((3, 9, 4), ((11,), (12,)), 0), Encoded((5, 2), ((11,), (12,)), 1), Encoded((8, 8), ((11,), (12,)), 0)]
+
+
+def test_the_error_rate_is_that_of_the_scores():
+    model = tiny.causal_model()
+    asked = objective("accuracy", get_task("sst2"), None, 0)
+    scores = score_rows(model, ROWS, batch_size=3, pad_id=0)
+    wanted = [float(max(range(2), key=s.__getitem__) != row.label) for s, row in zip(scores, ROWS, strict=True)]
+    assert asked.row_loss(model, asked.collate(ROWS)).tolist() == wanted
+    assert not asked.differentiable
+
+
+def test_generated_answers_are_scored_one_a_row():
+    model, tokenizer = tiny.causal_model(), tiny.tokenizer(bos=True)
+    rows = [Encoded(row.prompt, ((7,),), 0, golds=("the film", "day")) for row in ROWS]
+    asked = objective("f1", get_task("squad"), tokenizer, 1)
+    with torch.no_grad():
+        losses = asked.row_loss(model, asked.collate(rows))
+    from zotune.tasks.generation import generate_answers
+
+    answers = generate_answers(model, tokenizer, rows, batch_size=3, pad_id=1)
+    assert losses.tolist() == [1 - text_f1(answer, ("the film", "day")) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "said"),
+    [
+        ("candidates", "squad", "use answer"),
+        ("accuracy", "squad", "use f1"),
+        ("f1", "sst2", "use accuracy"),
+        ("no.such.module:f", "sst2", "cannot be imported"),
+        ("json:nothing", "sst2", "cannot be imported"),
+        ("json:__name__", "sst2", "is no function"),
+    ],
+)
+def test_what_does_not_go_together_is_said(name, task, said):
+    with pytest.raises(InputError, match=said):
+        objective(name, get_task(task), None, 0)
+
+
+def test_an_unknown_loss_names_the_nearest():
+    with pytest.raises(ValueError, match="candidates"):
+        check_name("candidate")
+    assert all(check_name(name) == name for name in NAMES)
+
+
+@pytest.mark.parametrize("loss", ["accuracy", "scorer:length"])
+def test_a_run_on_an_objective_without_a_gradient(loss, tmp_path, monkeypatch, capsys):
+    (tmp_path / "scorer.py").write_text("def length(prompt, answer, golds):\n    return -len(answer) / 100\n")
+    monkeypatch.chdir(tmp_path)
+    material = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data")
+    done = tmp_path / "run"
+    assert run(["train", *tiny.flags(*material, loss=loss, steps=2), "--output", str(done)]) == 0
+    result = json.loads((done / "result.json").read_text())
+    assert result["forward_passes"] == 4
+    assert result["metric"] == "accuracy"
+    capsys.readouterr()
+    refused = ["train", *tiny.flags(*material, loss=loss, method="fo-adam"), "--output", str(tmp_path / "no")]
+    assert run(refused) == 2
+    assert "has no gradient" in capsys.readouterr().err
