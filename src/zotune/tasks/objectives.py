@@ -110,4 +110,4 @@ def _function(name: str) -> Callable[[str, str, Sequence[str]], float]:
         raise InputError(f"--loss {name}: cannot be imported ({error})") from None
     if not callable(found):
         raise InputError(f"--loss {name}: is no function")
-    return found  # type: ignore[no-any-return]
+    return found
