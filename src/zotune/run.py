@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from zotune.config import DataOptions, ModelOptions, TrainConfig
 from zotune.engines.probing import sides
 from zotune.errors import InputError
 from zotune.folder import RunFolder
+from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
@@ -456,6 +458,7 @@ class _Recorder(transformers.TrainerCallback):
     def __init__(self, run: _Run, trainer: ZOTrainer) -> None:
         self.run, self.trainer = run, trainer
         self.path = run.folder / "metrics.jsonl"
+        self.guards = Guards(run.listener.say)
         self.line: dict[str, Any] = {}
         self.accuracy: float | None = None
 
@@ -486,6 +489,9 @@ class _Recorder(transformers.TrainerCallback):
                     choice=last.choice,
                 )
             )
+        plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
+        if plus and other and not last.skipped:
+            self.guards.see(state.global_step, fmean(plus), fmean(other), last.g_GQ[0])
         shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
         self.run.listener.advance("train", 1, **shown)
         self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
@@ -505,6 +511,7 @@ class _Recorder(transformers.TrainerCallback):
                 "loss": logs["loss"],
                 "lr": logs["learning_rate"],
                 "projected_gradient": logs.get("projected_gradient"),
+                **self.guards.statistics(),
                 "forward_passes": logs["forward_passes"],
                 "skipped_steps": logs["skipped_steps"],
                 "seconds": round(self.run._wall(), 3),
