@@ -235,6 +235,9 @@ class SweepConfig(TrainConfig):
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     trajectory: str | None = Field(None, description="trajectory.zot of a run: score its chosen step, nothing is saved")
+    shots: Annotated[int, Field(ge=0)] = Field(
+        0, description="training rows shown with their answers before each prompt, drawn by the seed"
+    )
     output: str | None = Field(None, description="write the figures to this JSON file")
 
 

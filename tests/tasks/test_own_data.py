@@ -54,3 +54,22 @@ def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
     path.write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="not a Parquet file"):
         read_file(path)
+
+
+def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
+    from zotune.tasks import Task
+    from zotune.tasks.splits import demonstrations, find_source
+
+    task = Task(name="t", prompt="{question}", answer_field="completion")
+    source = find_source(task, str(folder), None)
+    shown = demonstrations(task, source, 3, 0)
+    assert shown.count("\n\n") == 3
+    assert shown == demonstrations(task, source, 3, 0) != demonstrations(task, source, 3, 1)
+    assert all(line.endswith((" good", " bad")) for line in shown.strip().split("\n\n"))
+    model = tiny.save_model(tmp_path / "model")
+    own = ["--template", "{question}", "--answer-field", "completion", "--max-length", "60"]
+    flags = ["--model", str(model), "--data", str(folder), "--device", "cpu", *own]
+    assert run(["eval", *flags, "--shots", "2", "--output", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["shots"] == 2
+    assert run(["eval", *flags, "--shots", "99"]) == 2
+    assert "has 12 training rows" in capsys.readouterr().err

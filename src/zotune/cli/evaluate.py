@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from zotune.models.adapters import put_adapter
 from zotune.run import encoder_for, load, pad_id, task_of
 from zotune.tasks import Task
 from zotune.tasks.evaluation import Outcome, also, outcome
-from zotune.tasks.splits import find_source, scored_rows
+from zotune.tasks.splits import demonstrations, find_source, scored_rows
 
 
 def evaluate(options: EvalConfig) -> None:
@@ -25,6 +26,9 @@ def evaluate(options: EvalConfig) -> None:
     source = find_source(task, options.data, options.data_dir, options.columns)
     rows, split = scored_rows(source, options.eval_size, seed=options.seed)
     examples = [task.example(row) for row in rows]
+    if options.shots:
+        shown = demonstrations(task, source, options.shots, options.seed)
+        examples = [replace(example, prompt=shown + example.prompt) for example in examples]
     if options.output and not Path(options.output).expanduser().absolute().parent.is_dir():
         raise InputError(f"--output {options.output}: no such folder")
     if split == "validation":
@@ -37,6 +41,8 @@ def evaluate(options: EvalConfig) -> None:
         "n": len(rows),
         "split": split,
     }
+    if options.shots:
+        figures["shots"] = options.shots
     figures |= {name: found.metric(name, encoded) for name in also(task)}
     more = "".join(f"  {name} {figures[name]:.1f}" for name in also(task))
     print(f"{task.name}  {task.metric} {figures['value']:.1f}{more}  ({len(rows)} rows of {split})")

@@ -117,6 +117,17 @@ def _carve(source: Source, train: list[Row], size: int, seed: int) -> tuple[list
     return order[:share], order[share:]
 
 
+def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
+    """Training rows with their right answers, blank lines between them and behind, to stand before a prompt."""
+    rows = source.rows("train")
+    if rows is None:
+        raise InputError(f"--shots {shots}: {source} has no train split to show rows of")
+    if len(rows) < shots:
+        raise InputError(f"--shots {shots}: {source} has {len(rows)} training rows")
+    examples = [task.example(row) for row in _draw(rows, shots, seed, "shots")]
+    return "".join(f"{e.prompt}{e.candidates[e.label or 0]}\n\n" for e in examples)
+
+
 def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:
     """The rows that `eval` scores and their split: those that a run of this seed and size scores as test.
 
