@@ -335,11 +335,12 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
             given.get(key) is not None for key in ("label_words", "choices_field", "answer_field", "label_field")
         )
     ):
-        return problems  # prompt and completion, as the rows will show
+        return problems  # the rows' columns tell
     if data is not None:
         if not given.get("template"):
             problems.append(
-                "--template: needed with --data, such as '{text} It was' (rows of prompt and completion need no option)"
+                "--template: needed with --data, such as '{text} It was' (rows of text, prompt and completion, or messages "
+                "need no option)"
             )
         kinds = ("label_words", "choices_field", "answer_field")
         if sum(given.get(key) is not None for key in kinds) != 1:

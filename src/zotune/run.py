@@ -29,11 +29,14 @@ from zotune.models.loading import length_limit, load_model, load_tokenizer, load
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
-from zotune.tasks import Task, get_task
+from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
+from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
-from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, find_source, training_splits
+from zotune.tasks.own import data_of
+from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
+from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
 
@@ -79,7 +82,7 @@ class Prepared:
         return pad_id(self.tokenizer)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
-        """The task's metric, in percent."""
+        """The task's metric; see `zotune.tasks.metrics`."""
         listener.begin(what, len(rows))
         found = outcome(
             self.model,
@@ -94,8 +97,8 @@ class Prepared:
         return found.metric(self.task.metric, rows)
 
     def one_class(self, rows: list[Encoded]) -> float:
-        """Percent right by always answering the label that is most frequent among the rows; 0 for generated answers."""
-        if self.task.generates:
+        """Percent right by always answering the label that is most frequent among the rows; 0 where nothing is chosen."""
+        if self.task.generates or self.task.models:
             return 0.0
         counts: dict[int, int] = {}
         for row in rows:
@@ -117,23 +120,6 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def task_of(options: DataOptions) -> Task:
-    if options.task is not None:
-        return get_task(options.task).aligned(options.alignment)
-    assert options.data is not None
-    if options.template is None:  # TRL's convention: prompt and completion
-        name = Path(options.data).name or options.data
-        return Task(name=name, prompt="{prompt}", answer_field="completion")
-    return Task(
-        name=Path(options.data).name or options.data,
-        prompt=options.template,
-        words=options.label_words,
-        label_field=options.label_field or "label",
-        choices_field=options.choices_field,
-        answer_field=options.answer_field,
-    )
-
-
 def load(options: ModelOptions) -> tuple[nn.Module, Any]:
     """The model and tokenizer that the options name."""
     extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
@@ -148,7 +134,7 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encod
 
 def prepare(config: TrainConfig) -> Prepared:
     """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
-    task = task_of(config)
+    task, source = data_of(config)
     asked = objective(config.loss, task, None, 0)  # says at once what does not go together
     if not asked.differentiable and (
         config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
@@ -158,7 +144,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     splits = training_splits(
         task,
-        find_source(task, config.data, config.data_dir, config.columns),
+        source,
         train_size=config.train_size,
         validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
         test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
@@ -168,7 +154,7 @@ def prepare(config: TrainConfig) -> Prepared:
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
-    parts = [[encode(example) for example in part] for part in (splits.train, splits.validation, splits.test)]
+    parts = [encode.rows(part) for part in (splits.train, splits.validation, splits.test)]
     return Prepared(config, task, model, tokenizer, splits, *parts)
 
 
@@ -329,7 +315,7 @@ class _Run:
             save_total_limit=1,
             load_best_model_at_end=True,
             metric_for_best_model=ready.task.metric,
-            greater_is_better=True,
+            greater_is_better=ready.task.metric not in LOWER_IS_BETTER,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             disable_tqdm=True,
@@ -460,7 +446,7 @@ class _Recorder(transformers.TrainerCallback):
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
         self.line: dict[str, Any] = {}
-        self.accuracy: float | None = None
+        self.validation: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
@@ -492,8 +478,7 @@ class _Recorder(transformers.TrainerCallback):
         plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
         if plus and other and not last.skipped:
             self.guards.see(state.global_step, fmean(plus), fmean(other), last.g_GQ[0])
-        shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
-        self.run.listener.advance("train", 1, **shown)
+        self.run.listener.advance("train", 1, loss=last.loss, **self.validation)
         self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
         if last.skipped:
             self.run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
@@ -519,9 +504,10 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         name, value = next(iter(metrics.items()))
-        self.accuracy = value
+        self.validation = {self.run.ready.task.metric: value}
         self.line[name.replace("eval_", "validation_")] = value
-        self.run.listener.say(f"step {state.global_step}: validation {value:.1f}")
+        shown = figure(self.run.ready.task.metric, value)
+        self.run.listener.say(f"step {state.global_step}: validation {shown}")
         self._write()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

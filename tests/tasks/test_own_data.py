@@ -32,7 +32,7 @@ def test_prompt_and_completion_need_no_option(folder, tmp_path, capsys):
     assert run(["preview", "--data", str(folder), *columns, "--rows", "1"]) == 0
     assert "the film 0 was bad" in capsys.readouterr().out
     assert run(["eval", *flags]) == 2
-    assert "no field 'prompt' (has 'question'" in capsys.readouterr().err
+    assert "no field 'prompt' (has 'question', 'completion'); name one by --columns" in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_is_named():

@@ -15,15 +15,16 @@ from zotune.config import EvalConfig, PredictConfig
 from zotune.errors import InputError
 from zotune.folder import write_atomically
 from zotune.models.adapters import put_adapter
-from zotune.run import encoder_for, load, pad_id, task_of
+from zotune.run import encoder_for, load, pad_id
 from zotune.tasks import Task
 from zotune.tasks.evaluation import Outcome, also, outcome
-from zotune.tasks.splits import demonstrations, find_source, scored_rows
+from zotune.tasks.metrics import figure
+from zotune.tasks.own import data_of
+from zotune.tasks.splits import demonstrations, scored_rows
 
 
 def evaluate(options: EvalConfig) -> None:
-    task = task_of(options)
-    source = find_source(task, options.data, options.data_dir, options.columns)
+    task, source = data_of(options)
     rows, split = scored_rows(source, options.eval_size, seed=options.seed)
     examples = [task.example(row) for row in rows]
     if options.shots:
@@ -44,8 +45,11 @@ def evaluate(options: EvalConfig) -> None:
     if options.shots:
         figures["shots"] = options.shots
     figures |= {name: found.metric(name, encoded) for name in also(task)}
-    more = "".join(f"  {name} {figures[name]:.1f}" for name in also(task))
-    print(f"{task.name}  {task.metric} {figures['value']:.1f}{more}  ({len(rows)} rows of {split})")
+    cut = sum(bool(row.cut) for row in encoded)
+    if cut:
+        figures["cut_rows"] = cut
+    shown = "  ".join(f"{name} {figure(name, found.metric(name, encoded))}" for name in (task.metric, *also(task)))
+    print(f"{task.name}  {shown}  ({len(rows)} rows of {split}{f', {cut} of them cut' if cut else ''})")
     if options.output:
         write_atomically(Path(options.output).expanduser(), json.dumps(figures, indent=2) + "\n")
 
@@ -56,14 +60,14 @@ def predict(options: PredictConfig) -> None:
         raise InputError(f"--output {output}: exists; name another file, or pass --overwrite")
     if not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such folder")
-    task = task_of(options)
-    rows, split = scored_rows(
-        find_source(task, options.data, options.data_dir, options.columns), options.eval_size, in_order=True
-    )
+    task, source = data_of(options)
+    rows, split = scored_rows(source, options.eval_size, in_order=True)
     examples = [task.example(row, labelled=False) for row in rows]
-    _, found = _outcome(options, task, examples)
+    _, found = _outcome(options, task, examples, replies=True)
     temporary = output.with_name(f".{output.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
+        for loss in found.losses:
+            file.write(json.dumps({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}) + "\n")
         for answer in found.answers:
             file.write(json.dumps({"answer": answer}, ensure_ascii=False) + "\n")
         for example, row_scores in zip(examples if found.scores else [], found.scores, strict=True):
@@ -80,7 +84,9 @@ def predict(options: PredictConfig) -> None:
     print(f"{len(rows)} rows of {split} → {output}")
 
 
-def _outcome(options: EvalConfig | PredictConfig, task: Task, examples: list[Any]) -> tuple[list[Any], Outcome]:
+def _outcome(
+    options: EvalConfig | PredictConfig, task: Task, examples: list[Any], replies: bool = False
+) -> tuple[list[Any], Outcome]:
     trajectory = getattr(options, "trajectory", None)
     if trajectory:
         model, tokenizer, line = rebuilt(options, trajectory)
@@ -90,7 +96,7 @@ def _outcome(options: EvalConfig | PredictConfig, task: Task, examples: list[Any
     if options.adapter:
         model = put_adapter(model, options.adapter)
     encode = encoder_for(model, tokenizer, options)
-    encoded = [encode(example) for example in examples]
+    encoded = encode.rows(examples)
     with Bars() as bars:
         bars.begin("rows", len(encoded))
         found = outcome(
@@ -100,6 +106,7 @@ def _outcome(options: EvalConfig | PredictConfig, task: Task, examples: list[Any
             encoded,
             batch_size=2 * options.batch_size,
             pad_id=pad_id(tokenizer),
+            replies=replies,
             advance=lambda n: bars.advance("rows", n),
         )
     return encoded, found

@@ -71,7 +71,6 @@ ROW_LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-@torch.inference_mode()
 def score_rows(
     model: nn.Module,
     rows: Sequence[Encoded],
@@ -80,19 +79,44 @@ def score_rows(
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """The candidates' scores of each row, in the order given. Rows of like length share a batch."""
+    """The candidates' scores of each row, in the order given."""
+    scores = _by_batch(model, rows, candidate_scores, Collator("candidates", pad_id), batch_size, advance)
+    return [of_row[: len(row.candidates)] for of_row, row in zip(scores, rows, strict=True)]
+
+
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[float]:
+    """Nats: the mean of −log p over each row's tokens that count, in the order given."""
+    return _by_batch(model, rows, answer_losses, Collator("answer", pad_id), batch_size, advance)
+
+
+@torch.inference_mode()
+def _by_batch(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    of_batch: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    collate: Collator,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[Any]:
+    """What a function of batches gives for each row, in the order given. Rows of like length share a batch."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    collate = Collator("candidates", pad_id)
     order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
-    scores: list[list[float]] = [[] for _ in rows]
+    found: list[Any] = [None for _ in rows]
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-            for i, row_scores in zip(chosen, candidate_scores(model, batch).tolist(), strict=True):
-                scores[i] = row_scores[: len(rows[i].candidates)]
+            for i, of_row in zip(chosen, of_batch(model, batch).tolist(), strict=True):
+                found[i] = of_row
             advance(len(chosen))
     finally:
         model.train(was_training)
-    return scores
+    return found

@@ -23,11 +23,21 @@ class Source:
     file: Path | None = None
     hub: tuple[str, str | None, str] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    _read_before: dict[str, list[Row] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, split: str) -> list[Row] | None:
-        """The rows of a split, None where the source has no such split, InputError where it is empty."""
-        rows = self._read(split)
-        return renamed(rows, self.columns) if rows is not None and self.columns else rows
+        """The rows of a split, None where the source has no such split, InputError where it is empty. Read once."""
+        if split not in self._read_before:
+            rows = self._read(split)
+            self._read_before[split] = renamed(rows, self.columns) if rows is not None and self.columns else rows
+        return self._read_before[split]
+
+    def first(self) -> tuple[str, list[Row]]:
+        """The first split that there is, and its rows."""
+        for split in ("train", "validation", "test"):
+            if rows := self.rows(split):
+                return split, rows
+        raise InputError(f"{self}: no train, validation or test file in it (.jsonl, .csv or .parquet)")
 
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
@@ -45,7 +55,9 @@ class Source:
         return str(self.folder or self.file or (self.hub or ("",))[0])
 
 
-def find_source(task: Task, data: str | None, data_dir: str | None, columns: Mapping[str, str] | None = None) -> Source:
+def find_source(
+    task: Task | None, data: str | None, data_dir: str | None, columns: Mapping[str, str] | None = None
+) -> Source:
     """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name).
 
     columns: names of the data's fields → names that the task reads.
@@ -53,7 +65,7 @@ def find_source(task: Task, data: str | None, data_dir: str | None, columns: Map
     return replace(_find_source(task, data, data_dir), columns=columns or {})
 
 
-def _find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
+def _find_source(task: Task | None, data: str | None, data_dir: str | None) -> Source:
     if data is not None:
         path = Path(data).expanduser()
         if path.is_dir():
@@ -65,6 +77,7 @@ def _find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
             hint = f"; {nearest(path.name, near)}" if near else ""
             raise InputError(f"--data {data}: no such file or folder{hint}")
         return Source(hub=(data, None, "test"))
+    assert task is not None
     if data_dir is not None:
         folder = Path(data_dir).expanduser() / task.name
         if not folder.is_dir():
@@ -119,6 +132,10 @@ def _carve(source: Source, train: list[Row], size: int, seed: int) -> tuple[list
 
 def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
     """Training rows with their right answers, blank lines between them and behind, to stand before a prompt."""
+    if task.models:
+        raise InputError(
+            f"--shots {shots}: task {task.name!r} models text itself; there is no question to show answers of"
+        )
     rows = source.rows("train")
     if rows is None:
         raise InputError(f"--shots {shots}: {source} has no train split to show rows of")
