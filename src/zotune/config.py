@@ -49,6 +49,7 @@ class DataOptions(Options):
     columns: dict[str, str] | None = Field(
         None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
     )
+    skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
     alignment: Literal["template", "none"] = Field(
         "template", description="none: the task's prompt without its template's words"
     )
@@ -146,7 +147,11 @@ class TrainConfig(DataOptions, ModelOptions):
     steps: Positive = Field(1000, description="updates")
     accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
+    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
     eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    early_stop: Positive | None = Field(
+        None, description="stop after so many evaluations in a row without a better validation [default: never]"
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"

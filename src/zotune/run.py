@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import platform
 import signal
 import time
@@ -34,7 +36,8 @@ from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
-from zotune.tasks.own import data_of
+from zotune.tasks.own import data_of, encoded
+from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
@@ -69,6 +72,7 @@ class Prepared:
     model: nn.Module
     tokenizer: Any
     splits: Splits
+    bad: BadRows
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
@@ -135,6 +139,8 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encod
 def prepare(config: TrainConfig) -> Prepared:
     """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
     task, source = data_of(config)
+    if config.balance_classes and (task.generates or task.models):
+        raise InputError(f"--balance-classes: task {task.name!r} has no classes")
     asked = objective(config.loss, task, None, 0)  # says at once what does not go together
     if not asked.differentiable and (
         config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
@@ -149,13 +155,17 @@ def prepare(config: TrainConfig) -> Prepared:
         validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
         test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
         seed=config.seed,
+        balanced=config.balance_classes,
     )
     model, tokenizer = load(config)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
-    parts = [encode.rows(part) for part in (splits.train, splits.validation, splits.test)]
-    return Prepared(config, task, model, tokenizer, splits, *parts)
+    (train, train_rows), (validation, validation_rows), (test, test_rows) = (
+        encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
+    )
+    splits = Splits(train, validation, test, splits.test_split)
+    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -227,8 +237,9 @@ class _Run:
             reset_peak(ready.device)
             folder.write_json("progress.json", self.progress)
         trainer = self._trainer()
-        with self._signals():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not self._at_its_end(trainer, checkpoint):
+            with self._signals():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.listener.end("train")
         if self.stop is not None:
             raise Interrupted(
@@ -237,6 +248,22 @@ class _Run:
                 128 + self.stop,
             )
         return self._finish(trainer)
+
+    def _at_its_end(self, trainer: _TaskTrainer, checkpoint: Path) -> bool:
+        """Whether nothing is left to train. The Trainer would take one step more: it looks for the end after a step."""
+        config = self.ready.config
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        early = config.early_stop is not None and _EarlyStop(config.early_stop).reached(trainer.args, state)
+        if state.global_step < config.steps and not early:
+            return False
+        trainer.state = state
+        self.peak = peak_bytes(self.ready.device)
+        trainer.create_scheduler(config.steps)
+        trainer._load_optimizer_and_scheduler(str(checkpoint))
+        self.open_trajectory(trainer.zo_optimizer, state.global_step)
+        if state.best_model_checkpoint:
+            trainer._load_best_model()
+        return True
 
     def _finish(self, trainer: ZOTrainer) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
@@ -262,6 +289,8 @@ class _Run:
             "resumed_at": self.progress["resumed_at"],
             "skipped_steps": optimizer.skipped_steps,
             "cut_rows": sum(bool(row.cut) for rows in (ready.train, ready.validation, ready.test) for row in rows),
+            "bad_rows": len(ready.bad.said),
+            "stopped_early": trainer.state.global_step < config.steps,
             "forward_passes": optimizer.forward_passes,
             "trainable_parameters": trainable_parameters(ready.model),
             "wall_seconds": round(self._wall(), 3),
@@ -285,7 +314,7 @@ class _Run:
         folder.drop_checkpoints()
         return result
 
-    def _trainer(self) -> ZOTrainer:
+    def _trainer(self) -> _TaskTrainer:
         ready, config = self.ready, self.ready.config
         assert config.lr is not None
         assert config.eps is not None
@@ -342,6 +371,8 @@ class _Run:
         optimizer.pairs = config.pairs // config.queries
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Recorder(self, trainer))
+        if config.early_stop is not None:
+            trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
 
     def open_trajectory(self, optimizer: ZeroOrderOptimizer, step: int) -> None:
@@ -436,6 +467,28 @@ class _TaskTrainer(ZOTrainer):
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
+
+
+class _EarlyStop(transformers.TrainerCallback):
+    """Ends training after so many evaluations in a row none of which was better than all before it.
+
+    It counts in the log that checkpoints hold, so that a resumed run ends where a whole one does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.reached(args, state):
+            control.should_training_stop = True
+
+    def reached(self, args: Any, state: Any) -> bool:
+        name = f"eval_{args.metric_for_best_model}"
+        better = operator.gt if args.greater_is_better else operator.lt
+        best, since = math.nan, 0
+        for value in (line[name] for line in state.log_history if name in line):
+            best, since = (value, 0) if best != best or better(value, best) else (best, since + 1)
+        return since >= self.patience
 
 
 class _Recorder(transformers.TrainerCallback):

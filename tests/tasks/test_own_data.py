@@ -36,10 +36,10 @@ def test_prompt_and_completion_need_no_option(folder, tmp_path, capsys):
 
 
 def test_a_column_that_is_not_there_is_named():
-    rows = [Row({"a": 1, "b": 2}, "f:1")]
-    assert renamed(rows, {"a": "x"})[0].fields == {"x": 1, "b": 2}
+    row = Row({"a": 1, "b": 2}, "f:1")
+    assert renamed(row, {"a": "x"}).fields == {"x": 1, "b": 2}
     with pytest.raises(InputError, match="no field 'c'"):
-        renamed(rows, {"c": "x"})
+        renamed(row, {"c": "x"})
 
 
 def test_parquet_rows_are_read_and_damage_is_said(tmp_path):

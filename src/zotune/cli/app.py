@@ -159,7 +159,7 @@ def _env() -> None:
 def run(argv: list[str] | None = None) -> int:
     """The exit code of the command line."""
     try:
-        app(args=argv, standalone_mode=False)
+        code = app(args=argv, standalone_mode=False)
     except ClickException as error:
         return _fail(str(error.format_message()), getattr(error, "ctx", None))
     except (typer.Exit, SystemExit) as error:
@@ -180,7 +180,7 @@ def run(argv: list[str] | None = None) -> int:
             print(f"zotune: {error}", file=sys.stderr)
             return int(code)
         raise
-    return 0
+    return code if isinstance(code, int) else 0  # Ctrl-C comes back as a number
 
 
 def _fail(message: str, context: Any = None) -> int:

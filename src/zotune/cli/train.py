@@ -40,11 +40,12 @@ def summary(result: dict[str, Any], output: str) -> None:
     table.add_column(overflow="fold")
     split = "held-out texts" if result["test_split"] == "test" else "validation texts (there is no test split)"
     metric = result["metric"]
+    early = "; stopped early" if result.get("stopped_early") else ""
     before, after = (figure(metric, result[when], " %") for when in ("test_before", "test_after"))
     table.add_row(f"{metric} before", f"{before}   on {result['test_rows']} {split}")
     table.add_row(
         f"{metric} after",
-        f"{after}   step {result['chosen_step']} of {result['steps']}, best on validation",
+        f"{after}   step {result['chosen_step']} of {result['steps']}, best on validation{early}",
     )
     if result["one_class"]:
         table.add_row("always one class", f"{result['one_class']:.1f} %")
@@ -59,6 +60,8 @@ def summary(result: dict[str, Any], output: str) -> None:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
         table.add_row("cut rows", f"{result['cut_rows']}   longer than --max-length")
+    if result.get("bad_rows"):
+        table.add_row("bad rows", f"{result['bad_rows']}   left out")
     table.add_row("run", output)
     Console().print(table)
 
@@ -91,6 +94,8 @@ def dry_run(config: TrainConfig) -> None:
         "rows",
         f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
     )
+    if ready.bad.said:
+        table.add_row("bad rows", str(ready.bad))
     table.add_row("tokens a row", f"{sum(lengths) / len(lengths):.0f} mean, {max(lengths)} most")
     if one_class := ready.one_class(ready.test):
         table.add_row("always one class", f"{one_class:.1f} %")

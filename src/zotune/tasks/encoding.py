@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import InputError
-from zotune.tasks.chat import check_template, conversation_ids, question_ids
+from zotune.tasks.chat import conversation_ids, question_ids
 from zotune.tasks.task import Example
 
 
@@ -62,12 +62,6 @@ class Encoder:
         if max_length is not None and model_takes is not None and max_length > model_takes:
             raise InputError(f"--max-length {max_length}: the model takes {model_takes} tokens")
         self.tokenizer, self.model_takes, self.max_length = tokenizer, model_takes, max_length
-
-    def rows(self, examples: Sequence[Example]) -> list[Encoded]:
-        """All of them. Raises InputError at once where the tokenizer cannot write conversations."""
-        if any(example.messages for example in examples):
-            check_template(self.tokenizer)
-        return [self(example) for example in examples]
 
     def __call__(self, example: Example) -> Encoded:
         if example.messages:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from zotune.config import DataOptions
 from zotune.errors import InputError
 from zotune.tasks import get_task
+from zotune.tasks.chat import check_template
+from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.rows import Row
 from zotune.tasks.splits import Source, find_source
-from zotune.tasks.task import Task
+from zotune.tasks.task import Example, Task
 
 
-def data_of(options: DataOptions) -> tuple[Task, Source]:
-    """The task and the rows that the options name; without a template the columns tell the task."""
-    if options.task is not None:
-        task = get_task(options.task).aligned(options.alignment)
-        return task, find_source(task, options.data, options.data_dir, options.columns)
+def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
+    """The task and the rows that the options name; without a template the columns tell the task.
+
+    labelled: whether rows need the label or answer that they are trained on or scored by.
+    """
+    task = get_task(options.task).aligned(options.alignment) if options.task is not None else None
+    source = find_source(task, options.data, options.data_dir, options.columns, options.skip_bad_rows)
+    task = task or _own_task(options, source)
+    return task, source.asking(functools.partial(task.example, labelled=labelled))
+
+
+def _own_task(options: DataOptions, source: Source) -> Task:
     assert options.data is not None
     name = Path(options.data).name or options.data
-    source = find_source(None, options.data, options.data_dir, options.columns)
     if options.template is None:
-        return by_columns(name, source.first()[1][0]), source
-    task = Task(
+        return by_columns(name, source.first()[1][0])
+    return Task(
         name=name,
         prompt=options.template,
         words=options.label_words,
@@ -30,7 +40,17 @@ def data_of(options: DataOptions) -> tuple[Task, Source]:
         choices_field=options.choices_field,
         answer_field=options.answer_field,
     )
-    return task, source
+
+
+def encoded(encode: Encoder, source: Source, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
+    """The examples that can be encoded, and as what. What is too long is a bad row of the source.
+
+    Raises InputError at once where the tokenizer cannot write conversations.
+    """
+    if any(example.messages for example in examples):
+        check_template(encode.tokenizer)
+    pairs = source.usable(examples, lambda example: (example, encode(example)))
+    return [example for example, _ in pairs], [row for _, row in pairs]
 
 
 def by_columns(name: str, row: Row) -> Task:

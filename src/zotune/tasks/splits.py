@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import Row, read_file, read_hub, renamed, split_file
+from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, split_file
 from zotune.tasks.task import Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
+T = TypeVar("T")
+U = TypeVar("U")
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
 
 
@@ -23,14 +26,40 @@ class Source:
     file: Path | None = None
     hub: tuple[str, str | None, str] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    ask: Callable[[Row], Any] | None = None
+    bad: BadRows = field(default_factory=BadRows, compare=False)
     _read_before: dict[str, list[Row] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, split: str) -> list[Row] | None:
-        """The rows of a split, None where the source has no such split, InputError where it is empty. Read once."""
+        """The rows of a split, None where the source has no such split, InputError where it is empty. Read once.
+
+        Rows that are none, or that `ask` cannot ask about, are refused together, or skipped; see `BadRows`.
+        """
         if split not in self._read_before:
             rows = self._read(split)
-            self._read_before[split] = renamed(rows, self.columns) if rows is not None and self.columns else rows
+            self._read_before[split] = self.usable(rows, self._checked) if rows is not None else None
         return self._read_before[split]
+
+    def usable(self, given: Sequence[T], use: Callable[[T], U]) -> list[U]:
+        """What `use` makes of each of the given; those that it refuses are bad rows."""
+        made = []
+        for one in given:
+            with self.bad.caught():
+                made.append(use(one))
+        self.bad.refuse()
+        if given and not made:
+            raise InputError(f"{self.bad.said[-1]}; no other row can be used either")
+        return made
+
+    def _checked(self, row: Row) -> Row:
+        row = renamed(row, self.columns) if self.columns else row
+        if self.ask is not None:
+            self.ask(row)
+        return row
+
+    def asking(self, ask: Callable[[Row], Any]) -> Source:
+        """The same rows, each of which has to be one that `ask` can ask about."""
+        return replace(self, ask=ask, bad=BadRows(self.bad.skip), _read_before={})
 
     def first(self) -> tuple[str, list[Row]]:
         """The first split that there is, and its rows."""
@@ -42,27 +71,31 @@ class Source:
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
             path = split_file(self.folder, split)
-            return None if path is None else _not_empty(read_file(path), str(path))
+            return None if path is None else _not_empty(read_file(path, self.bad), str(path), self.bad)
         if self.file is not None:
-            return _not_empty(read_file(self.file), str(self.file)) if split == "train" else None
+            return _not_empty(read_file(self.file, self.bad), str(self.file), self.bad) if split == "train" else None
         assert self.hub is not None
         name, subset, scored = self.hub
         if split == "validation" and scored == "validation":
             return None  # it is scored as test, so it chooses nothing
-        return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}")
+        return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}", self.bad)
 
     def __str__(self) -> str:
         return str(self.folder or self.file or (self.hub or ("",))[0])
 
 
 def find_source(
-    task: Task | None, data: str | None, data_dir: str | None, columns: Mapping[str, str] | None = None
+    task: Task | None,
+    data: str | None,
+    data_dir: str | None,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
 ) -> Source:
     """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name).
 
     columns: names of the data's fields → names that the task reads.
     """
-    return replace(_find_source(task, data, data_dir), columns=columns or {})
+    return replace(_find_source(task, data, data_dir), columns=columns or {}, bad=BadRows(skip_bad_rows))
 
 
 def _find_source(task: Task | None, data: str | None, data_dir: str | None) -> Source:
@@ -98,11 +131,18 @@ class Splits:
 
 
 def training_splits(
-    task: Task, source: Source, *, train_size: int, validation_size: int, test_size: int, seed: int
+    task: Task,
+    source: Source,
+    *,
+    train_size: int,
+    validation_size: int,
+    test_size: int,
+    seed: int,
+    balanced: bool = False,
 ) -> Splits:
     """The examples of a run. Train and validation rows are drawn by the run's seed, test rows are the same for all.
 
-    A missing validation split is carved from train, at most a fifth of it.
+    balanced: as many training rows of each class. A missing validation split is carved from train, at most a fifth of it.
     """
     train = source.rows("train")
     if train is None:
@@ -110,7 +150,7 @@ def training_splits(
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
-    train = _draw(train, train_size, seed, "train")
+    train = _balanced(task, train, train_size, seed) if balanced else _draw(train, train_size, seed, "train")
     validation = _draw(validation, validation_size, seed, "validation")
     scored = validation if test is None else _draw(test, test_size, 0, "test")
     return Splits(
@@ -128,6 +168,21 @@ def _carve(source: Source, train: list[Row], size: int, seed: int) -> tuple[list
     share = max(1, min(size, len(train) // CARVED_SHARE))
     order = _draw(train, len(train), seed, "carve")
     return order[:share], order[share:]
+
+
+def _balanced(task: Task, rows: list[Row], size: int, seed: int) -> list[Row]:
+    """As many rows of each class, at most `size` together; those of a class that has fewer come again, in a drawn order."""
+    classes: dict[int, list[Row]] = {}
+    for row in rows:
+        classes.setdefault(task.example(row).label or 0, []).append(row)
+    if len(classes) < 2:
+        raise InputError("--balance-classes: all training rows are of one class")
+    each = max(1, min(size // len(classes), max(map(len, classes.values()))))
+    drawn = []
+    for label, members in sorted(classes.items()):
+        order = _draw(members, len(members), seed, f"class {label}")
+        drawn += [order[i % len(order)] for i in range(each)]
+    return _draw(drawn, len(drawn), seed, "balanced")
 
 
 def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
@@ -173,7 +228,8 @@ def _draw(rows: list[Row], size: int, seed: int, what: str) -> list[Row]:
     return random.Random(f"{what}:{seed}").sample(rows, min(size, len(rows)))
 
 
-def _not_empty(rows: list[Row], where: str) -> list[Row]:
+def _not_empty(rows: list[Row], where: str, bad: BadRows) -> list[Row]:
     if not rows:
+        bad.refuse()
         raise InputError(f"{where}: no rows in it")
     return rows
