@@ -88,7 +88,7 @@ def test_skipped_rows_are_counted_and_reported_wherever_rows_are_read(data, mode
     assert run(["eval", *own, skip, "--output", str(tmp_path / "f.json")]) == 0
     figures = json.loads((tmp_path / "f.json").read_text())
     assert (figures["bad_rows"], figures["n"]) == (1, 19)
-    assert "bad rows: 1 left out, the first: " in capsys.readouterr().out
+    assert "bad rows: 1 left out, the first: " in capsys.readouterr().err
     assert run(["predict", *own, skip, "--output", str(tmp_path / "p.jsonl")]) == 0
     places = [json.loads(line)["row"].rsplit(":", 1)[1] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert places == [str(i) for i in range(1, 21) if i != 6]

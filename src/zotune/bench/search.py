@@ -38,8 +38,12 @@ def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float])
     """The search as a suite: lr × eps × seeds over one configuration."""
     given = options.model_dump(exclude=set(OWN) | {"lr", "eps", "seed", "steps"}, exclude_unset=True, exclude_none=True)
     given.pop("task", None)
-    task, tasks = options.task, {}
-    if task is None:
+    task = options.task
+    tasks: dict[str, dict[str, Any]] = {}
+    if isinstance(task, dict):
+        block, task = task, str(task["name"])
+        tasks[task] = {"task": block}
+    elif task is None:
         assert options.data is not None
         task = Path(options.data).name or options.data
         keys = ("data", "template", "label_field", "label_words", "choices_field")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from zotune import config
-from zotune.cli import bench
+from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss
 
 # Typer may bring its own copy of click: its errors are found through typer's.
@@ -59,6 +59,8 @@ def _metavar(annotation: Any) -> str:
     text = str(annotation)
     if "Literal" in text:
         return "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"
+    if text.startswith("str"):
+        return "TEXT"
     for word, metavar in (("dict", "JSON"), ("list", "NAMES"), ("int", "N"), ("float", "F")):
         if word in text:
             return metavar
@@ -140,6 +142,7 @@ command(
 )
 command("sweep", config.SweepConfig, "Search lr and eps, by grid or Optuna; the choice is made on validation.", _sweep)
 app.add_typer(bench.app)
+app.add_typer(tasks.app, name="tasks")
 
 
 @app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")

@@ -10,9 +10,6 @@ package.module:function    −function(prompt, answer, golds), any Python functi
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from zotune.errors import InputError, nearest
 from zotune.tasks.encoding import Collator, Encoded
+from zotune.tasks.files import named_function
 from zotune.tasks.generation import left_padded, write
 from zotune.tasks.metrics import TEXT_METRICS
 from zotune.tasks.scoring import ROW_LOSSES, candidate_scores
@@ -67,7 +65,7 @@ def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int 
         score: Callable[[str, str, Sequence[str]], float] = lambda prompt, text, golds: TEXT_METRICS[name](text, golds)  # noqa: E731
         offset = 1.0
     else:
-        score, offset = _function(name), 0.0
+        score, offset = named_function(name, "--loss"), 0.0
     row_loss = functools.partial(
         generated_losses,
         tokenizer=tokenizer,
@@ -109,17 +107,3 @@ def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[st
 
 def _right(row: Encoded, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(row.candidates[row.label]), skip_special_tokens=True)).strip()
-
-
-def _function(name: str) -> Callable[[str, str, Sequence[str]], float]:
-    """The function of `package.module:function`; modules in the working folder are found."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--loss {name}: cannot be imported ({error})") from None
-    if not callable(found):
-        raise InputError(f"--loss {name}: is no function")
-    return found

@@ -22,7 +22,15 @@ def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
     labelled: whether rows need the label or answer that they are trained on or scored by.
     """
     task = get_task(options.task).aligned(options.alignment) if options.task is not None else None
-    source = find_source(task, options.data, options.data_dir, options.columns, options.skip_bad_rows)
+    source = find_source(
+        task,
+        options.data,
+        options.data_dir,
+        options.columns,
+        options.skip_bad_rows,
+        options.subset,
+        options.tables,
+    )
     task = task or _own_task(options, source)
     return task, source.asking(functools.partial(task.example, labelled=labelled))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -165,6 +165,17 @@ def read_hub(name: str, subset: str | None, split: str) -> list[Row]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"hub data set {name!r} (split {split!r}): {reason}; offline, pass --data-dir") from None
     return [Row(dict(fields), f"{name}/{split}:{i}") for i, fields in enumerate(loaded, start=1)]
+
+
+def rows_of(given: Sequence[Any], split: str, bad: BadRows) -> list[Row]:
+    """Rows in memory, each a mapping of fields."""
+    found = []
+    for number, fields in enumerate(given, start=1):
+        with bad.caught():
+            if not isinstance(fields, Mapping):
+                raise InputError(f"{split}, row {number}: a {type(fields).__name__} where a dict was expected")
+            found.append(Row(dict(fields), f"{split}, row {number}"))
+    return found
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:

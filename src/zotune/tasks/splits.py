@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, split_file
+from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, rows_of, split_file
 from zotune.tasks.task import Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
+SPLITS = ("train", "validation", "test")
 T = TypeVar("T")
 U = TypeVar("U")
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
@@ -20,11 +21,13 @@ CARVED_SHARE = 5  # a missing validation split takes at most one in so many of t
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are: a folder with a file a split, one file, or a hub data set (name, subset, scored split)."""
+    """Where rows are: a folder with a file a split, one file, a hub data set (name, subset, scored split), or rows in
+    memory by split ("" for rows without one)."""
 
     folder: Path | None = None
     file: Path | None = None
     hub: tuple[str, str | None, str] | None = None
+    tables: Mapping[str, Sequence[Any]] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     ask: Callable[[Row], Any] | None = None
     bad: BadRows = field(default_factory=BadRows, compare=False)
@@ -63,7 +66,7 @@ class Source:
 
     def first(self) -> tuple[str, list[Row]]:
         """The first split that there is, and its rows."""
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
         raise InputError(f"{self}: no train, validation or test file in it (.jsonl, .csv or .parquet)")
@@ -74,13 +77,23 @@ class Source:
             return None if path is None else _not_empty(read_file(path, self.bad), str(path), self.bad)
         if self.file is not None:
             return _not_empty(read_file(self.file, self.bad), str(self.file), self.bad) if split == "train" else None
+        if self.tables is not None:
+            found = self.tables.get("" if split == "train" and self.single else split)
+            return None if found is None else _not_empty(rows_of(found, split, self.bad), split, self.bad)
         assert self.hub is not None
         name, subset, scored = self.hub
         if split == "validation" and scored == "validation":
             return None  # it is scored as test, so it chooses nothing
         return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}", self.bad)
 
+    @property
+    def single(self) -> bool:
+        """Whether all rows are of one piece: drawn from to train, and scored whole."""
+        return self.file is not None or (self.tables is not None and "" in self.tables)
+
     def __str__(self) -> str:
+        if self.tables is not None:
+            return "data"
         return str(self.folder or self.file or (self.hub or ("",))[0])
 
 
@@ -90,34 +103,44 @@ def find_source(
     data_dir: str | None,
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
+    subset: str | None = None,
+    tables: Mapping[str, Sequence[Any]] | None = None,
 ) -> Source:
     """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name).
 
-    columns: names of the data's fields → names that the task reads.
+    columns: names of the data's fields → names that the task reads, over the task's own.
     """
-    return replace(_find_source(task, data, data_dir), columns=columns or {}, bad=BadRows(skip_bad_rows))
+    found = Source(tables=tables) if tables is not None else _find_source(task, data, data_dir, subset)
+    own = task.columns if task is not None else {}
+    return replace(found, columns={**own, **(columns or {})}, bad=BadRows(skip_bad_rows))
 
 
-def _find_source(task: Task | None, data: str | None, data_dir: str | None) -> Source:
+def _find_source(task: Task | None, data: str | None, data_dir: str | None, subset: str | None) -> Source:
     if data is not None:
+        if (local := _local(data)) is not None:
+            return local
         path = Path(data).expanduser()
-        if path.is_dir():
-            return Source(folder=path)
-        if path.is_file():
-            return Source(file=path)
         if path.suffix or path.is_absolute() or data.count("/") != 1 or data.startswith("."):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             hint = f"; {nearest(path.name, near)}" if near else ""
             raise InputError(f"--data {data}: no such file or folder{hint}")
-        return Source(hub=(data, None, "test"))
+        return Source(hub=(data, subset, "test"))
     assert task is not None
     if data_dir is not None:
         folder = Path(data_dir).expanduser() / task.name
         if not folder.is_dir():
             raise InputError(f"--data-dir {data_dir}: no folder {task.name!r} in it (wanted {folder}/train.jsonl, …)")
         return Source(folder=folder)
-    assert task.source is not None
+    if task.source is None:
+        raise InputError(f"task {task.name!r}: names no data; give --data, or a line `data:` in its file")
+    if (local := _local(task.source.name)) is not None:
+        return local
     return Source(hub=(task.source.name, task.source.subset, task.source.test_split))
+
+
+def _local(name: str) -> Source | None:
+    path = Path(name).expanduser()
+    return Source(folder=path) if path.is_dir() else Source(file=path) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,10 @@ def training_splits(
     """
     train = source.rows("train")
     if train is None:
-        raise InputError(f"{source}: no train.jsonl, train.csv or train.parquet in it")
+        wanted = (
+            "no rows to train on" if source.tables is not None else "no train.jsonl, train.csv or train.parquet in it"
+        )
+        raise InputError(f"{source}: {wanted}")
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
@@ -206,8 +232,8 @@ def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bo
     That is test, else validation, given or carved; a single file is scored whole. size None: the defaults.
     in_order: the first rows of test, validation or the file as they stand, instead of a draw; None: all of them.
     """
-    if source.file:
-        rows, split = source.rows("train") or [], "file"
+    if source.single:
+        rows, split = source.rows("train") or [], "file" if source.file else "rows"
     elif (test := source.rows("test")) is not None:
         rows, split = test, "test"
     elif (validation := source.rows("validation")) is not None:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zotune.errors import InputError
+from zotune.errors import InputError, nearest
 from zotune.tasks.rows import Row
 
+CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
+METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
 LOWER_IS_BETTER = ("perplexity", "loss")  # of the metrics; they are no percentages either
 
 
@@ -26,7 +28,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Hub:
-    """A hub data set: its name, subset, and the split whose labels are public and that is scored as test."""
+    """A hub data set (or a folder or file of rows): its name, subset, and the split whose labels are public and that is
+    scored as test."""
 
     name: str
     subset: str | None = None
@@ -66,7 +69,7 @@ class Task:
     text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
         answer_field: over those of that second list alone).
     ask: a function of the row (and whether its label is wanted) where format strings do not reach.
-    metric: see `zotune.tasks.metrics`. validation_size: rows at most.
+    metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Task:
     metric: str = "accuracy"
     generates: bool = False
     validation_size: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.models:
@@ -105,6 +109,11 @@ class Task:
         if self.answer_field is not None:
             object.__setattr__(self, "generates", True)
             object.__setattr__(self, "metric", "f1" if self.metric == "accuracy" else self.metric)
+        fitting = TEXT_METRICS if self.generates else CHOICE_METRICS
+        if self.metric not in fitting:
+            raise InputError(
+                f"task {self.name!r}: metric {self.metric!r} does not fit it; {nearest(self.metric, fitting)}"
+            )
         if self.words is not None and not all(word.strip() for word in self.words.values()):
             raise InputError(f"task {self.name!r}: an empty label word: {dict(self.words)}")
         if self.words is not None and len({word.strip() for word in self.words.values()}) < max(2, len(self.words)):
