@@ -73,3 +73,17 @@ def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "f.json").read_text())["shots"] == 2
     assert run(["eval", *flags, "--shots", "99"]) == 2
     assert "has 12 training rows" in capsys.readouterr().err
+
+
+def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):
+    model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data")
+    lines = (data / "test.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({"text": "the film " * 40, "label": 1})
+    (data / "test.jsonl").write_text("\n".join(lines))
+    flags = tiny.flags(model, data, max_length=40)
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["cut_rows"] == 1
+    own = ["--model", str(model), *flags[2:8], "--max-length", "40", "--device", "cpu"]
+    assert run(["eval", *own, "--output", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["cut_rows"] == 1
+    assert "(30 rows of test, 1 of them cut)" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -155,26 +155,37 @@ def _csv_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
         raise InputError(f"{where}: not CSV ({error})") from None
 
 
-def read_hub(name: str, subset: str | None, split: str) -> list[Row]:
-    """A split of a hub data set. Raises InputError where it cannot be had."""
+CONVERTED = (
+    "refs/convert/parquet"  # where the hub keeps a data set's tables beside a loading script that no longer runs
+)
+
+
+def read_hub(name: str, subset: str | None) -> dict[str, Iterable[Mapping[str, Any]]]:
+    """The splits of a hub data set, each a table of rows. Raises InputError where it cannot be had."""
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, subset, split=split)
+        try:
+            return dict(datasets.load_dataset(name, subset))
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return dict(datasets.load_dataset(name, subset, revision=CONVERTED))
     except Exception as error:  # the hub's client raises a dozen kinds, none of them ours to list
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"hub data set {name!r} (split {split!r}): {reason}; offline, pass --data-dir") from None
-    return [Row(dict(fields), f"{name}/{split}:{i}") for i, fields in enumerate(loaded, start=1)]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if "onfig" in lines[0] and ("missing" in lines[0] or "not found" in lines[0]):
+            raise InputError(f"hub data set {name!r}: {' '.join(lines[:2])}; name one by --subset") from None
+        raise InputError(f"hub data set {name!r}: {lines[0]}; offline, give rows by --data-dir or --data") from None
 
 
-def rows_of(given: Sequence[Any], split: str, bad: BadRows) -> list[Row]:
-    """Rows in memory, each a mapping of fields."""
+def rows_of(given: Iterable[Any], where: str, bad: BadRows) -> list[Row]:
+    """Rows in memory, or of a hub data set, each a mapping of fields."""
     found = []
     for number, fields in enumerate(given, start=1):
         with bad.caught():
             if not isinstance(fields, Mapping):
-                raise InputError(f"{split}, row {number}: a {type(fields).__name__} where a dict was expected")
-            found.append(Row(dict(fields), f"{split}, row {number}"))
+                raise InputError(f"{where}, row {number}: a {type(fields).__name__} where a dict was expected")
+            found.append(Row(dict(fields), f"{where}, row {number}"))
     return found
 
 

@@ -31,6 +31,7 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     ask: Callable[[Row], Any] | None = None
     bad: BadRows = field(default_factory=BadRows, compare=False)
+    _hub_splits: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _read_before: dict[str, list[Row] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, split: str) -> list[Row] | None:
@@ -69,7 +70,12 @@ class Source:
         for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
-        raise InputError(f"{self}: no train, validation or test file in it (.jsonl, .csv or .parquet)")
+        has = self.has(".jsonl, .csv or .parquet files")
+        raise InputError(f"{self}: no train, validation or test split in it{has}")
+
+    def has(self, wanted: str) -> str:
+        """The tail of an error about a split that is not there."""
+        return f" (it has {', '.join(self._hub_splits)})" if self.hub else f" ({wanted})" if self.folder else ""
 
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
@@ -84,7 +90,11 @@ class Source:
         name, subset, scored = self.hub
         if split == "validation" and scored == "validation":
             return None  # it is scored as test, so it chooses nothing
-        return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}", self.bad)
+        if not self._hub_splits:
+            self._hub_splits.update(read_hub(name, subset))
+        found = self._hub_splits.get(split := scored if split == "test" else split)
+        where = f"{name}/{split}"
+        return None if found is None else _not_empty(rows_of(found, where, self.bad), where, self.bad)
 
     @property
     def single(self) -> bool:
@@ -169,10 +179,8 @@ def training_splits(
     """
     train = source.rows("train")
     if train is None:
-        wanted = (
-            "no rows to train on" if source.tables is not None else "no train.jsonl, train.csv or train.parquet in it"
-        )
-        raise InputError(f"{source}: {wanted}")
+        has = source.has("no train.jsonl, train.csv or train.parquet in it")
+        raise InputError(f"{source}: no rows to train on{has}")
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
