@@ -76,6 +76,14 @@ def test_validation_chooses_a_pair_and_a_pair_with_a_failed_seed_comes_after_who
     assert (rows[0]["validation"], rows[0]["seeds"], rows[2]["failed"]) == (81.0, 2, 1)
 
 
+def test_a_task_given_as_a_block_is_searched_under_its_name(tmp_path):
+    block = {"name": "mine", "data": "rows.jsonl", "prompt": "{text}", "words": {"0": "no", "1": "yes"}}
+    given = options(tmp_path, data=None, template=None, label_words=None, task=block)
+    cells = expand(search.suite_of(given, [1e-3], [1e-3])).cells
+    assert [cell.task for cell in cells] == ["mine"]
+    assert cells[0].options["task"]["words"] == block["words"]
+
+
 def test_of_perplexities_the_lowest_is_chosen():
     tried = [
         Record(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import InputError
+from zotune.models.loading import length_limit
 from zotune.tasks.encoding import Encoded
 
 MOST_TOKENS = 50
@@ -37,8 +39,17 @@ def write(
     most: int | None = None,
     reply: bool = False,
 ) -> list[str]:
-    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines."""
+    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines.
+
+    Never more than the model takes. Raises InputError where a prompt leaves no room.
+    """
     most = most or (REPLY_TOKENS if reply else MOST_TOKENS)
+    takes = length_limit(model)
+    if takes is not None and (most := min(most, takes - ids_BT.shape[1])) < 1:
+        raise InputError(
+            f"a prompt of {ids_BT.shape[1]} tokens leaves no room to answer, the model takes {takes}; cut its start with "
+            f"--max-length {takes - MOST_TOKENS if takes > 2 * MOST_TOKENS else takes // 2}"
+        )
     generate: Any = model.generate
     written = generate(
         input_ids=ids_BT,
