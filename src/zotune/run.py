@@ -36,7 +36,7 @@ from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
-from zotune.tasks.own import data_of, encoded
+from zotune.tasks.own import data_of, described, encoded
 from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 from zotune.tasks.task import LOWER_IS_BETTER
@@ -201,6 +201,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             listener.say(f"{folder.path}: this run is finished; nothing to do")
             return done
         ready = prepare(config)
+        if config.task is None and config.template is None:
+            listener.say(described(ready.task))
         ready.config = config = resolved(config, ready.model)
         folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
         return _Run(ready, folder, listener).go()

@@ -201,9 +201,10 @@ def test_text_and_messages_train_score_predict_and_preview_by_columns_alone(kind
             scores[line["step"]] = line["validation_perplexity"]
     assert result["validation_best"] == min(scores.values()) < max(scores.values())  # the lower the better
     assert scores[result["chosen_step"]] == min(scores.values())
-    said = capsys.readouterr().out
-    assert "perplexity before" in said
-    assert "one class" not in said
+    said = capsys.readouterr()
+    assert f"data: field '{kind}' is " in said.err
+    assert "perplexity before" in said.out
+    assert "one class" not in said.out
     assert run(["eval", "--model", str(done / "model"), *flags[2:], "--output", str(tmp_path / "f.json")]) == 0
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["value"] == pytest.approx(result["test_after"])

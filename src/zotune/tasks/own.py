@@ -50,6 +50,20 @@ def _own_task(options: DataOptions, source: Source) -> Task:
     )
 
 
+def described(task: Task) -> str:
+    """What rows are taken for where nothing but their columns tells.
+
+    >>> described(Task(name="notes", text_field="text"))
+    "notes: field 'text' is plain text, every token counts"
+    """
+    if task.text_field is not None:
+        return f"{task.name}: field {task.text_field!r} is plain text, every token counts"
+    if task.messages_field is not None:
+        whose = f"those of field {task.answer_field!r}" if task.answer_field else "all"
+        return f"{task.name}: field {task.messages_field!r} is a conversation, of the assistant's turns {whose} count"
+    return f"{task.name}: field {task.answer_field!r} is the answer to {task.prompt!r}"
+
+
 def encoded(encode: Encoder, source: Source, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
     """The examples that can be encoded, and as what. What is too long is a bad row of the source.
 
