@@ -95,6 +95,7 @@ def name_of(cell: Cell, seed: int) -> str:
 def together(threads: int) -> None:
     """Runs from stdin, a JSON object a line, so many at once; an empty line ends a thread."""
     import torch
+    from accelerate.state import AcceleratorState
 
     from zotune import run as runs
 
@@ -107,6 +108,8 @@ def together(threads: int) -> None:
             return prepare(config)
 
     runs.prepare = one_at_a_time
+    # a new Trainer resets the state that all threads share; it is the same for all of them
+    AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
     said, sys.stdout = sys.stdout, sys.stderr
 
     def work() -> None:
