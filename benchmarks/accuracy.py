@@ -95,9 +95,11 @@ def name_of(cell: Cell, seed: int) -> str:
 def together(threads: int) -> None:
     """Runs from stdin, a JSON object a line, so many at once; an empty line ends a thread."""
     import torch
+    import transformers
     from accelerate.state import AcceleratorState
 
     from zotune import run as runs
+    from zotune.engines import graphs
 
     taking, giving, loading = threading.Lock(), threading.Lock(), threading.Lock()
     prepare = runs.prepare
@@ -110,6 +112,15 @@ def together(threads: int) -> None:
     runs.prepare = one_at_a_time
     # a new Trainer resets the state that all threads share; it is the same for all of them
     AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
+    seed = transformers.set_seed
+
+    def between_captures(*args: Any) -> None:
+        """A loss that moves torch's generator is not captured; another thread's seed must not look like one."""
+        with graphs._ONE_AT_A_TIME:
+            seed(*args)
+
+    transformers.set_seed = transformers.trainer.set_seed = between_captures
+    sys.setswitchinterval(1e-4)  # a thread that comes back from the device waits for the interpreter
     said, sys.stdout = sys.stdout, sys.stderr
 
     def work() -> None:

@@ -173,7 +173,7 @@ def attempt(
     if optimizer._graphs is None or not optimizer._graphs.usable:
         row["note"] = "not captured"
     if not getattr(optimizer.engine, "usable", True):
-        row["note"] = "fell back"
+        row["note"] = f"separate forwards: {optimizer.engine.why}"
     del optimizer
     gc.collect()
     return row
