@@ -1,7 +1,8 @@
 """Fine-tune language models without back-propagation, in the memory of inference.
 
 ``zotune.ZeroOrderOptimizer`` is a ``torch.optim.Optimizer`` whose ``step(closure)`` needs no backward;
-``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it. Names load on first use, so that
+``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it; ``zotune.train``, ``evaluate`` and ``predict`` are the
+commands as functions. Names load on first use, so that
 ``import zotune`` and ``zotune --help`` start without torch.
 """
 
@@ -11,6 +12,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zotune.api import evaluate, predict, train
     from zotune.errors import InputError, NonFiniteLoss
     from zotune.optimizer import ZeroOrderOptimizer
     from zotune.trainer import ZOTrainer, ZOTrainingArguments
@@ -22,6 +24,9 @@ __all__ = [
     "ZOTrainingArguments",
     "ZeroOrderOptimizer",
     "__version__",
+    "evaluate",
+    "predict",
+    "train",
 ]
 
 _HOME = {
@@ -30,6 +35,9 @@ _HOME = {
     "ZeroOrderOptimizer": "zotune.optimizer",
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",
+    "evaluate": "zotune.api",
+    "predict": "zotune.api",
+    "train": "zotune.api",
 }
 
 

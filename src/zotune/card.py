@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from zotune.config import TrainConfig
 from zotune.tasks import Task
+from zotune.tasks.metrics import figure
 
 
 def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
@@ -23,7 +24,8 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
     )
     words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
     rows, steps = result["test_rows"], f"{result['steps']}, batch {config.batch_size}"
-    figures = f"{result['test_before']:.1f} before, {result['test_after']:.1f} after"
+    before, after = (figure(task.metric, result[when]) for when in ("test_before", "test_after"))
+    one_class = f"; one class always: {result['one_class']:.1f}" if result["one_class"] else ""
     split = "held-out test" if result["test_split"] == "test" else "validation"
     text = f"""---
 {data.to_yaml()}
@@ -37,7 +39,7 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
 | task | {task.name}: `{task.prompt}`{f" ({words})" if words else ""} |
 | method | {config.method}, {config.direction} directions, scheme {config.scheme}, lr {config.lr}, eps {config.eps} |
 | steps | {steps}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
-| {task.metric}, {split} | {figures} ({rows} rows; one class always: {result["one_class"]:.1f}) |
+| {task.metric}, {split} | {before} before, {after} after ({rows} rows{one_class}) |
 | device, dtype | {result["device"]}, {config.dtype} |
 
 Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]}:

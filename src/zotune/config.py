@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from zotune.errors import InputError, nearest
 
@@ -31,12 +32,15 @@ class ModelOptions(Options):
 
 
 class DataOptions(Options):
-    task: str | None = Field(None, description="built-in task, see `zotune list tasks`")
+    task: str | dict[str, Any] | None = Field(
+        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
+    )
     data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
     data: str | None = Field(
         None,
         description="your own data: a folder of train/validation/test .jsonl or .csv, one such file, or a hub name",
     )
+    subset: str | None = Field(None, description="subset (configuration) of a hub data set")
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
     label_field: str | None = Field(None, description="field that holds the label [default: label]")
     label_words: dict[str, str] | None = Field(
@@ -49,6 +53,7 @@ class DataOptions(Options):
     columns: dict[str, str] | None = Field(
         None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
     )
+    skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
     alignment: Literal["template", "none"] = Field(
         "template", description="none: the task's prompt without its template's words"
     )
@@ -58,6 +63,16 @@ class DataOptions(Options):
     )
     max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
+
+    _tables: dict[str, list[Any]] | None = PrivateAttr(None)
+
+    @property
+    def tables(self) -> dict[str, list[Any]] | None:
+        """Rows in memory by split, instead of those that `data` names; "" for rows without a split."""
+        return self._tables
+
+    def set_tables(self, tables: dict[str, list[Any]] | None) -> None:
+        self._tables = tables
 
     @field_validator("label_words", "columns", mode="before")
     @classmethod
@@ -74,14 +89,26 @@ class DataOptions(Options):
             return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
         return value
 
-    @field_validator("task")
+    @field_validator("task", mode="before")
     @classmethod
-    def _known_task(cls, value: str | None) -> str | None:
-        from zotune.tasks import get_task
+    def _known_task(cls, value: Any) -> Any:
+        """A file's task is taken into the options, so that the record of a run is whole."""
+        from zotune.tasks import Task, get_task
+        from zotune.tasks.files import SUFFIXES, definition
 
-        if value is not None:
-            get_task(value)
-        return value
+        if value is None:
+            return None
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not JSON ({error.msg})") from None
+        if isinstance(value, Task):
+            return definition(value)
+        if not isinstance(value, (str, Mapping)):
+            raise ValueError("give a name, a YAML file, or a task's keys and values")
+        task = get_task(value)
+        return value if isinstance(value, str) and not value.endswith(SUFFIXES) else definition(task)
 
 
 class TrainConfig(DataOptions, ModelOptions):
@@ -153,7 +180,11 @@ class TrainConfig(DataOptions, ModelOptions):
     steps: Positive = Field(1000, description="updates")
     accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
+    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
     eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    early_stop: Positive | None = Field(
+        None, description="stop after so many evaluations in a row without a better validation [default: never]"
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
@@ -303,7 +334,7 @@ T = TypeVar("T", bound=Options)
 
 def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     """The options of a command: the YAML file's, over them the flags. All errors are raised as one InputError, a line each."""
-    from_file = _read_yaml(file) if file else {}
+    from_file = read_yaml(file) if file else {}
     problems = [
         f"{file}: unknown key {key!r}; {nearest(key, kind.model_fields)}"
         for key in from_file
@@ -315,7 +346,7 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         options = kind.model_validate(given)
     except ValidationError as error:
         flagged = {key for key, value in flags.items() if value is not None}
-        problems += [_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
+        problems += [fault_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
     else:
         if isinstance(options, TrainConfig):
             problems += _method_problems(options)
@@ -335,20 +366,24 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     """What pydantic cannot see: options that exclude or need each other."""
     problems = []
     task, data = given.get("task"), given.get("data")
-    if (task is None) == (data is None):
-        problems.append("--task, --data: give one of the two" + (", not both" if task else ""))
+    if task is None and data is None:
+        problems.append("--task, --data: give one of the two, or both: the task asks about the data's rows")
+    if given.get("subset") is not None and data is None:
+        problems.append("--subset: belongs to --data; a task names its own")
     if (
         data is not None
+        and task is None
         and given.get("template") is None
         and not any(
             given.get(key) is not None for key in ("label_words", "choices_field", "answer_field", "label_field")
         )
     ):
-        return problems  # prompt and completion, as the rows will show
-    if data is not None:
+        return problems  # the rows' columns tell
+    if data is not None and task is None:
         if not given.get("template"):
             problems.append(
-                "--template: needed with --data, such as '{text} It was' (rows of prompt and completion need no option)"
+                "--template: needed with --data, such as '{text} It was' (rows of text, prompt and completion, or messages "
+                "need no option)"
             )
         kinds = ("label_words", "choices_field", "answer_field")
         if sum(given.get(key) is not None for key in kinds) != 1:
@@ -358,7 +393,9 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     elif task is not None:
         owned = ("template", "label_field", "label_words", "choices_field", "answer_field")
         problems += [
-            f"{_flag(key)}: belongs to --data; --task brings its own" for key in owned if given.get(key) is not None
+            f"{_flag(key)}: belongs to --data without --task, which brings its own"
+            for key in owned
+            if given.get(key) is not None
         ]
     return problems
 
@@ -405,16 +442,24 @@ def _of_another_command(key: str, kind: type[Options]) -> bool:
     return kind is not TrainConfig and key in TrainConfig.model_fields
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def read_yaml(file: str, flag: str = "--config") -> dict[str, Any]:
+    """The keys and values of a YAML file. As in YAML 1.2, `yes` and `no` are words: label words are often these."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, like) for tag, like in known if tag != "tag:yaml.org,2002:bool"]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
     path = Path(file).expanduser()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a safe one
     except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror}") from None
+        raise InputError(f"{flag} {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"--config {file}: not UTF-8") from None
+        raise InputError(f"{flag} {file}: not UTF-8") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -428,9 +473,12 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return {str(key).replace("-", "_"): item for key, item in value.items()}
 
 
-def _line(error: Any, file: str | None) -> str:
+def fault_line(error: Any, file: str | None) -> str:
+    """A fault that pydantic found, in a line; file: where the key stands, None for a flag."""
     name = str(error["loc"][0])
     where = f"{file}: {name}" if file else _flag(name)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such option"
     if error["type"] == "missing":
         return f"{_flag(name)}: required"
     said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import platform
 import signal
 import time
@@ -29,11 +31,15 @@ from zotune.models.loading import length_limit, load_model, load_tokenizer, load
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
-from zotune.tasks import Task, get_task
+from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
+from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
-from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, find_source, training_splits
+from zotune.tasks.own import data_of, encoded
+from zotune.tasks.rows import BadRows
+from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
+from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import Header, Record, TrajectoryWriter
 
@@ -66,6 +72,7 @@ class Prepared:
     model: nn.Module
     tokenizer: Any
     splits: Splits
+    bad: BadRows
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
@@ -79,7 +86,7 @@ class Prepared:
         return pad_id(self.tokenizer)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
-        """The task's metric, in percent."""
+        """The task's metric; see `zotune.tasks.metrics`."""
         listener.begin(what, len(rows))
         found = outcome(
             self.model,
@@ -94,8 +101,8 @@ class Prepared:
         return found.metric(self.task.metric, rows)
 
     def one_class(self, rows: list[Encoded]) -> float:
-        """Percent right by always answering the label that is most frequent among the rows; 0 for generated answers."""
-        if self.task.generates:
+        """Percent right by always answering the label that is most frequent among the rows; 0 where nothing is chosen."""
+        if self.task.generates or self.task.models:
             return 0.0
         counts: dict[int, int] = {}
         for row in rows:
@@ -117,23 +124,6 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def task_of(options: DataOptions) -> Task:
-    if options.task is not None:
-        return get_task(options.task).aligned(options.alignment)
-    assert options.data is not None
-    if options.template is None:  # TRL's convention: prompt and completion
-        name = Path(options.data).name or options.data
-        return Task(name=name, prompt="{prompt}", answer_field="completion")
-    return Task(
-        name=Path(options.data).name or options.data,
-        prompt=options.template,
-        words=options.label_words,
-        label_field=options.label_field or "label",
-        choices_field=options.choices_field,
-        answer_field=options.answer_field,
-    )
-
-
 def load(options: ModelOptions) -> tuple[nn.Module, Any]:
     """The model and tokenizer that the options name."""
     extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
@@ -148,7 +138,9 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encod
 
 def prepare(config: TrainConfig) -> Prepared:
     """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
-    task = task_of(config)
+    task, source = data_of(config)
+    if config.balance_classes and (task.generates or task.models):
+        raise InputError(f"--balance-classes: task {task.name!r} has no classes")
     asked = objective(config.loss, task, None, 0)  # says at once what does not go together
     if not asked.differentiable and (
         config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
@@ -158,18 +150,22 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     splits = training_splits(
         task,
-        find_source(task, config.data, config.data_dir, config.columns),
+        source,
         train_size=config.train_size,
         validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
         test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
         seed=config.seed,
+        balanced=config.balance_classes,
     )
     model, tokenizer = load(config)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
-    parts = [[encode(example) for example in part] for part in (splits.train, splits.validation, splits.test)]
-    return Prepared(config, task, model, tokenizer, splits, *parts)
+    (train, train_rows), (validation, validation_rows), (test, test_rows) = (
+        encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
+    )
+    splits = Splits(train, validation, test, splits.test_split)
+    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -241,8 +237,9 @@ class _Run:
             reset_peak(ready.device)
             folder.write_json("progress.json", self.progress)
         trainer = self._trainer()
-        with self._signals():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not self._at_its_end(trainer, checkpoint):
+            with self._signals():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.listener.end("train")
         if self.stop is not None:
             raise Interrupted(
@@ -251,6 +248,22 @@ class _Run:
                 128 + self.stop,
             )
         return self._finish(trainer)
+
+    def _at_its_end(self, trainer: _TaskTrainer, checkpoint: Path) -> bool:
+        """Whether nothing is left to train. The Trainer would take one step more: it looks for the end after a step."""
+        config = self.ready.config
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        early = config.early_stop is not None and _EarlyStop(config.early_stop).reached(trainer.args, state)
+        if state.global_step < config.steps and not early:
+            return False
+        trainer.state = state
+        self.peak = peak_bytes(self.ready.device)
+        trainer.create_scheduler(config.steps)
+        trainer._load_optimizer_and_scheduler(str(checkpoint))
+        self.open_trajectory(trainer.zo_optimizer, state.global_step)
+        if state.best_model_checkpoint:
+            trainer._load_best_model()
+        return True
 
     def _finish(self, trainer: ZOTrainer) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
@@ -276,6 +289,8 @@ class _Run:
             "resumed_at": self.progress["resumed_at"],
             "skipped_steps": optimizer.skipped_steps,
             "cut_rows": sum(bool(row.cut) for rows in (ready.train, ready.validation, ready.test) for row in rows),
+            "bad_rows": len(ready.bad.said),
+            "stopped_early": trainer.state.global_step < config.steps,
             "forward_passes": optimizer.forward_passes,
             "trainable_parameters": trainable_parameters(ready.model),
             "wall_seconds": round(self._wall(), 3),
@@ -299,7 +314,7 @@ class _Run:
         folder.drop_checkpoints()
         return result
 
-    def _trainer(self) -> ZOTrainer:
+    def _trainer(self) -> _TaskTrainer:
         ready, config = self.ready, self.ready.config
         assert config.lr is not None
         assert config.eps is not None
@@ -331,7 +346,7 @@ class _Run:
             save_total_limit=1,
             load_best_model_at_end=True,
             metric_for_best_model=ready.task.metric,
-            greater_is_better=True,
+            greater_is_better=ready.task.metric not in LOWER_IS_BETTER,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             disable_tqdm=True,
@@ -358,6 +373,8 @@ class _Run:
         optimizer.pairs = config.pairs // config.queries
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Recorder(self, trainer))
+        if config.early_stop is not None:
+            trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
 
     def open_trajectory(self, optimizer: ZeroOrderOptimizer, step: int) -> None:
@@ -456,6 +473,28 @@ class _TaskTrainer(ZOTrainer):
         return super()._determine_best_metric(metrics, trial)
 
 
+class _EarlyStop(transformers.TrainerCallback):
+    """Ends training after so many evaluations in a row none of which was better than all before it.
+
+    It counts in the log that checkpoints hold, so that a resumed run ends where a whole one does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.reached(args, state):
+            control.should_training_stop = True
+
+    def reached(self, args: Any, state: Any) -> bool:
+        name = f"eval_{args.metric_for_best_model}"
+        better = operator.gt if args.greater_is_better else operator.lt
+        best, since = math.nan, 0
+        for value in (line[name] for line in state.log_history if name in line):
+            best, since = (value, 0) if best != best or better(value, best) else (best, since + 1)
+        return since >= self.patience
+
+
 class _Recorder(transformers.TrainerCallback):
     """Writes the trajectory and metrics.jsonl, shows progress, and passes on a request to stop."""
 
@@ -464,7 +503,7 @@ class _Recorder(transformers.TrainerCallback):
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
         self.line: dict[str, Any] = {}
-        self.accuracy: float | None = None
+        self.validation: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
@@ -496,8 +535,7 @@ class _Recorder(transformers.TrainerCallback):
         plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
         if plus and other and not last.skipped:
             self.guards.see(state.global_step, fmean(plus), fmean(other), last.g_GQ[0])
-        shown = {"loss": last.loss} | ({"accuracy": self.accuracy} if self.accuracy is not None else {})
-        self.run.listener.advance("train", 1, **shown)
+        self.run.listener.advance("train", 1, loss=last.loss, **self.validation)
         self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
         if last.skipped:
             self.run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
@@ -523,9 +561,10 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         name, value = next(iter(metrics.items()))
-        self.accuracy = value
+        self.validation = {self.run.ready.task.metric: value}
         self.line[name.replace("eval_", "validation_")] = value
-        self.run.listener.say(f"step {state.global_step}: validation {value:.1f}")
+        shown = figure(self.run.ready.task.metric, value)
+        self.run.listener.say(f"step {state.global_step}: validation {shown}")
         self._write()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -76,6 +76,25 @@ def test_validation_chooses_a_pair_and_a_pair_with_a_failed_seed_comes_after_who
     assert (rows[0]["validation"], rows[0]["seeds"], rows[2]["failed"]) == (81.0, 2, 1)
 
 
+def test_a_task_given_as_a_block_is_searched_under_its_name(tmp_path):
+    block = {"name": "mine", "data": "rows.jsonl", "prompt": "{text}", "words": {"0": "no", "1": "yes"}}
+    given = options(tmp_path, data=None, template=None, label_words=None, task=block)
+    cells = expand(search.suite_of(given, [1e-3], [1e-3])).cells
+    assert [cell.task for cell in cells] == ["mine"]
+    assert cells[0].options["task"]["words"] == block["words"]
+
+
+def test_of_perplexities_the_lowest_is_chosen():
+    tried = [
+        Record(
+            options={"lr": lr, "eps": 1.0}, status="done",
+            result={"validation_best": best, "test_after": best, "metric": "perplexity"},
+        )
+        for lr, best in ((0.1, 30.0), (0.2, 20.0), (0.3, 25.0))
+    ]  # fmt: skip
+    assert [row["lr"] for row in search.outcome(tried)] == [0.2, 0.3, 0.1]
+
+
 def test_optuna_tries_as_often_as_asked_within_the_range_and_goes_on(searched):
     runs, store = searched(3, lrs="1e-5,1e-1")
     rates = [r.options["lr"] for r in store.all()]

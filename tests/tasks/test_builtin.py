@@ -170,3 +170,25 @@ def test_a_batch_of_answers_is_each_alone():
     together = generate_answers(model, tokenizer, encoded, batch_size=3, **common)
     alone = [generate_answers(model, tokenizer, [row], batch_size=1, **common)[0] for row in encoded]
     assert together == alone
+
+
+def test_an_answer_ends_where_the_model_does():
+    """Position tables end there, as OPT's and GPT-2's do; a prompt that fills them is refused in a line."""
+    import transformers as tf
+
+    from zotune.tasks.generation import generate_answers
+
+    tokenizer = tiny.tokenizer()
+    sizes = {
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = tf.OPTConfig(**sizes, max_position_embeddings=24, word_embed_proj_dim=32, eos_token_id=1, pad_token_id=1)
+    model = tf.OPTForCausalLM(config).eval()
+    long, full = Encoded(tuple(range(5, 25)), ((),), -1), Encoded(tuple(range(5, 29)), ((),), -1)
+    assert len(generate_answers(model, tokenizer, [long], batch_size=1, pad_id=1)) == 1
+    with pytest.raises(InputError, match=r"24 tokens leaves no room to answer, the model takes 24; .*--max-length 12"):
+        generate_answers(model, tokenizer, [full], batch_size=1, pad_id=1)

@@ -7,8 +7,10 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_builtin import GOLDEN
 
 from zotune.errors import InputError
+from zotune.tasks import get_task
 from zotune.tasks.encoding import Collator, Encoded, Encoder
 from zotune.tasks.rows import Row
 from zotune.tasks.task import Example, Task
@@ -130,3 +132,30 @@ def test_a_batch_holds_each_sequence_padded_on_the_right_alone(rows, multiple, l
         assert batch["positions"][s][where].tolist() == [len(prompt) - 1 + k for k in range(len(answer))]
     assert batch["labels"].tolist() == [1] * len(rows)
     assert not torch.is_floating_point(ids)
+
+
+LONG = {  # the fields whose start may go; the question stays
+    "rte": ("premise", 'Does this mean that "It is wet." is true? Yes or No?\n'),
+    "boolq": ("passage", "Is tea a drink?\n"),
+    "wsc": ("text", 'does the pronoun "she" refer to Eve? Yes or No?\n'),
+    "multirc": ("paragraph", 'Question: Who ate?\nI found this answer "Bo". Is that correct? Yes or No?\n'),
+    "record": ("passage", "\n- So"),
+    "squad": ("context", "Question: Who ate?\nAnswer:"),
+    "drop": ("passage", "Question: How many?\nAnswer:"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_cut_of_a_long_row_is_not_its_question_or_answer(name, labelled):
+    field, question = LONG[name]
+    row = GOLDEN[name][0] | {field: "the film was good. " * 200}
+    example = get_task(name).example(Row(row, "f:1"), labelled)
+    encoded = Encoder(PLAIN, 512, max_length=120)(example)
+    kept = PLAIN.decode(list(encoded.prompt))
+    assert encoded.cut > 0
+    assert kept.endswith(question)
+    assert "the film was good" in kept
+    whole = Encoder(PLAIN, None)(example)
+    assert encoded.candidates == whole.candidates
+    assert encoded.prompt == whole.prompt[encoded.cut :]

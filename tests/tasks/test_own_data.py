@@ -32,14 +32,14 @@ def test_prompt_and_completion_need_no_option(folder, tmp_path, capsys):
     assert run(["preview", "--data", str(folder), *columns, "--rows", "1"]) == 0
     assert "the film 0 was bad" in capsys.readouterr().out
     assert run(["eval", *flags]) == 2
-    assert "no field 'prompt' (has 'question'" in capsys.readouterr().err
+    assert "no field 'prompt' (has 'question', 'completion'); name one by --columns" in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_is_named():
-    rows = [Row({"a": 1, "b": 2}, "f:1")]
-    assert renamed(rows, {"a": "x"})[0].fields == {"x": 1, "b": 2}
+    row = Row({"a": 1, "b": 2}, "f:1")
+    assert renamed(row, {"a": "x"}).fields == {"x": 1, "b": 2}
     with pytest.raises(InputError, match="no field 'c'"):
-        renamed(rows, {"c": "x"})
+        renamed(row, {"c": "x"})
 
 
 def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
@@ -73,3 +73,17 @@ def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "f.json").read_text())["shots"] == 2
     assert run(["eval", *flags, "--shots", "99"]) == 2
     assert "has 12 training rows" in capsys.readouterr().err
+
+
+def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):
+    model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data")
+    lines = (data / "test.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({"text": "the film " * 40, "label": 1})
+    (data / "test.jsonl").write_text("\n".join(lines))
+    flags = tiny.flags(model, data, max_length=40)
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["cut_rows"] == 1
+    own = ["--model", str(model), *flags[2:8], "--max-length", "40", "--device", "cpu"]
+    assert run(["eval", *own, "--output", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["cut_rows"] == 1
+    assert "(30 rows of test, 1 of them cut)" in capsys.readouterr().out

@@ -9,9 +9,10 @@ import torch
 import transformers as tf
 
 from zotune.models.schemes import get_scheme
+from zotune.tasks import scoring
 from zotune.tasks.encoding import Collator, Encoded
 from zotune.tasks.metrics import accuracy
-from zotune.tasks.scoring import answer_losses, candidate_losses, candidate_scores, score_rows
+from zotune.tasks.scoring import answer_losses, candidate_losses, candidate_scores, score_rows, shared_scores
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -87,3 +88,26 @@ def test_the_head_sees_only_the_positions_that_the_loss_needs():
     given = rows("several")
     answer_losses(model, Collator("answer", 0)(given))
     assert seen == [(len(given), max(len(row.candidates[row.label]) for row in given))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_a_prompt_that_is_read_once_gives_the_scores_of_whole_sequences(model, batch_size, monkeypatch):
+    given = rows("ragged") + rows("single")
+    apart = score_rows(model, given, batch_size=4, pad_id=3)
+    monkeypatch.setattr(scoring, "SHARED_TOKENS", 0)
+    read = []
+    monkeypatch.setattr(scoring, "shared_scores", lambda *a, **k: read.append(a[1]) or shared_scores(*a, **k))
+    once = score_rows(model, given, batch_size=batch_size, pad_id=3)
+    assert len(read) == sum(max(map(len, row.candidates)) > 1 for row in given) > 5
+    for a, b in zip(apart, once, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["prefix", "prompt"])
+def test_an_adapter_that_takes_the_caches_place_reads_whole_sequences(scheme, monkeypatch):
+    torch.manual_seed(0)
+    made = get_scheme(scheme).prepare(tf.AutoModelForCausalLM.from_config(MODELS["llama"]).eval()).eval()
+    given = rows("ragged")
+    apart = score_rows(made, given, batch_size=4, pad_id=3)
+    monkeypatch.setattr(scoring, "SHARED_TOKENS", 0)
+    assert score_rows(made, given, batch_size=4, pad_id=3) == apart

@@ -13,6 +13,7 @@ from zotune.bench.store import Record, Store
 from zotune.bench.suite import Suite, expand
 from zotune.config import SweepConfig
 from zotune.errors import InputError
+from zotune.tasks.task import LOWER_IS_BETTER
 
 OWN = ("lrs", "epses", "seeds", "trials", "storage", "jobs", "output", "resume", "overwrite", "dry_run")
 STUDY = "study.sqlite"
@@ -37,8 +38,12 @@ def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float])
     """The search as a suite: lr × eps × seeds over one configuration."""
     given = options.model_dump(exclude=set(OWN) | {"lr", "eps", "seed", "steps"}, exclude_unset=True, exclude_none=True)
     given.pop("task", None)
-    task, tasks = options.task, {}
-    if task is None:
+    task = options.task
+    tasks: dict[str, dict[str, Any]] = {}
+    if isinstance(task, dict):
+        block, task = task, str(task["name"])
+        tasks[task] = {"task": block}
+    elif task is None:
         assert options.data is not None
         task = Path(options.data).name or options.data
         keys = ("data", "template", "label_field", "label_words", "choices_field")
@@ -106,11 +111,11 @@ def by_optuna(
         plan = plan_of(options, folder, store, [float(f"{lr:.2g}")], [float(f"{eps:.2g}")])
         execute(plan)
         records = [store.get(run.key) for run in plan.runs]
-        scores = [r.result.get("validation_best") for r in records if r is not None and r.status == "done"]
+        scores = [goodness(r) for r in records if r is not None and r.status == "done"]
         trial.set_user_attr("runs", [run.key for run in plan.runs])
         runs |= {run.key: run for run in plan.runs}
         if len(scores) == len(plan.runs):
-            study.tell(trial, mean(float(score) for score in scores if score is not None))
+            study.tell(trial, mean(scores))
         else:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
     return list(runs.values())
@@ -120,6 +125,12 @@ def _range(given: list[float]) -> tuple[float, float]:
     if given[-1] > given[0]:
         return given[0], given[-1]
     return given[0] / 10**BETWEEN, given[0] * 10**BETWEEN
+
+
+def goodness(record: Record) -> float:
+    """What validation says of a finished run, the more the better."""
+    best = float(record.result["validation_best"])
+    return -best if record.result.get("metric") in LOWER_IS_BETTER else best
 
 
 def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -139,7 +150,7 @@ def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "failed": len(tried) - len(done),
                 "validation": mean(r.result["validation_best"] for r in done) if done else math.nan,
                 "test": mean(r.result["test_after"] for r in done) if done else math.nan,
-                "order": (whole, mean(r.result["validation_best"] for r in done) if done else -math.inf, -lr),
+                "order": (whole, mean(map(goodness, done)) if done else -math.inf, -lr),
             }
         )
     return sorted(rows, key=lambda row: row["order"], reverse=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from zotune import config
-from zotune.cli import bench
+from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss
 
 # Typer may bring its own copy of click: its errors are found through typer's.
@@ -59,6 +59,8 @@ def _metavar(annotation: Any) -> str:
     text = str(annotation)
     if "Literal" in text:
         return "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"
+    if text.startswith("str"):
+        return "TEXT"
     for word, metavar in (("dict", "JSON"), ("list", "NAMES"), ("int", "N"), ("float", "F")):
         if word in text:
             return metavar
@@ -140,6 +142,7 @@ command(
 )
 command("sweep", config.SweepConfig, "Search lr and eps, by grid or Optuna; the choice is made on validation.", _sweep)
 app.add_typer(bench.app)
+app.add_typer(tasks.app, name="tasks")
 
 
 @app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")
@@ -159,7 +162,7 @@ def _env() -> None:
 def run(argv: list[str] | None = None) -> int:
     """The exit code of the command line."""
     try:
-        app(args=argv, standalone_mode=False)
+        code = app(args=argv, standalone_mode=False)
     except ClickException as error:
         return _fail(str(error.format_message()), getattr(error, "ctx", None))
     except (typer.Exit, SystemExit) as error:
@@ -180,7 +183,7 @@ def run(argv: list[str] | None = None) -> int:
             print(f"zotune: {error}", file=sys.stderr)
             return int(code)
         raise
-    return 0
+    return code if isinstance(code, int) else 0  # Ctrl-C comes back as a number
 
 
 def _fail(message: str, context: Any = None) -> int:

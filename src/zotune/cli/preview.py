@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from zotune import run
 from zotune.config import PreviewConfig
 from zotune.models.loading import load_tokenizer
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
-from zotune.tasks.splits import find_source
+from zotune.tasks.own import data_of, encoded
 
 
 def preview(options: PreviewConfig) -> None:
     """The first rows of a split: prompt, right answer in reverse, the other candidates, lengths and cuts."""
-    task = run.task_of(options)
-    source = find_source(task, options.data, options.data_dir, options.columns)
-    found = next(((split, rows) for split in ("train", "validation", "test") if (rows := source.rows(split))), None)
-    assert found is not None  # a source without rows has said so
-    split, rows = found
+    task, source = data_of(options)
+    split, rows = source.first()
     console = Console(soft_wrap=True)
     console.print(Text(f"{task.name}, {split}: {len(rows)} rows, scored by {task.metric}", style="bold"))
     examples = [task.example(row) for row in rows]
-    encode = None
-    if options.model:
+    if options.model is None:
+        for example in examples[: options.rows]:
+            show_text(console, example)
+        console.print(Text("lengths in tokens: with --model", style="dim"))
+    else:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
         tokenizer = load_tokenizer(options.model, **extra)
-        encode = Encoder(tokenizer, None, options.max_length)
-    for example in examples[: options.rows]:
-        if encode is None:
-            show_text(console, example)
-        else:
-            show_row(console, example, encode(example), tokenizer)
-    if encode is not None:
-        encoded = [encode(example) for example in examples]
-        lengths = sorted(row.tokens for row in encoded)
-        cut = sum(bool(row.cut) for row in encoded)
+        examples, ids = encoded(Encoder(tokenizer, None, options.max_length), source, examples)
+        for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
+            show_row(console, example, row, tokenizer)
+        lengths = sorted(row.tokens for row in ids)
+        cut = sum(bool(row.cut) for row in ids)
         said = (
             f"tokens a row: {lengths[len(lengths) // 2]} median, {lengths[-1]} most; {cut} of {len(lengths)} rows cut"
         )
         console.print(Text(said, style="bold"))
-    else:
-        console.print(Text("lengths in tokens: with --model", style="dim"))
+    if source.bad.said:
+        console.print(Text(f"bad rows: {source.bad}", style="bold"))
 
 
 def show_text(console: Console, example: Example) -> None:
@@ -55,14 +50,18 @@ def show_text(console: Console, example: Example) -> None:
     _others(console, example)
 
 
-def show_row(console: Console, example: Example, encoded: Encoded, tokenizer: Any) -> None:
+def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -> None:
     """What the ids decode to, so that what the tokenizer adds or cuts is seen."""
-    prompt = tokenizer.decode(list(encoded.prompt))
-    answer = tokenizer.decode(list(encoded.candidates[encoded.label]))
-    line = Text(f"{example.where}  ", style="dim").append(Text(_plain(prompt)))
-    line.append(_plain(answer), style="bold reverse").append(f"   {encoded.tokens} tokens", style="dim")
-    if encoded.cut:
-        line.append(f", {encoded.cut} cut", style="dim")
+    line = Text(f"{example.where}  ", style="dim").append(Text(_plain(tokenizer.decode(list(ids.prompt)))))
+    answer = ids.candidates[ids.label]
+    counted = set(ids.counted or range(len(answer)))
+    for counts, places in groupby(range(len(answer)), counted.__contains__):  # a conversation has questions in between
+        line.append(
+            _plain(tokenizer.decode([answer[place] for place in places])), style="bold reverse" if counts else None
+        )
+    line.append(f"   {ids.tokens} tokens", style="dim")
+    if ids.cut:
+        line.append(f", {ids.cut} cut", style="dim")
     console.print(line)
     _others(console, example)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def replay(options: ReplayConfig) -> None:
     print(f"{line}\n{output}")
 
 
-def rebuilt(options: ModelOptions, trajectory: str, until: str | None = None) -> tuple[Any, Any, str]:
+def rebuilt(
+    options: ModelOptions, trajectory: str, until: str | None = None, bars: Bars | None = None
+) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what was rebuilt in a line. A dtype that is named is taken after the steps, not before."""
     _, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
     kept: dict[str, Any] = {}
@@ -34,7 +37,7 @@ def rebuilt(options: ModelOptions, trajectory: str, until: str | None = None) ->
         model, kept["tokenizer"] = load(options.model_copy(update={"dtype": dtype}))
         return model
 
-    with Bars() as bars:
+    with nullcontext(bars) if bars is not None else Bars() as bars:
         bars.begin("replay", steps)
         model, found, steps, differ = replays.rebuild(
             base, trajectory, until, lambda done: bars.advance("replay", done)

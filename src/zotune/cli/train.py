@@ -20,6 +20,7 @@ from zotune.folder import RunFolder
 from zotune.memory import peak_bytes, readable
 from zotune.models.schemes import trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
+from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 
 
@@ -39,12 +40,15 @@ def summary(result: dict[str, Any], output: str) -> None:
     table.add_column(overflow="fold")
     split = "held-out texts" if result["test_split"] == "test" else "validation texts (there is no test split)"
     metric = result["metric"]
-    table.add_row(f"{metric} before", f"{result['test_before']:.1f} %   on {result['test_rows']} {split}")
+    early = "; stopped early" if result.get("stopped_early") else ""
+    before, after = (figure(metric, result[when], " %") for when in ("test_before", "test_after"))
+    table.add_row(f"{metric} before", f"{before}   on {result['test_rows']} {split}")
     table.add_row(
         f"{metric} after",
-        f"{result['test_after']:.1f} %   step {result['chosen_step']} of {result['steps']}, best on validation",
+        f"{after}   step {result['chosen_step']} of {result['steps']}, best on validation{early}",
     )
-    table.add_row("always one class", f"{result['one_class']:.1f} %")
+    if result["one_class"]:
+        table.add_row("always one class", f"{result['one_class']:.1f} %")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
     table.add_row("wall time", f"{result['wall_seconds'] / 60:.1f} minutes   {result['device']}")
     table.add_row(
@@ -56,6 +60,8 @@ def summary(result: dict[str, Any], output: str) -> None:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
         table.add_row("cut rows", f"{result['cut_rows']}   longer than --max-length")
+    if result.get("bad_rows"):
+        table.add_row("bad rows", f"{result['bad_rows']}   left out")
     table.add_row("run", output)
     Console().print(table)
 
@@ -88,8 +94,11 @@ def dry_run(config: TrainConfig) -> None:
         "rows",
         f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
     )
+    if ready.bad.said:
+        table.add_row("bad rows", str(ready.bad))
     table.add_row("tokens a row", f"{sum(lengths) / len(lengths):.0f} mean, {max(lengths)} most")
-    table.add_row("always one class", f"{ready.one_class(ready.test):.1f} %")
+    if one_class := ready.one_class(ready.test):
+        table.add_row("always one class", f"{one_class:.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
     table.add_row(
         "forward passes",

@@ -8,7 +8,7 @@ from zotune.tasks.task import Asked, Hub, Task, label_of
 CONNECTIVES = {"effect": "so", "cause": "because"}
 
 
-def _copa(row: Row, labelled: bool) -> Asked:
+def ask_copa(row: Row, labelled: bool) -> Asked:
     """The premise without its full stop, a connective, and the choices without their capital (unless it is `I`)."""
     kind = str(row["question"])
     if kind not in CONNECTIVES:
@@ -28,12 +28,12 @@ def _lower_first(text: str) -> str:
 
 
 copa = Task(
-    name="copa", source=Hub(SUPERGLUE, "copa", test_split="validation"), prompt="{premise} …", ask=_copa,
+    name="copa", source=Hub(SUPERGLUE, "copa", test_split="validation"), prompt="{premise} …", ask=ask_copa,
     validation_size=100,
 )  # fmt: skip
 
 
-def _winogrande(row: Row, labelled: bool) -> Asked:
+def ask_winogrande(row: Row, labelled: bool) -> Asked:
     """What stands before the blank, then each option with what stands after it."""
     sentence = str(row["sentence"])
     if sentence.count("_") != 1:
@@ -46,11 +46,11 @@ def _winogrande(row: Row, labelled: bool) -> Asked:
 
 winogrande = Task(
     name="winogrande", source=Hub("allenai/winogrande", "winogrande_xl", test_split="validation"),
-    prompt="{sentence before _}", ask=_winogrande, validation_size=100,
+    prompt="{sentence before _}", ask=ask_winogrande, validation_size=100,
 )  # fmt: skip
 
 
-def _record(row: Row, labelled: bool) -> Asked:
+def ask_record(row: Row, labelled: bool) -> Asked:
     """The passage with its highlights as a list, and the query as a further item, its placeholder filled with an entity."""
     query, entities = str(row["query"]), list(dict.fromkeys(map(str, row["entities"])))
     if "@placeholder" not in query or len(entities) < 2:
@@ -66,6 +66,6 @@ def _record(row: Row, labelled: bool) -> Asked:
 
 
 record = Task(
-    name="record", source=Hub(SUPERGLUE, "record", test_split="validation"), prompt="{passage} …", ask=_record,
+    name="record", source=Hub(SUPERGLUE, "record", test_split="validation"), prompt="{passage} …", ask=ask_record,
     metric="record_f1",
 )  # fmt: skip

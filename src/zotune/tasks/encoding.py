@@ -6,18 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.errors import InputError
+from zotune.tasks.chat import conversation_ids, question_ids
 from zotune.tasks.task import Example
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt's ids, the ids that each candidate adds to it, and which candidate is right (−1: not known)."""
+    """A prompt's ids, the ids that each candidate adds to it, and which candidate is right (−1: not known).
+
+    counted: the places in the one candidate whose tokens count, where not all do.
+    """
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
@@ -25,6 +30,20 @@ class Encoded:
     cut: int = 0
     golds: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    counted: tuple[int, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """Tokens of the right candidate that count."""
+        return len(self.counted) or len(self.candidates[self.label])
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """What stands before the last answer: the prompt, and of a conversation the earlier turns."""
+        if not self.counted:
+            return self.prompt
+        first = next(i for i in reversed(self.counted) if i - 1 not in set(self.counted))
+        return self.prompt + self.candidates[0][:first]
 
     @property
     def tokens(self) -> int:
@@ -45,9 +64,14 @@ class Encoder:
         self.tokenizer, self.model_takes, self.max_length = tokenizer, model_takes, max_length
 
     def __call__(self, example: Example) -> Encoded:
+        if example.messages:
+            return self._conversation(example)
+        if not example.prompt:
+            return self._text(example)
         prompt = self._ids(example.prompt)
         if example.candidates == ("",):  # nothing to train on: an answer is to be generated
-            return Encoded(self._kept(tuple(prompt), example), ((),), -1, 0, example.golds)
+            kept, cut = self._kept(tuple(prompt), example)
+            return Encoded(kept, ((),), -1, cut, example.golds)
         whole = [self._ids(example.prompt + text) for text in example.candidates]
         shared = min(_common_prefix(prompt, ids) for ids in whole)
         if shared == 0:
@@ -75,14 +99,62 @@ class Encoder:
         label = -1 if example.label is None else example.label
         return Encoded(kept, answers, label, cut, example.golds, example.names)
 
-    def _kept(self, prompt: tuple[int, ...], example: Example) -> tuple[int, ...]:
+    def _text(self, example: Example) -> Encoded:
+        """Plain text: every token but the first counts, and the end of the text. What is too long loses its end."""
+        ids, limit = self._ids(example.candidates[0]), self.max_length or self.model_takes
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        cut = max(0, len(ids) - limit) if limit is not None else 0
+        if cut and self.max_length is None:
+            raise InputError(
+                f"{example.where}: the text is {len(ids)} tokens, the model takes {limit}; shorten it, or cut its end with "
+                f"--max-length {limit}"
+            )
+        ids = ids[: len(ids) - cut]
+        if len(ids) < 2:
+            raise InputError(f"{example.where}: a text of one token has nothing to predict")
+        return Encoded(tuple(ids[:1]), (tuple(ids[1:]),), 0, cut)
+
+    def _conversation(self, example: Example) -> Encoded:
+        """The chat template's words; assistant turns count. What is too long loses its start, but never the last question."""
+        if example.label is None:
+            question = question_ids(self.tokenizer, example.messages, example.where)
+            kept, cut = self._kept(tuple(question), example)
+            return Encoded(kept, ((),), -1, cut, example.golds)
+        ids, places = conversation_ids(self.tokenizer, example.messages, example.learned, example.where)
+        limit, cut = self.max_length or self.model_takes, 0
+        if limit is not None and len(ids) > limit:
+            if self.max_length is None:
+                raise InputError(
+                    f"{example.where}: the conversation is {len(ids)} tokens, the model takes {limit}; shorten it, or cut its "
+                    f"start with --max-length {limit}"
+                )
+            head = len(self._special_head(tuple(ids)))
+            cut = len(ids) - limit
+            ids = ids[:head] + ids[head + cut :]
+            inside = [place - cut for place in places if place - cut > head]
+            if not inside or (len(inside) < len(places) and inside == list(range(head + 1, len(ids)))):
+                raise InputError(f"{example.where}: --max-length {limit} leaves no room for the question")
+            places = inside
+        first = places[0]
+        counted = tuple(place - first for place in places)
+        answer = tuple(ids[first:])
+        if len(counted) == len(answer):
+            counted = ()
+        return Encoded(tuple(ids[:first]), (answer,), 0, cut, example.golds, (), counted)
+
+    def _kept(self, prompt: tuple[int, ...], example: Example) -> tuple[tuple[int, ...], int]:
+        """What of a prompt is kept, and how many tokens of its start are not."""
         limit = self.max_length or self.model_takes
         if limit is None or len(prompt) <= limit:
-            return prompt
+            return prompt, 0
         if self.max_length is None:
-            raise InputError(f"{example.where}: the prompt is {len(prompt)} tokens, the model takes {limit}")
+            raise InputError(
+                f"{example.where}: the prompt is {len(prompt)} tokens, the model takes {limit}; shorten the text, or cut its "
+                f"start with --max-length {limit}"
+            )
         head = self._special_head(prompt)
-        return head + prompt[len(prompt) - limit + len(head) :]
+        return head + prompt[len(prompt) - limit + len(head) :], len(prompt) - limit
 
     def _ids(self, text: str) -> list[int]:
         """Ids with the tokenizer's own start (BOS, CLS), without its end (EOS, SEP): the answer follows."""
@@ -127,7 +199,8 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         labels = torch.tensor([row.label for row in rows])
         if self.loss == "answer":
-            return {**self._sequences([(r.prompt, r.candidates[r.label]) for r in rows]), "labels": labels}
+            pairs = [(row.prompt, row.candidates[row.label]) for row in rows]
+            return {**self._sequences(pairs, [row.counted for row in rows]), "labels": labels}
         counts = [len(row.candidates) for row in rows]
         if len(set(counts)) == 1 and all(len(ids) == 1 for row in rows for ids in row.candidates):
             single = self._sequences([(row.prompt, row.candidates[0]) for row in rows])
@@ -138,10 +211,14 @@ class Collator:
         present = torch.arange(most)[None, :] < torch.tensor(counts)[:, None]
         return {**self._sequences(flat), "present": present, "labels": labels}
 
-    def _sequences(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Tensor]:
+    def _sequences(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], counted: Sequence[tuple[int, ...]] = ()
+    ) -> dict[str, Tensor]:
+        """counted: the places in each answer that a loss reads; none named: all of it."""
+        places = [list(where or range(len(a))) for (_, a), where in zip_longest(pairs, counted)]
         longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
         length = -(-longest // self.multiple) * self.multiple
-        most = max(len(answer) for _, answer in pairs)
+        most = max(map(len, places))
         input_ids = torch.full((len(pairs), length), self.pad_id)
         positions = torch.zeros((len(pairs), most), dtype=torch.long)
         targets = torch.zeros((len(pairs), most), dtype=torch.long)
@@ -149,8 +226,8 @@ class Collator:
         for s, (prompt, answer) in enumerate(pairs):
             ids = torch.tensor(prompt + answer[:-1])
             input_ids[s, : len(ids)] = ids
-            k = len(answer)
-            positions[s, :k] = torch.arange(len(prompt) - 1, len(prompt) - 1 + k)
-            targets[s, :k] = torch.tensor(answer)
+            k = len(places[s])
+            positions[s, :k] = torch.tensor(places[s]) + len(prompt) - 1
+            targets[s, :k] = torch.tensor(answer)[places[s]]
             mask[s, :k] = True
         return {"input_ids": input_ids, "positions": positions, "targets": targets, "target_mask": mask}

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.generation import generate_answers
-from zotune.tasks.metrics import CHOICE_METRICS, TEXT_METRICS, text_metric
-from zotune.tasks.scoring import score_rows
+from zotune.tasks.metrics import CHOICE_METRICS, LIKELIHOOD, TEXT_METRICS, text_metric
+from zotune.tasks.scoring import row_losses, score_rows
 from zotune.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model made of rows: the candidates' scores, or the answers that it wrote."""
+    """What a model made of rows: the candidates' scores, the answers that it wrote, or nats a token of each row."""
 
-    scores: list[list[float]]
-    answers: list[str]
+    scores: list[list[float]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
     def metric(self, name: str, rows: Sequence[Encoded]) -> float:
-        """In percent."""
+        """In percent, but for perplexity and loss."""
+        if name in LIKELIHOOD:
+            return LIKELIHOOD[name](self.losses, rows)
         if name in TEXT_METRICS:
             return text_metric(name, self.answers, rows)
         return CHOICE_METRICS[name](self.scores, rows)
@@ -37,14 +40,20 @@ def outcome(
     *,
     batch_size: int,
     pad_id: int,
+    replies: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Outcome:
+    """replies: of conversations, what the assistant would say next, instead of how well what it said is predicted."""
     common: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id, "advance": advance}
     if task.generates:
-        return Outcome([], generate_answers(model, tokenizer, rows, **common))
-    return Outcome(score_rows(model, rows, **common), [])
+        return Outcome(answers=generate_answers(model, tokenizer, rows, **common))
+    if task.messages_field and replies:
+        return Outcome(answers=generate_answers(model, tokenizer, rows, reply=True, **common))
+    if task.models:
+        return Outcome(losses=row_losses(model, rows, **common))
+    return Outcome(scores=score_rows(model, rows, **common))
 
 
 def also(task: Task) -> list[str]:
     """Further metrics that a task's authors report beside its own."""
-    return ["exact_match"] if task.metric == "f1" else []
+    return {"f1": ["exact_match"], "perplexity": ["loss"]}.get(task.metric, [])

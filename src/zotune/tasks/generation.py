@@ -1,4 +1,4 @@
-"""Answers that a model writes: greedy, in batches, up to the end of the line."""
+"""Answers that a model writes: greedy, in batches, up to the end of the line, or of the reply."""
 
 # B rows, T tokens.
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import InputError
+from zotune.models.loading import length_limit
 from zotune.tasks.encoding import Encoded
 
 MOST_TOKENS = 50
+REPLY_TOKENS = 256  # of a reply in a conversation, which may have several lines
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -27,9 +30,26 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
 
 
 def write(
-    model: nn.Module, tokenizer: Any, ids_BT: Tensor, mask_BT: Tensor, *, pad_id: int, most: int = MOST_TOKENS
+    model: nn.Module,
+    tokenizer: Any,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    pad_id: int,
+    most: int | None = None,
+    reply: bool = False,
 ) -> list[str]:
-    """The line that the model writes after each prompt, greedily, at most so many tokens."""
+    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines.
+
+    Never more than the model takes. Raises InputError where a prompt leaves no room.
+    """
+    most = most or (REPLY_TOKENS if reply else MOST_TOKENS)
+    takes = length_limit(model)
+    if takes is not None and (most := min(most, takes - ids_BT.shape[1])) < 1:
+        raise InputError(
+            f"a prompt of {ids_BT.shape[1]} tokens leaves no room to answer, the model takes {takes}; cut its start with "
+            f"--max-length {takes - MOST_TOKENS if takes > 2 * MOST_TOKENS else takes // 2}"
+        )
     generate: Any = model.generate
     written = generate(
         input_ids=ids_BT,
@@ -43,7 +63,7 @@ def write(
         pad_token_id=pad_id,
     )
     texts = [tokenizer.decode(ids[ids_BT.shape[1] :], skip_special_tokens=True) for ids in written.tolist()]
-    return [text.strip().split("\n")[0].strip() for text in texts]
+    return [text.strip() if reply else text.strip().split("\n")[0].strip() for text in texts]
 
 
 @torch.inference_mode()
@@ -54,10 +74,11 @@ def generate_answers(
     *,
     batch_size: int,
     pad_id: int,
-    most: int = MOST_TOKENS,
+    most: int | None = None,
+    reply: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:
-    """What the model writes after each prompt, in the order given: at most so many tokens, cut at the first line's end.
+    """What the model writes after each prompt, in the order given; see `write`.
 
     Prompts are padded on the left, with a mask; rows of like length share a batch.
     """
@@ -69,7 +90,9 @@ def generate_answers(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids_BT, mask_BT = left_padded([rows[i].prompt for i in chosen], pad_id)
-            texts = write(model, tokenizer, ids_BT.to(device), mask_BT.to(device), pad_id=pad_id, most=most)
+            texts = write(
+                model, tokenizer, ids_BT.to(device), mask_BT.to(device), pad_id=pad_id, most=most, reply=reply
+            )
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
             advance(len(chosen))

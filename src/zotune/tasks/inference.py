@@ -45,7 +45,7 @@ multirc = Task(
 )
 
 
-def _boolq(row: Row, labelled: bool) -> Asked:
+def ask_boolq(row: Row, labelled: bool) -> Asked:
     """The passage, then the question with a capital and a question mark."""
     question = str(row["question"]).strip()
     question = question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")
@@ -53,4 +53,4 @@ def _boolq(row: Row, labelled: bool) -> Asked:
     return Asked(prompt, ["No", "Yes"], label_of(row, {"0": 0, "1": 1, "false": 0, "true": 1}) if labelled else None)
 
 
-boolq = Task(name="boolq", source=_hub("boolq"), prompt="{passage} {question}?\n", ask=_boolq)
+boolq = Task(name="boolq", source=_hub("boolq"), prompt="{passage} {question}?\n", ask=ask_boolq)

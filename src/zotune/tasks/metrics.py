@@ -1,13 +1,15 @@
-"""How answers are scored, as each task's own authors do it. Figures are percentages."""
+"""How answers are scored, as each task's own authors do it. Figures are percentages, but for perplexity and loss."""
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.task import LOWER_IS_BETTER
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -72,6 +74,33 @@ CHOICE_METRICS: dict[str, Callable[[Sequence[Sequence[float]], Sequence[Encoded]
     "record_f1": chosen_f1,
 }
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": text_f1, "exact_match": exact}
+
+
+def token_loss(losses: Sequence[float], rows: Sequence[Encoded]) -> float:
+    """Nats: the mean of −log p over all tokens that count, of rows whose means over their own tokens are given."""
+    return sum(loss * row.learned for loss, row in zip(losses, rows, strict=True)) / sum(row.learned for row in rows)
+
+
+def perplexity(losses: Sequence[float], rows: Sequence[Encoded]) -> float:
+    """e to the mean loss a token; infinite where that is too large for a number."""
+    nats = token_loss(losses, rows)
+    return math.exp(nats) if nats < 700 else (math.inf if nats == nats else math.nan)
+
+
+# How well text is predicted.
+LIKELIHOOD: dict[str, Callable[[Sequence[float], Sequence[Encoded]], float]] = {
+    "perplexity": perplexity,
+    "loss": token_loss,
+}
+
+
+def figure(metric: str, value: float, unit: str = "") -> str:
+    """A metric's value as it is printed; the unit stands behind percentages alone.
+
+    >>> figure("accuracy", 81.25, " %"), figure("perplexity", 12.3456, " %")
+    ('81.2 %', '12.35')
+    """
+    return f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.1f}{unit}"
 
 
 def text_metric(name: str, answers: Sequence[str], rows: Sequence[Encoded]) -> float:

@@ -10,9 +10,6 @@ package.module:function    −function(prompt, answer, golds), any Python functi
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from zotune.errors import InputError, nearest
 from zotune.tasks.encoding import Collator, Encoded
+from zotune.tasks.files import named_function
 from zotune.tasks.generation import left_padded, write
 from zotune.tasks.metrics import TEXT_METRICS
 from zotune.tasks.scoring import ROW_LOSSES, candidate_scores
@@ -50,21 +48,32 @@ def check_name(name: str) -> str:
 def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int = 1) -> Objective:
     """The named objective for a task. Raises InputError where the two do not go together."""
     if name in ROW_LOSSES:
-        if name == "candidates" and task.generates:
-            raise InputError(f"--loss candidates: task {task.name!r} generates its answers and has none; use answer")
+        if name == "candidates" and (task.generates or task.models):
+            raise InputError(f"--loss candidates: task {task.name!r} has no candidates to choose from; use answer")
         return Objective(ROW_LOSSES[name], Collator(name, pad_id, multiple), True)
     if name == "accuracy":
-        if task.generates:
-            raise InputError(f"--loss accuracy: task {task.name!r} generates its answers; use f1 or exact_match")
+        if task.generates or task.models:
+            other = "f1 or exact_match" if task.generates else "answer"
+            raise InputError(f"--loss accuracy: task {task.name!r} has no candidates to choose from; use {other}")
         return Objective(error_rate, Collator("candidates", pad_id, multiple), False)
     if name in TEXT_METRICS and not task.generates:
-        raise InputError(f"--loss {name}: task {task.name!r} has candidates and generates nothing; use accuracy")
+        other = "answer" if task.models else "accuracy"
+        raise InputError(f"--loss {name}: task {task.name!r} generates no answers to compare; use {other}")
+    if task.text_field:
+        raise InputError(f"--loss {name}: task {task.name!r} is plain text, which asks nothing; use answer")
     if name in TEXT_METRICS:
         score: Callable[[str, str, Sequence[str]], float] = lambda prompt, text, golds: TEXT_METRICS[name](text, golds)  # noqa: E731
         offset = 1.0
     else:
-        score, offset = _function(name), 0.0
-    row_loss = functools.partial(generated_losses, tokenizer=tokenizer, pad_id=pad_id, score=score, offset=offset)
+        score, offset = named_function(name, "--loss"), 0.0
+    row_loss = functools.partial(
+        generated_losses,
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        score=score,
+        offset=offset,
+        reply=bool(task.messages_field),
+    )
     return Objective(row_loss, functools.partial(_prompts, tokenizer=tokenizer, pad_id=pad_id), False)
 
 
@@ -81,33 +90,20 @@ def generated_losses(
     pad_id: int,
     score: Callable[[str, str, Sequence[str]], float],
     offset: float,
+    reply: bool = False,
 ) -> Tensor:
     """(B,): offset − the score of what the model writes after each prompt."""
-    answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id)
+    answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id, reply=reply)
     scored = zip(batch["prompts"], answers, batch["golds"], strict=True)
     return torch.tensor([offset - float(score(*one)) for one in scored], dtype=torch.float64)
 
 
 def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[str, Any]:
-    ids, mask = left_padded([row.prompt for row in rows], pad_id)
-    prompts = [tokenizer.decode(list(row.prompt), skip_special_tokens=True) for row in rows]
+    ids, mask = left_padded([row.asked for row in rows], pad_id)
+    prompts = [tokenizer.decode(list(row.asked), skip_special_tokens=True) for row in rows]
     golds = [list(row.golds) or [_right(row, tokenizer)] for row in rows]
     return {"prompt_ids": ids, "prompt_mask": mask, "prompts": prompts, "golds": golds}
 
 
 def _right(row: Encoded, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(row.candidates[row.label]), skip_special_tokens=True)).strip()
-
-
-def _function(name: str) -> Callable[[str, str, Sequence[str]], float]:
-    """The function of `package.module:function`; modules in the working folder are found."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--loss {name}: cannot be imported ({error})") from None
-    if not callable(found):
-        raise InputError(f"--loss {name}: is no function")
-    return found

@@ -7,7 +7,7 @@ from zotune.tasks.rows import Row
 from zotune.tasks.task import Asked, Hub, Task
 
 
-def _squad(row: Row, labelled: bool) -> Asked:
+def ask_squad(row: Row, labelled: bool) -> Asked:
     """Context and question. All answers count, the first is trained on."""
     prompt = f"Context: {row['context']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
     if not labelled:
@@ -19,7 +19,7 @@ def _squad(row: Row, labelled: bool) -> Asked:
     return Asked(prompt, [str(texts[0])], 0, [str(text) for text in texts])
 
 
-def _drop(row: Row, labelled: bool) -> Asked:
+def ask_drop(row: Row, labelled: bool) -> Asked:
     """Passage and question. Answers of several spans are one text, joined by "and" as the data has them: F1 is SQuAD's on that
     text, which the authors' alignment of spans can only raise."""
     prompt = f"Passage: {row['passage']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
@@ -36,9 +36,9 @@ def _drop(row: Row, labelled: bool) -> Asked:
 
 squad = Task(
     name="squad", source=Hub("rajpurkar/squad", test_split="validation"), prompt="Context: … Question: … Answer:",
-    ask=_squad, metric="f1", generates=True,
+    ask=ask_squad, metric="f1", generates=True,
 )  # fmt: skip
 drop = Task(
     name="drop", source=Hub("ucinlp/drop", test_split="validation"), prompt="Passage: … Question: … Answer:",
-    ask=_drop, metric="f1", generates=True,
+    ask=ask_drop, metric="f1", generates=True,
 )  # fmt: skip

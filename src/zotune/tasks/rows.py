@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -32,8 +33,53 @@ class Row:
         return self.fields[field]
 
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .csv or .parquet file. Raises InputError that names file, line and what was expected."""
+class BadRows:
+    """Rows that cannot be used: gathered, and refused together unless they are to be skipped.
+
+    said: a line for each, with its place and what was expected there.
+    """
+
+    SHOWN = 5
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self.said: list[str] = []
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """An InputError inside is that of one row."""
+        try:
+            yield
+        except InputError as error:
+            self.said.append(str(error))
+
+    def refuse(self) -> None:
+        """Raises InputError with the first few, if there are any and they are not to be skipped."""
+        if self.skip or not self.said:
+            return
+        if len(self.said) == 1:
+            raise InputError(f"{self.said[0]}; --skip-bad-rows leaves such rows out")
+        shown = self.said[: self.SHOWN]
+        more = f", the first {len(shown)} above" if len(self.said) > len(shown) else ""
+        raise InputError("\n".join([*shown, f"{len(self.said)} bad rows{more}; --skip-bad-rows leaves them out"]))
+
+    def __str__(self) -> str:
+        return f"{len(self.said)} left out, the first: {self.said[0]}" if self.said else "none"
+
+
+def read_file(path: Path, bad: BadRows | None = None) -> list[Row]:
+    """The rows of a .jsonl, .csv or .parquet file. Raises InputError that names file, line and what was expected.
+
+    bad: gathers the rows that are none; without it the first of them is raised.
+    """
+    gathers = BadRows() if bad is None else bad
+    rows = _rows_of(path, gathers)
+    if bad is None and gathers.said:
+        raise InputError(gathers.said[0])
+    return rows
+
+
+def _rows_of(path: Path, bad: BadRows) -> list[Row]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".parquet":
@@ -45,9 +91,9 @@ def read_file(path: Path) -> list[Row]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     if path.suffix == ".jsonl":
-        return list(_json_lines(path, text))
+        return list(_json_lines(path, text, bad))
     if path.suffix == ".csv":
-        return list(_csv_lines(path, text))
+        return list(_csv_lines(path, text, bad))
     raise InputError(f"{path}: not a .jsonl, .csv or .parquet file")
 
 
@@ -62,25 +108,28 @@ def _parquet_rows(path: Path) -> list[Row]:
     return [Row(fields, f"{path}:{i}") for i, fields in enumerate(table.to_pylist(), start=1)]
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
+def _json_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-        except RecursionError:
-            raise InputError(f"{where}: not a JSON object (nested too deeply)") from None
-        except ValueError as error:  # also a number of more digits than Python reads
-            raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', error)})") from None
-        if not isinstance(fields, dict):
-            raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
-        if "\\u" in line and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
-            raise InputError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no text")
-        yield Row(fields, where)
+        if line.strip():
+            with bad.caught():
+                yield _json_row(line, f"{path}:{number}")
 
 
-def _csv_lines(path: Path, text: str) -> Iterator[Row]:
+def _json_row(line: str, where: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except RecursionError:
+        raise InputError(f"{where}: not a JSON object (nested too deeply)") from None
+    except ValueError as error:  # also a number of more digits than Python reads
+        raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', error)})") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
+    if "\\u" in line and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
+        raise InputError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no text")
+    return Row(fields, where)
+
+
+def _csv_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text), strict=True)  # lines end at \n alone, unlike those of str.splitlines
     names: list[str] | None = None
     where = f"{path}:1"
@@ -98,33 +147,53 @@ def _csv_lines(path: Path, text: str) -> Iterator[Row]:
                     raise InputError(f"{where}: the header names {twice[0]!r} twice")
                 continue
             if len(values) > len(names):
-                raise InputError(f"{where}: more values than the header has names; quote fields that hold a comma")
+                with bad.caught():
+                    raise InputError(f"{where}: more values than the header has names; quote fields that hold a comma")
+                continue
             yield Row(dict(zip_longest(names, values)), where)
     except csv.Error as error:
         raise InputError(f"{where}: not CSV ({error})") from None
 
 
-def read_hub(name: str, subset: str | None, split: str) -> list[Row]:
-    """A split of a hub data set. Raises InputError where it cannot be had."""
+CONVERTED = (
+    "refs/convert/parquet"  # where the hub keeps a data set's tables beside a loading script that no longer runs
+)
+
+
+def read_hub(name: str, subset: str | None) -> dict[str, Iterable[Mapping[str, Any]]]:
+    """The splits of a hub data set, each a table of rows. Raises InputError where it cannot be had."""
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, subset, split=split)
+        try:
+            return dict(datasets.load_dataset(name, subset))
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return dict(datasets.load_dataset(name, subset, revision=CONVERTED))
     except Exception as error:  # the hub's client raises a dozen kinds, none of them ours to list
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"hub data set {name!r} (split {split!r}): {reason}; offline, pass --data-dir") from None
-    return [Row(dict(fields), f"{name}/{split}:{i}") for i, fields in enumerate(loaded, start=1)]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if "onfig" in lines[0] and ("missing" in lines[0] or "not found" in lines[0]):
+            raise InputError(f"hub data set {name!r}: {' '.join(lines[:2])}; name one by --subset") from None
+        raise InputError(f"hub data set {name!r}: {lines[0]}; offline, give rows by --data-dir or --data") from None
 
 
-def renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
-    """The rows with fields under other names: columns maps a row's own name to the name that is wanted."""
+def rows_of(given: Iterable[Any], where: str, bad: BadRows) -> list[Row]:
+    """Rows in memory, or of a hub data set, each a mapping of fields."""
     found = []
-    for row in rows:
-        for name in columns:
-            row[name]  # says so where the row lacks it
-        fields = {columns.get(name, name): value for name, value in row.fields.items()}
-        found.append(Row(fields, row.where))
+    for number, fields in enumerate(given, start=1):
+        with bad.caught():
+            if not isinstance(fields, Mapping):
+                raise InputError(f"{where}, row {number}: a {type(fields).__name__} where a dict was expected")
+            found.append(Row(dict(fields), f"{where}, row {number}"))
     return found
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with fields under other names: columns maps a row's own name to the name that is wanted."""
+    for name in columns:
+        row[name]  # says so where the row lacks it
+    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where)
 
 
 def split_file(folder: Path, split: str) -> Path | None:

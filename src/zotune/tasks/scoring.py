@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,6 @@ ROW_LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-@torch.inference_mode()
 def score_rows(
     model: nn.Module,
     rows: Sequence[Encoded],
@@ -80,19 +80,104 @@ def score_rows(
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """The candidates' scores of each row, in the order given. Rows of like length share a batch."""
+    """The candidates' scores of each row, in the order given. Where that pays, a row's prompt is read once for all of them."""
+    alone = [i for i, row in enumerate(rows) if _shares(model, row)]
+    others = [i for i in range(len(rows)) if i not in set(alone)]
+    scores = _by_batch(
+        model, [rows[i] for i in others], candidate_scores, Collator("candidates", pad_id), batch_size, advance
+    )
+    found = {i: of_row[: len(rows[i].candidates)] for i, of_row in zip(others, scores, strict=True)}
+    for i in alone:
+        found[i] = shared_scores(model, rows[i], batch_size=batch_size, pad_id=pad_id)
+        advance(1)
+    return [found[i] for i in range(len(rows))]
+
+
+# Tokens that a row's candidates would repeat, from which on they are read once instead: measured on the CPU (docs/log.md). Not
+# done elsewhere, where rows one at a time cost launches and it has not been measured.
+SHARED_TOKENS = 64
+
+
+def _shares(model: nn.Module, row: Encoded) -> bool:
+    """Whether the prompt is to be read once: it is long, and the model has a cache that is its own."""
+    if (len(row.candidates) - 1) * len(row.prompt) < SHARED_TOKENS or max(map(len, row.candidates)) == 1:
+        return False
+    if next(model.parameters()).device.type != "cpu":
+        return False
+    can_generate: Any = getattr(model, "can_generate", lambda: False)
+    learned = getattr(
+        getattr(model, "active_peft_config", None), "is_prompt_learning", False
+    )  # takes the cache's place
+    return bool(can_generate()) and not learned and not getattr(model, "_is_stateful", False)
+
+
+@torch.inference_mode()
+def shared_scores(model: nn.Module, row: Encoded, *, batch_size: int, pad_id: int) -> list[float]:
+    """(C,) nats: the candidates' scores of one row. The prompt is read once; its keys and values serve every candidate."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    collate = Collator("candidates", pad_id)
+    try:
+        prompt_1T = torch.tensor([row.prompt], device=device)
+        last_11 = torch.full((1, 1), len(row.prompt) - 1, device=device)
+        with head_reads_only(model, last_11, len(row.prompt)):
+            read = model(input_ids=prompt_1T, use_cache=True)
+        first_V = read.logits[0, 0].float().log_softmax(-1)
+        scores: list[float] = []
+        for start in range(0, len(row.candidates), batch_size):
+            answers = row.candidates[start : start + batch_size]
+            ids_CK = _padded([ids[:-1] for ids in answers], pad_id, device)
+            targets_CK = _padded([ids[1:] for ids in answers], -100, device)
+            cache = copy.deepcopy(read.past_key_values)  # it grows as it is used
+            cache.batch_repeat_interleave(len(answers))
+            logits_CKV = model(input_ids=ids_CK, past_key_values=cache, use_cache=True).logits.float()
+            nll_CK = nn.functional.cross_entropy(logits_CKV.transpose(1, 2), targets_CK, reduction="none")
+            firsts_C = first_V[torch.tensor([ids[0] for ids in answers], device=device)]
+            lengths_C = torch.tensor([len(ids) for ids in answers], device=device)
+            scores += ((firsts_C - nll_CK.sum(1)) / lengths_C).tolist()
+        return scores
+    finally:
+        model.train(was_training)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:
+    """Ids padded on the right, at least one column."""
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in rows], device=device)
+
+
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[float]:
+    """Nats: the mean of −log p over each row's tokens that count, in the order given."""
+    return _by_batch(model, rows, answer_losses, Collator("answer", pad_id), batch_size, advance)
+
+
+@torch.inference_mode()
+def _by_batch(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    of_batch: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    collate: Collator,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[Any]:
+    """What a function of batches gives for each row, in the order given. Rows of like length share a batch."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
     order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
-    scores: list[list[float]] = [[] for _ in rows]
+    found: list[Any] = [None for _ in rows]
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-            for i, row_scores in zip(chosen, candidate_scores(model, batch).tolist(), strict=True):
-                scores[i] = row_scores[: len(rows[i].candidates)]
+            for i, of_row in zip(chosen, of_batch(model, batch).tolist(), strict=True):
+                found[i] = of_row
             advance(len(chosen))
     finally:
         model.train(was_training)
-    return scores
+    return found

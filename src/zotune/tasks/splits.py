@@ -3,75 +3,154 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import Row, read_file, read_hub, renamed, split_file
+from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, rows_of, split_file
 from zotune.tasks.task import Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
+SPLITS = ("train", "validation", "test")
+T = TypeVar("T")
+U = TypeVar("U")
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows are: a folder with a file a split, one file, or a hub data set (name, subset, scored split)."""
+    """Where rows are: a folder with a file a split, one file, a hub data set (name, subset, scored split), or rows in
+    memory by split ("" for rows without one)."""
 
     folder: Path | None = None
     file: Path | None = None
     hub: tuple[str, str | None, str] | None = None
+    tables: Mapping[str, Sequence[Any]] | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    ask: Callable[[Row], Any] | None = None
+    bad: BadRows = field(default_factory=BadRows, compare=False)
+    _hub_splits: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    _read_before: dict[str, list[Row] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, split: str) -> list[Row] | None:
-        """The rows of a split, None where the source has no such split, InputError where it is empty."""
-        rows = self._read(split)
-        return renamed(rows, self.columns) if rows is not None and self.columns else rows
+        """The rows of a split, None where the source has no such split, InputError where it is empty. Read once.
+
+        Rows that are none, or that `ask` cannot ask about, are refused together, or skipped; see `BadRows`.
+        """
+        if split not in self._read_before:
+            rows = self._read(split)
+            self._read_before[split] = self.usable(rows, self._checked) if rows is not None else None
+        return self._read_before[split]
+
+    def usable(self, given: Sequence[T], use: Callable[[T], U]) -> list[U]:
+        """What `use` makes of each of the given; those that it refuses are bad rows."""
+        made = []
+        for one in given:
+            with self.bad.caught():
+                made.append(use(one))
+        self.bad.refuse()
+        if given and not made:
+            raise InputError(f"{self.bad.said[-1]}; no other row can be used either")
+        return made
+
+    def _checked(self, row: Row) -> Row:
+        row = renamed(row, self.columns) if self.columns else row
+        if self.ask is not None:
+            self.ask(row)
+        return row
+
+    def asking(self, ask: Callable[[Row], Any]) -> Source:
+        """The same rows, each of which has to be one that `ask` can ask about."""
+        return replace(self, ask=ask, bad=BadRows(self.bad.skip), _read_before={})
+
+    def first(self) -> tuple[str, list[Row]]:
+        """The first split that there is, and its rows."""
+        for split in SPLITS:
+            if rows := self.rows(split):
+                return split, rows
+        has = self.has(".jsonl, .csv or .parquet files")
+        raise InputError(f"{self}: no train, validation or test split in it{has}")
+
+    def has(self, wanted: str) -> str:
+        """The tail of an error about a split that is not there."""
+        return f" (it has {', '.join(self._hub_splits)})" if self.hub else f" ({wanted})" if self.folder else ""
 
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
             path = split_file(self.folder, split)
-            return None if path is None else _not_empty(read_file(path), str(path))
+            return None if path is None else _not_empty(read_file(path, self.bad), str(path), self.bad)
         if self.file is not None:
-            return _not_empty(read_file(self.file), str(self.file)) if split == "train" else None
+            return _not_empty(read_file(self.file, self.bad), str(self.file), self.bad) if split == "train" else None
+        if self.tables is not None:
+            found = self.tables.get("" if split == "train" and self.single else split)
+            return None if found is None else _not_empty(rows_of(found, split, self.bad), split, self.bad)
         assert self.hub is not None
         name, subset, scored = self.hub
         if split == "validation" and scored == "validation":
             return None  # it is scored as test, so it chooses nothing
-        return _not_empty(read_hub(name, subset, scored if split == "test" else split), f"{name}/{split}")
+        if not self._hub_splits:
+            self._hub_splits.update(read_hub(name, subset))
+        found = self._hub_splits.get(split := scored if split == "test" else split)
+        where = f"{name}/{split}"
+        return None if found is None else _not_empty(rows_of(found, where, self.bad), where, self.bad)
+
+    @property
+    def single(self) -> bool:
+        """Whether all rows are of one piece: drawn from to train, and scored whole."""
+        return self.file is not None or (self.tables is not None and "" in self.tables)
 
     def __str__(self) -> str:
+        if self.tables is not None:
+            return "data"
         return str(self.folder or self.file or (self.hub or ("",))[0])
 
 
-def find_source(task: Task, data: str | None, data_dir: str | None, columns: Mapping[str, str] | None = None) -> Source:
+def find_source(
+    task: Task | None,
+    data: str | None,
+    data_dir: str | None,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    subset: str | None = None,
+    tables: Mapping[str, Sequence[Any]] | None = None,
+) -> Source:
     """The source of a built-in task (the hub, or DIR/NAME) or of a user's own data (a folder, a file, a hub name).
 
-    columns: names of the data's fields → names that the task reads.
+    columns: names of the data's fields → names that the task reads, over the task's own.
     """
-    return replace(_find_source(task, data, data_dir), columns=columns or {})
+    found = Source(tables=tables) if tables is not None else _find_source(task, data, data_dir, subset)
+    own = task.columns if task is not None else {}
+    return replace(found, columns={**own, **(columns or {})}, bad=BadRows(skip_bad_rows))
 
 
-def _find_source(task: Task, data: str | None, data_dir: str | None) -> Source:
+def _find_source(task: Task | None, data: str | None, data_dir: str | None, subset: str | None) -> Source:
     if data is not None:
+        if (local := _local(data)) is not None:
+            return local
         path = Path(data).expanduser()
-        if path.is_dir():
-            return Source(folder=path)
-        if path.is_file():
-            return Source(file=path)
         if path.suffix or path.is_absolute() or data.count("/") != 1 or data.startswith("."):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             hint = f"; {nearest(path.name, near)}" if near else ""
             raise InputError(f"--data {data}: no such file or folder{hint}")
-        return Source(hub=(data, None, "test"))
+        return Source(hub=(data, subset, "test"))
+    assert task is not None
     if data_dir is not None:
         folder = Path(data_dir).expanduser() / task.name
         if not folder.is_dir():
             raise InputError(f"--data-dir {data_dir}: no folder {task.name!r} in it (wanted {folder}/train.jsonl, …)")
         return Source(folder=folder)
-    assert task.source is not None
+    if task.source is None:
+        raise InputError(f"task {task.name!r}: names no data; give --data, or a line `data:` in its file")
+    if (local := _local(task.source.name)) is not None:
+        return local
     return Source(hub=(task.source.name, task.source.subset, task.source.test_split))
+
+
+def _local(name: str) -> Source | None:
+    path = Path(name).expanduser()
+    return Source(folder=path) if path.is_dir() else Source(file=path) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -85,19 +164,27 @@ class Splits:
 
 
 def training_splits(
-    task: Task, source: Source, *, train_size: int, validation_size: int, test_size: int, seed: int
+    task: Task,
+    source: Source,
+    *,
+    train_size: int,
+    validation_size: int,
+    test_size: int,
+    seed: int,
+    balanced: bool = False,
 ) -> Splits:
     """The examples of a run. Train and validation rows are drawn by the run's seed, test rows are the same for all.
 
-    A missing validation split is carved from train, at most a fifth of it.
+    balanced: as many training rows of each class. A missing validation split is carved from train, at most a fifth of it.
     """
     train = source.rows("train")
     if train is None:
-        raise InputError(f"{source}: no train.jsonl, train.csv or train.parquet in it")
+        has = source.has("no train.jsonl, train.csv or train.parquet in it")
+        raise InputError(f"{source}: no rows to train on{has}")
     validation, test = source.rows("validation"), source.rows("test")
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
-    train = _draw(train, train_size, seed, "train")
+    train = _balanced(task, train, train_size, seed) if balanced else _draw(train, train_size, seed, "train")
     validation = _draw(validation, validation_size, seed, "validation")
     scored = validation if test is None else _draw(test, test_size, 0, "test")
     return Splits(
@@ -117,8 +204,27 @@ def _carve(source: Source, train: list[Row], size: int, seed: int) -> tuple[list
     return order[:share], order[share:]
 
 
+def _balanced(task: Task, rows: list[Row], size: int, seed: int) -> list[Row]:
+    """As many rows of each class, at most `size` together; those of a class that has fewer come again, in a drawn order."""
+    classes: dict[int, list[Row]] = {}
+    for row in rows:
+        classes.setdefault(task.example(row).label or 0, []).append(row)
+    if len(classes) < 2:
+        raise InputError("--balance-classes: all training rows are of one class")
+    each = max(1, min(size // len(classes), max(map(len, classes.values()))))
+    drawn = []
+    for label, members in sorted(classes.items()):
+        order = _draw(members, len(members), seed, f"class {label}")
+        drawn += [order[i % len(order)] for i in range(each)]
+    return _draw(drawn, len(drawn), seed, "balanced")
+
+
 def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
     """Training rows with their right answers, blank lines between them and behind, to stand before a prompt."""
+    if task.models:
+        raise InputError(
+            f"--shots {shots}: task {task.name!r} models text itself; there is no question to show answers of"
+        )
     rows = source.rows("train")
     if rows is None:
         raise InputError(f"--shots {shots}: {source} has no train split to show rows of")
@@ -134,8 +240,8 @@ def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bo
     That is test, else validation, given or carved; a single file is scored whole. size None: the defaults.
     in_order: the first rows of test, validation or the file as they stand, instead of a draw; None: all of them.
     """
-    if source.file:
-        rows, split = source.rows("train") or [], "file"
+    if source.single:
+        rows, split = source.rows("train") or [], "file" if source.file else "rows"
     elif (test := source.rows("test")) is not None:
         rows, split = test, "test"
     elif (validation := source.rows("validation")) is not None:
@@ -156,7 +262,8 @@ def _draw(rows: list[Row], size: int, seed: int, what: str) -> list[Row]:
     return random.Random(f"{what}:{seed}").sample(rows, min(size, len(rows)))
 
 
-def _not_empty(rows: list[Row], where: str) -> list[Row]:
+def _not_empty(rows: list[Row], where: str, bad: BadRows) -> list[Row]:
     if not rows:
+        bad.refuse()
         raise InputError(f"{where}: no rows in it")
     return rows

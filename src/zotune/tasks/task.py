@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zotune.errors import InputError
+from zotune.errors import InputError, nearest
 from zotune.tasks.rows import Row
+
+CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
+METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
+LOWER_IS_BETTER = ("perplexity", "loss")  # of the metrics; they are no percentages either
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Hub:
-    """A hub data set: its name, subset, and the split whose labels are public and that is scored as test."""
+    """A hub data set (or a folder or file of rows): its name, subset, and the split whose labels are public and that is
+    scored as test."""
 
     name: str
     subset: str | None = None
@@ -35,6 +40,8 @@ class Hub:
 class Example:
     """A row as the model will be asked: a prompt, the texts that may follow it, and which of them is right.
 
+    An empty prompt: every token of the one candidate counts (plain text). messages: a conversation, which the tokenizer's chat
+    template writes; assistant turns from message number `learned` on count, and prompt and candidates only show it.
     golds: what counts as right besides: the texts that an answer is compared with. names: what each candidate answers, where
     its text says more. A task that generates has one candidate, the text it is trained on.
     """
@@ -45,35 +52,53 @@ class Example:
     where: str
     golds: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
+    learned: int = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """Classification by label words, multiple choice among a row's own texts, or an answer that is generated.
+    """Classification by label words, multiple choice among a row's own texts, an answer that is generated, or plain text and
+    conversations, whose own tokens count.
 
     prompt: a format string over a row's fields, `'{sentence} It was'`. plain: the same without the template's words, for
         `--alignment none`.
     words: label → word, labels compared as strings (JSON's 1 is CSV's "1"). None where rows bring their candidates.
     label_field: the right label (or, with choices_field, the index or the text of the right choice).
     answer_field: the text to generate, or a list of texts that are all right, the first of which is trained on.
+    text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
+        answer_field: over those of that second list alone).
     ask: a function of the row (and whether its label is wanted) where format strings do not reach.
-    metric: see `zotune.tasks.metrics`. validation_size: rows at most.
+    metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
     """
 
     name: str
-    prompt: str
+    prompt: str = ""
     words: Mapping[str, str] | None = None
     label_field: str = "label"
     choices_field: str | None = None
     answer_field: str | None = None
+    text_field: str | None = None
+    messages_field: str | None = None
     ask: Callable[[Row, bool], Asked] | None = None
     plain: str | None = None
     source: Hub | None = None
     metric: str = "accuracy"
     generates: bool = False
     validation_size: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.models:
+            field = self.text_field or self.messages_field
+            others = [self.words, self.choices_field, self.ask, self.answer_field if self.text_field else None]
+            if any(one is not None for one in others) or (self.text_field and self.messages_field):
+                raise InputError(
+                    f"task {self.name!r}: field {field!r} counts as it stands; give nothing else to answer"
+                )
+            object.__setattr__(self, "prompt", f"{{{field}}}")
+            object.__setattr__(self, "metric", "perplexity")
+            return
         if self.ask is None:
             template_fields(self.prompt)
             given = [self.words, self.choices_field, self.answer_field]
@@ -84,12 +109,22 @@ class Task:
         if self.answer_field is not None:
             object.__setattr__(self, "generates", True)
             object.__setattr__(self, "metric", "f1" if self.metric == "accuracy" else self.metric)
+        fitting = TEXT_METRICS if self.generates else CHOICE_METRICS
+        if self.metric not in fitting:
+            raise InputError(
+                f"task {self.name!r}: metric {self.metric!r} does not fit it; {nearest(self.metric, fitting)}"
+            )
         if self.words is not None and not all(word.strip() for word in self.words.values()):
             raise InputError(f"task {self.name!r}: an empty label word: {dict(self.words)}")
         if self.words is not None and len({word.strip() for word in self.words.values()}) < max(2, len(self.words)):
             raise InputError(
                 f"task {self.name!r}: label words must be two or more, each for one label: {dict(self.words)}"
             )
+
+    @property
+    def models(self) -> bool:
+        """Whether text itself is modelled: there is nothing to choose, and a row's own tokens are scored."""
+        return self.text_field is not None or self.messages_field is not None
 
     @property
     def labels(self) -> list[str]:
@@ -110,6 +145,13 @@ class Task:
             candidates = tuple(join(asked.prompt, text) if text else "" for text in asked.texts)
             golds, names = tuple(asked.golds), tuple(asked.names)
             return Example(asked.prompt, candidates, asked.label if labelled else None, row.where, golds, names)
+        if self.messages_field is not None:
+            return self._conversation(row, labelled)
+        if self.text_field is not None:
+            text = row[self.text_field]
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{row.where}: field {self.text_field!r} must be a text")
+            return Example("", (text,), 0, row.where)
         values = {field: _text(row[field]) for field in template_fields(self.prompt)}
         prompt = self.prompt.format(**values)
         if not prompt.strip():
@@ -122,6 +164,28 @@ class Task:
         texts = self._candidates(row)
         label = self._label(row, texts) if labelled else None
         return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where)
+
+    def _conversation(self, row: Row, labelled: bool) -> Example:
+        assert self.messages_field is not None
+        messages = _messages(row, self.messages_field)
+        learned = len(messages) if self.answer_field else 0
+        if self.answer_field and labelled:
+            messages += _messages(row, self.answer_field)
+        last = len(messages)
+        while last > 0 and messages[last - 1]["role"] == "assistant":
+            last -= 1
+        if last == 0:
+            raise InputError(f"{row.where}: no message before the assistant's, so nothing to answer")
+        if not labelled:  # the reply is to be written
+            return Example(_shown(messages[:last]), ("",), None, row.where, messages=tuple(messages[:last]))
+        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= learned]
+        if not replies:
+            raise InputError(f"{row.where}: no message of role 'assistant' to learn from")
+        messages, at = messages[: replies[-1] + 1], replies[-1]
+        reply = messages[at]["content"]
+        return Example(
+            _shown(messages[:at]), (f"assistant: {reply}",), 0, row.where, (reply,), (), tuple(messages), learned
+        )
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = row[self.answer_field or ""]
@@ -159,6 +223,20 @@ def join(prompt: str, answer: str) -> str:
     (' great', 'Yes')
     """
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+
+
+def _messages(row: Row, field: str) -> list[dict[str, str]]:
+    value = row[field]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{row.where}: field {field!r} must be a list of messages, each of role and content")
+    for message in value:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"{row.where}: field {field!r} has a message without texts 'role' and 'content'")
+    return [dict(message) for message in value]
+
+
+def _shown(messages: list[dict[str, str]]) -> str:
+    return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
 def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:

@@ -1,0 +1,69 @@
+"""`zotune.train`, `zotune.evaluate`, `zotune.predict`: the commands as functions, on files or on rows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sized
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zotune.config import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
+from zotune.errors import InputError
+from zotune.run import Listener
+from zotune.tasks.splits import SPLITS
+
+T = TypeVar("T", bound=DataOptions)
+
+
+def train(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]:
+    """Fine-tune a model as `zotune train` does, into the folder `output`. Returns what result.json holds.
+
+    options: those of the command with underscores, `zotune.train(model=…, data=…, output=…, lr=1e-5)`. Beside what the command
+    takes, `data` may be a list of dicts, a `datasets.Dataset`, or a mapping (a `DatasetDict`) of train, validation and test to
+    these; `task` may be a `zotune.tasks.Task` or its keys and values. listener: told of progress.
+    Raises InputError for what the command refuses.
+    """
+    from zotune.run import train
+
+    return train(_resolved(TrainConfig, options), listener)
+
+
+def evaluate(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]:
+    """The figures of `zotune eval`: task, metric, value, n and split. options: as of `train`; a list is scored whole."""
+    from zotune.inference import evaluation
+
+    return evaluation(_resolved(EvalConfig, options), listener or Listener())
+
+
+def predict(*, listener: Listener | None = None, **options: Any) -> list[dict[str, Any]]:
+    """What `zotune predict` writes of each row, as a list. options: as of `train`; no label or answer is needed."""
+    from zotune.inference import predictions
+
+    return predictions(_resolved(PredictConfig, {"output": "-"} | options), listener or Listener())[0]
+
+
+def _resolved(kind: type[T], given: dict[str, Any]) -> T:
+    data, tables = given.get("data"), None
+    if data is not None and not isinstance(data, (str, Path)):
+        tables = _tables(data)
+        digest = hashlib.sha256(json.dumps(tables, default=str, sort_keys=True).encode()).hexdigest()
+        given = given | {"data": f"rows-{digest[:12]}"}  # names them in the run's record: others do not resume it
+    options = resolve(kind, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}, None)
+    options.set_tables(tables)
+    return options
+
+
+def _tables(data: Any) -> dict[str, list[Any]]:
+    """Rows by split; "" for rows that were given without one."""
+    if isinstance(data, Mapping):
+        if not data or not set(data) <= set(SPLITS):
+            raise InputError(f"data: splits {', '.join(map(repr, data)) or 'none'}; name them {', '.join(SPLITS)}")
+        return {str(split): _rows(rows, str(split)) for split, rows in data.items()}
+    return {"": _rows(data, "rows")}
+
+
+def _rows(rows: Any, what: str) -> list[Any]:
+    if not isinstance(rows, Iterable) or not isinstance(rows, Sized):
+        raise InputError(f"data: {what} are a {type(rows).__name__}; give a list of dicts or a datasets.Dataset")
+    return list(rows)

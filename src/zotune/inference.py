@@ -1,0 +1,112 @@
+"""Rows scored and answered by a model: what `zotune eval` and `zotune predict` do, without their printing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from zotune.config import EvalConfig, PredictConfig
+from zotune.models.adapters import put_adapter
+from zotune.run import Listener, encoder_for, load, pad_id
+from zotune.tasks import Example, Task
+from zotune.tasks.encoding import Encoded
+from zotune.tasks.evaluation import Outcome, also, outcome
+from zotune.tasks.own import data_of, encoded
+from zotune.tasks.splits import Source, demonstrations, scored_rows
+
+Loader = Callable[[EvalConfig | PredictConfig], tuple[Any, Any]]
+
+
+def evaluation(options: EvalConfig, listener: Listener, loader: Loader = load) -> dict[str, Any]:
+    """The figures of the rows that a run of these options scores as test. loader: gives model and tokenizer."""
+    task, source = data_of(options)
+    rows, split = scored_rows(source, options.eval_size, seed=options.seed)
+    examples = [task.example(row) for row in rows]
+    if options.shots:
+        shown = demonstrations(task, source, options.shots, options.seed)
+        examples = [replace(example, prompt=shown + example.prompt) for example in examples]
+    if split == "validation":
+        listener.say("no test split here: these are validation's figures")
+    _, scored, found = _outcome(options, task, source, examples, listener, loader)
+    cut = sum(bool(row.cut) for row in scored)
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "value": found.metric(task.metric, scored),
+        "n": len(scored),
+        "split": split,
+        **({"shots": options.shots} if options.shots else {}),
+        **{name: found.metric(name, scored) for name in also(task)},
+        **({"cut_rows": cut} if cut else {}),
+        **({"bad_rows": len(source.bad.said)} if source.bad.said else {}),
+    }
+
+
+def predictions(options: PredictConfig, listener: Listener, loader: Loader = load) -> tuple[list[dict[str, Any]], str]:
+    """What is told of each row, in the order of the rows, and the split that they are of.
+
+    Rows that are skipped as bad ones have no place in it; with --skip-bad-rows each says which `row` it is of.
+    """
+    task, source = data_of(options, labelled=False)
+    rows, split = scored_rows(source, options.eval_size, in_order=True)
+    examples = [task.example(row, labelled=False) for row in rows]
+    examples, _, found = _outcome(options, task, source, examples, listener, loader, replies=True)
+    told = [*_told(task, examples, found)]
+    if options.skip_bad_rows:
+        told = [{"row": example.where} | line for example, line in zip(examples, told, strict=True)]
+    return told, split
+
+
+def _told(task: Task, examples: Sequence[Example], found: Outcome) -> Iterator[dict[str, Any]]:
+    """Of each row the best label and the scores, the answer, or how well the text is predicted."""
+    for loss in found.losses:
+        yield {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    for answer in found.answers:
+        yield {"answer": answer}
+    for example, scores in zip(examples if found.scores else [], found.scores, strict=True):
+        best = max(range(len(scores)), key=scores.__getitem__)
+        names = task.labels or list(example.names) or [text.strip() for text in example.candidates]
+        yield {
+            "label": names[best],
+            "scores": dict(zip(names, scores, strict=True)),
+            "probability": _softmax(scores)[best],
+        }
+
+
+def _outcome(
+    options: EvalConfig | PredictConfig,
+    task: Task,
+    source: Source,
+    examples: Sequence[Example],
+    listener: Listener,
+    loader: Loader,
+    replies: bool = False,
+) -> tuple[list[Example], list[Encoded], Outcome]:
+    """What the model makes of the examples, and those of them that it could be asked."""
+    model, tokenizer = loader(options)
+    if options.adapter:
+        model = put_adapter(model, options.adapter)
+    examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
+    if source.bad.said:
+        listener.say(f"bad rows: {source.bad}")
+    listener.begin("rows", len(rows))
+    found = outcome(
+        model,
+        tokenizer,
+        task,
+        rows,
+        batch_size=2 * options.batch_size,
+        pad_id=pad_id(tokenizer),
+        replies=replies,
+        advance=lambda n: listener.advance("rows", n),
+    )
+    listener.end("rows")
+    return examples, rows, found
+
+
+def _softmax(scores: list[float]) -> list[float]:
+    top = max(scores)
+    weights = [math.exp(s - top) for s in scores]
+    return [w / sum(weights) for w in weights]

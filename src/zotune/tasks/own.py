@@ -1,0 +1,87 @@
+"""A user's own rows: the task that they are for, from the options or from the names of their columns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from zotune.config import DataOptions
+from zotune.errors import InputError
+from zotune.tasks import get_task
+from zotune.tasks.chat import check_template
+from zotune.tasks.encoding import Encoded, Encoder
+from zotune.tasks.rows import Row
+from zotune.tasks.splits import Source, find_source
+from zotune.tasks.task import Example, Task
+
+
+def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
+    """The task and the rows that the options name; without a template the columns tell the task.
+
+    labelled: whether rows need the label or answer that they are trained on or scored by.
+    """
+    task = get_task(options.task).aligned(options.alignment) if options.task is not None else None
+    source = find_source(
+        task,
+        options.data,
+        options.data_dir,
+        options.columns,
+        options.skip_bad_rows,
+        options.subset,
+        options.tables,
+    )
+    task = task or _own_task(options, source)
+    return task, source.asking(functools.partial(task.example, labelled=labelled))
+
+
+def _own_task(options: DataOptions, source: Source) -> Task:
+    assert options.data is not None
+    name = Path(options.data).name or options.data
+    if options.template is None:
+        return by_columns(name, source.first()[1][0])
+    return Task(
+        name=name,
+        prompt=options.template,
+        words=options.label_words,
+        label_field=options.label_field or "label",
+        choices_field=options.choices_field,
+        answer_field=options.answer_field,
+    )
+
+
+def encoded(encode: Encoder, source: Source, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded]]:
+    """The examples that can be encoded, and as what. What is too long is a bad row of the source.
+
+    Raises InputError at once where the tokenizer cannot write conversations.
+    """
+    if any(example.messages for example in examples):
+        check_template(encode.tokenizer)
+    pairs = source.usable(examples, lambda example: (example, encode(example)))
+    return [example for example, _ in pairs], [row for _, row in pairs]
+
+
+def by_columns(name: str, row: Row) -> Task:
+    """The task of rows named as TRL names them, told by one of them.
+
+    messages                a conversation; the loss is over the assistant's turns
+    prompt and completion   texts: an answer to generate; lists of messages: a conversation, the completion's turns count
+    text                    plain text; the loss is over all tokens
+
+    Source: TRL's dataset formats, https://huggingface.co/docs/trl/dataset_formats.
+    """
+    has = row.fields
+    if "messages" in has:
+        return Task(name=name, messages_field="messages")
+    if "prompt" in has and "completion" in has:
+        if isinstance(has["prompt"], list) or isinstance(has["completion"], list):
+            return Task(name=name, messages_field="prompt", answer_field="completion")
+        return Task(name=name, prompt="{prompt}", answer_field="completion")
+    if "text" in has:
+        return Task(name=name, text_field="text")
+    wanted = "no field 'prompt'" if "completion" in has else "no field 'completion'" if "prompt" in has else None
+    wanted = wanted or "no field 'messages', 'text' or 'prompt'"
+    raise InputError(
+        f"{row.where}: {wanted} (has {', '.join(map(repr, has))}); name one by --columns, or say what is asked by --template "
+        "with --label-words, --choices-field or --answer-field"
+    )
