@@ -92,19 +92,22 @@ def measure(model: Any, rows: int, tokens: int, args: Any) -> Iterator[dict[str,
     batch = {k: v.to(args.device) for k, v in Collator("candidates", 0)(encoded).items()}
     doubled = {k: torch.cat([v, v]) for k, v in batch.items()}
 
-    def timed(name: str, step: Callable[[], Any], warm: int = 3, rounds: int | None = None) -> dict[str, Any]:
+    def timed(
+        name: str, step: Callable[[], Any], warm: int = 3, rounds: int | None = None, each: int = 1
+    ) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(warm):
+        for _ in range(warm * each):
             step()
         seconds = []
         for _ in range(rounds or args.rounds):
             sync(cuda)
             began = time.perf_counter()
-            step()
+            for _ in range(each):
+                step()
             sync(cuda)
-            seconds.append(time.perf_counter() - began)
+            seconds.append((time.perf_counter() - began) / each)
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         return {"step": name, "ms": 1e3 * statistics.median(seconds), "peak_gib": peak / 2**30}
 
@@ -139,6 +142,7 @@ def measure(model: Any, rows: int, tokens: int, args: Any) -> Iterator[dict[str,
         ("lowrank r 1, a direction per row", {"engine": "lowrank", "groups": "batch"}),
         ("lowrank rademacher, per row", {"engine": "lowrank", "groups": "batch", "direction": "rademacher"}),
     ]
+    kinds += [(f"{name}, fold every 8", options | {"fold_every": 8}) for name, options in kinds]
     for name, options in kinds:
         if wanted(name):
             yield finish(attempt(name, model, loss_of, batch, options, timed))
@@ -163,13 +167,13 @@ def attempt(
 ) -> dict[str, Any]:
     optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, **options)
     try:
-        row = timed(name, partial(optimizer.step, loss_of, batch=batch))
+        row = timed(name, partial(optimizer.step, loss_of, batch=batch), each=optimizer.fold_every)
     except torch.OutOfMemoryError:
         return {"step": name, "ms": float("nan"), "peak_gib": float("nan"), "note": "does not fit"}
     if optimizer._graphs is None or not optimizer._graphs.usable:
         row["note"] = "not captured"
     if not getattr(optimizer.engine, "usable", True):
-        row["note"] = "fell back"
+        row["note"] = f"separate forwards: {optimizer.engine.why}"
     del optimizer
     gc.collect()
     return row

@@ -30,6 +30,8 @@ RUNS = [
     {"estimator": "one-sided", "weight_decay": 0.5},
     {"blocks": "transformer", "lr": "1e-3"},
     {"sparsity": 0.5, "accumulate": 2},
+    {"groups": "batch", "lr": "1e-3", "fold_every": 2},
+    {"dtype": "bfloat16", "rounding": "compensated"},
 ]
 
 

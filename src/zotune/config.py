@@ -135,6 +135,13 @@ class TrainConfig(DataOptions, ModelOptions):
         1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
     )
     rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    fold_every: Positive = Field(
+        1, description="apply the updates of so many steps together, in one pass over the weights"
+    )
+    rounding: Literal["nearest", "compensated"] = Field(
+        "nearest",
+        description="of updates of 16-bit weights; compensated keeps what rounding took, in as much memory as what trains",
+    )
     sign_mode: Literal["element", "scalar"] | None = Field(
         None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
     )
@@ -230,7 +237,9 @@ class TrainConfig(DataOptions, ModelOptions):
 
     @property
     def evaluates_every(self) -> int:
-        return min(self.eval_every or max(1, self.steps // 10), self.steps)
+        """Steps between evaluations: where updates wait for each other, none falls between two folds."""
+        folds = -(-(self.eval_every or max(1, self.steps // 10)) // self.fold_every)
+        return min(folds * self.fold_every, self.steps)
 
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
@@ -394,6 +403,12 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
 def _method_problems(options: TrainConfig) -> list[str]:
     """Options that the method does not have, or that do not go together."""
     from zotune.methods import make_method
+
+    for name in ("steps", "eval_every"):
+        if (getattr(options, name) or 0) % options.fold_every:
+            return [
+                f"{_flag(name)} {getattr(options, name)}: no multiple of --fold-every {options.fold_every}; make it one"
+            ]
 
     given = options.step_options
     own = {k: v for k, v in given.items() if k in ("estimator", "sign_mode", "beta", "state_dtype")}

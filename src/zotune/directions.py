@@ -207,6 +207,17 @@ class Directions:
             if id(param) not in together:
                 self.displaced(param, by, param.data)
 
+    def apply_compensated(
+        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[float] = ()
+    ) -> None:
+        """θ + r ← factor·(θ + r) + displacement, θ rounded and r what that took; r as θ in shape and dtype, in order."""
+        for param, lost in zip(self.params, residuals, strict=True):
+            slot = self.slots[id(param)]
+            factor = factors[slot.group] if factors else 1.0
+            if not by.is_zero(slot.group) or factor != 1:
+                seeds, coefs = by.on(slot.group, param.device)
+                noise.add_noise_compensated(param.data, lost, seeds, coefs, slot.id, self.distribution, factor)
+
     def _many(self, params: Sequence[torch.nn.Parameter]) -> noise.Many:
         """These parameters as one launch; made anew where one of them has moved in memory."""
         key = tuple(p.data_ptr() for p in params)

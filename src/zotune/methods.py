@@ -85,7 +85,7 @@ def zo_sgd_mmt(
     queries: int = 1, estimator: str = "two-sided", beta: float = 0.9, state_dtype: str = "float32"
 ) -> Method:
     """m ← β·m + ĝ, θ ← θ − lr·m."""
-    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), _decay_rate("beta", beta)))
+    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_decay_rate("beta", beta)))
 
 
 @preset("zo-sgd-sign", paper="arXiv 1810.03737", forwards="2q")
@@ -158,7 +158,9 @@ def _estimator(name: str, queries: int) -> Estimator:
 def _adam(beta1: float, beta2: float, epsilon: float, state_dtype: str) -> Adam:
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon!r}: must be above 0")
-    return Adam(_state(state_dtype), _decay_rate("beta1", beta1), _decay_rate("beta2", beta2), epsilon)
+    return Adam(
+        _state(state_dtype), beta1=_decay_rate("beta1", beta1), beta2=_decay_rate("beta2", beta2), epsilon=epsilon
+    )
 
 
 def _decay_rate(name: str, value: float) -> float:

@@ -26,7 +26,7 @@ from zotune.errors import InputError, NonFiniteLoss, nearest
 from zotune.estimators import TwoSided
 from zotune.methods import make_method
 from zotune.trajectory import Record
-from zotune.updates import Conservative, Scalars, ScalarSign, Sgd, clip
+from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, ScalarSign, Sgd, clip
 
 NamedParams = Iterable[tuple[str, nn.Parameter]]
 
@@ -65,6 +65,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         `lowrank` and a loss that is a vector, one number a row; the update is Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows each.
     sparsity, mask, sparsity_scope, mask_refresh, blocks, block_update, hybrid, fo_lr, g_clip: see `Enhancements`.
     engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`.
+    fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
+        weights before them. `flush` applies what waits.
+    rounding: "nearest", or "compensated", see `zotune.updates.Rule`.
     max_skipped: a step whose loss is not finite changes nothing and is counted; after so many in a row `step` raises
         `NonFiniteLoss`.
 
@@ -93,6 +96,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         groups: int | str = 1,
         engine: str = "auto",
         rank: int = 1,
+        fold_every: int = 1,
+        rounding: str = "nearest",
         weight_decay: float = 0.0,
         max_skipped: int = 5,
         **options: Any,
@@ -105,6 +110,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if direction not in noise.DIRECTIONS:
             raise ValueError(f"unknown direction {direction!r}; {nearest(direction, noise.DIRECTIONS)}")
         _check("rank", rank, rank >= 1 and rank == int(rank), "a whole number from 1")
+        _check("fold_every", fold_every, fold_every >= 1 and fold_every == int(fold_every), "a whole number from 1")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"unknown rounding {rounding!r}; {nearest(rounding, ROUNDINGS)}")
         groups = int(groups) if isinstance(groups, str) and groups.isdecimal() else groups
         _check(
             "groups",
@@ -114,10 +122,14 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         )
         self.enhancements = Enhancements(**{k: options.pop(k) for k in Enhancements.names() if k in options})
         self.method = make_method(method, queries=int(queries), **options)
+        if rounding != self.method.rule.rounding:
+            self.method = replace(self.method, rule=replace(self.method.rule, rounding=rounding))
         self.direction = direction
         self.engine_name = engine
         self.groups = groups
         self.rank = int(rank)
+        self.fold_every = int(fold_every)
+        self._pending: list[Displacement] = []
         self.pairs = 1 if groups == "batch" else int(groups)  # directions of a full batch: the most seen so far
         if groups != 1 and not isinstance(self.method.estimator, TwoSided):
             raise ValueError(f"groups={groups!r} needs two-sided estimates: each row's two losses are its own")
@@ -185,6 +197,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """What cannot be had together, said in a line."""
         rule, more = self.method.rule, self.enhancements
         more.refuse(method, self.method.first_order, isinstance(rule, Conservative))
+        if self.fold_every > 1:
+            plain = rule.linear and not rule.extra_forwards and not self.method.first_order and not more.sequential
+            if not plain or more.hybrid is not None or weight_decay:
+                raise ValueError(
+                    f"fold_every={self.fold_every}: only updates that are lists of coefficients can wait (zo-sgd, "
+                    "forward-grad, zo-sgd-sign with sign_mode scalar; no weight decay, masks, blocks or hybrid); use 1"
+                )
+        if rule.rounding != "nearest" and (self.groups != 1 or self.engine_name == "lowrank"):
+            raise ValueError(
+                "rounding='compensated': low-rank updates are folded into the weights as products, which it does not serve; "
+                "use fold_every, or groups=1"
+            )
         if isinstance(rule, Conservative) and weight_decay:
             raise ValueError(
                 f"weight_decay={weight_decay}: method {method!r} may stay at θ, which decay would move; leave it at 0"
@@ -267,7 +291,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         for block, engine in enumerate(() if self.method.first_order else self.blocks):
             seeds_Q = self._seeds(step, block)
             losses = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
-            captured = losses is not None
+            captured = losses is not None and self.fold_every == 1
             if losses is None:
                 raw_P, losses, d_Q = self._estimate(engine, loss_of, batches, seeds_Q, shares)
                 raw = raw_P[0]
@@ -290,6 +314,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             losses_P, g_BGQ = [first], [((0.0,),) * len(self.param_groups)]
             skipped_B = [not math.isfinite(first)]
         self._apply(late)
+        self._fold_at(step)
         if gradients and not skipped_B[0]:
             self._descend(gradients)
         self.forward_passes += self.forwards_a_step * len(batches)
@@ -375,10 +400,20 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def _apply(self, late: list[tuple[Any, Scalars]]) -> None:
         """The updates that wait, in order: through the engine where they are displacements."""
+        rule = self.method.rule
         for engine, scalars in late:
-            weights: Any = _Through(engine, self.pairs) if self.method.rule.linear else engine.directions
-            self.method.rule.apply(weights, scalars, self.state)
+            if self.fold_every > 1:
+                assert isinstance(rule, Linear)
+                self._pending.append(rule.displacement(scalars))
+                continue
+            direct = rule.linear and rule.rounding == "nearest"
+            weights: Any = _Through(engine, self.pairs) if direct else engine.directions
+            rule.apply(weights, scalars, self.state)
         late.clear()
+
+    def _fold_at(self, step: int) -> None:
+        if self.fold_every > 1 and (step + 1) % self.fold_every == 0:
+            self.flush()
 
     def _draw_mask(self, step: int) -> None:
         if self._mask is not None:
@@ -433,6 +468,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             if self.enhancements.block_update != "jacobi":
                 self._apply(late)
         self._apply(late)
+        self._fold_at(record.step)
         for group in self.param_groups:
             group["step"] += 1
 
@@ -476,14 +512,17 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             return None
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
-            self._graphs = StepGraphs(self.engine, self.method.estimator, rule, eps_G, self._room())
+            self._graphs = StepGraphs(
+                self.engine, self.method.estimator, rule, eps_G, self._room(), self.state, self.fold_every == 1
+            )
         return self._graphs.step(loss_of, batches[0], seeds_Q, [float(g["lr"]) for g in groups], shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
         return super().state_dict() | {
-            "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs}
+            "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
+            "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self._pending],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -499,9 +538,29 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.skipped_steps = counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.pairs = counts.get("pairs", self.pairs)
+        self._pending = [
+            Displacement(tuple(seeds_Q), tuple(map(tuple, coefs_GQ)))
+            for seeds_Q, coefs_GQ in state_dict.get("pending", ())
+        ]
 
+    @torch.no_grad()
     def flush(self) -> None:
-        """Apply whatever an engine holds back. The engines of this version hold nothing back."""
+        """Apply the updates that wait: those since the last step whose number `fold_every` divides."""
+        waiting, self._pending = self._pending, []
+        if not waiting:
+            return
+        by = Displacement(
+            tuple(seed for moved in waiting for seed in moved.seeds_Q),
+            tuple(tuple(c for moved in waiting for c in moved.coefs_GQ[g]) for g in range(len(self.param_groups))),
+        )
+        rule = self.method.rule
+        assert isinstance(rule, Linear)
+        if self._graphs is not None and self._graphs.fold(by, len(by.seeds_Q)):
+            return
+        if rule.rounding == "nearest":
+            self.engine.apply(by, len(by.seeds_Q))
+        else:
+            rule.displace(self.engine.directions, by, self.state)
 
     def _applicable(self, losses_P: Sequence[float], by: Scalars) -> bool:
         """Whether the update is finite, in the weights' own dtype too: 16 bits overflow where 32 do not."""

@@ -141,6 +141,8 @@ def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
     rule, engine = optimizer.method.rule, optimizer.engine
     if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or isinstance(engine, LowRankEngine):
         return False
+    if optimizer.fold_every > 1 or rule.rounding != "nearest":
+        return False
     if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
         return False
     directions = engine.directions

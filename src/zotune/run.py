@@ -329,6 +329,8 @@ class _Run:
             queries=config.queries,
             groups=config.groups,
             rank=config.rank,
+            fold_every=config.fold_every,
+            rounding=config.rounding,
             engine=config.engine,
             learning_rate=config.lr,
             lr_scheduler_type=config.lr_schedule,
@@ -401,7 +403,9 @@ class _Run:
                 "queries": config.queries,
                 "groups": config.groups,
                 "rank": config.rank,
-            },
+            }
+            | ({"fold_every": config.fold_every} if config.fold_every > 1 else {})
+            | ({"rounding": config.rounding} if config.rounding != "nearest" else {}),
             dtype=str(config.dtype),
             engine=optimizer.engine.name,
             base={

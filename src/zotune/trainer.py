@@ -32,6 +32,8 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     queries: int = field(default=1, metadata={"help": "directions a step; each costs two forwards"})
     groups: Any = field(default=1, metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch'"})
     rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
+    fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
+    rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
     method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
     max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
@@ -47,7 +49,10 @@ class ZOTrainingArguments(transformers.TrainingArguments):
             )
 
 
-_ZO_FIELDS = ("method", "eps", "direction", "queries", "groups", "rank", "engine", "method_options", "max_skipped")
+_ZO_FIELDS = (
+    "method", "eps", "direction", "queries", "groups", "rank", "fold_every", "rounding", "engine", "method_options",
+    "max_skipped",
+)  # fmt: skip
 
 
 class _TrainersOptimizer(ZeroOrderOptimizer):
@@ -141,6 +146,8 @@ class ZOTrainer(transformers.Trainer):
                 loss = self.zo_optimizer.step(self._rows_of(model), batch=batch)
             else:
                 loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
+        if self.state.global_step + 1 >= self.state.max_steps:
+            self.zo_optimizer.flush()  # the run's last update waits for no other
         return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
 
     def _rows_of(self, model: nn.Module) -> Callable[[Any], Tensor]:

@@ -20,10 +20,11 @@ from zotune.trajectory import coefficient, float32, shrinkage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zotune.directions import Directions, Displacement
+    from zotune.directions import Directions, Displacement, HeldDisplacement
 
 TILE = 1 << 22  # elements of ĝ at a time
 STATE_DTYPES = ("float32", "parameter")
+ROUNDINGS = ("nearest", "compensated")
 
 State = MutableMapping[Any, Any]  # parameter → its buffers by name, as torch's Optimizer.state
 
@@ -45,9 +46,13 @@ class Rule:
 
     State: the buffers named, one element a weight, float32 (float64 for float64 weights), or the parameter's own dtype
     with state_dtype "parameter". Arithmetic is never narrower than float32; a weight is rounded once.
+
+    rounding: "nearest", or "compensated": what rounding took from a weight is kept beside it, in the weight's own dtype, and
+    added at the next update, w + r ← w + r + Δ. It costs the trainable parameters once more; 16-bit weights then lose no update.
     """
 
     state_dtype: str = "float32"
+    rounding: str = "nearest"
 
     buffers = ()  # type: tuple[str, ...]
     linear = False
@@ -91,15 +96,20 @@ class Rule:
             if name not in own:
                 own[name] = torch.zeros(param.shape, dtype=kept, device=param.device)
         own["steps"] = own.get("steps", 0) + 1
+        lost = residual(param, own).view(-1) if self.rounding == "compensated" else None
         lr, shrink = float32(lr), shrinkage(lr, decay)
         flat = param.data.reshape(-1)  # a copy only where the parameter is a permuted view
         for first, gradient in tiles:
             part = slice(first, first + gradient.numel())
             state = {name: own[name].view(-1)[part].to(wide) for name in self.buffers}
             w_n = flat[part].to(wide)
+            if lost is not None:
+                w_n += lost[part].to(wide)
             w_n = self.move(w_n * shrink if shrink != 1 else w_n, gradient.to(wide), state, lr, own["steps"])
             if lr or shrink != 1:  # else not even the sign of a zero changes
                 flat[part] = w_n.to(param.dtype)
+                if lost is not None:
+                    lost[part] = (w_n - flat[part].to(wide)).to(param.dtype)
             for name, value in state.items():
                 own[name].view(-1)[part] = value.to(kept)
         if not param.data.is_contiguous():
@@ -128,8 +138,31 @@ class Linear(Rule):
         )
 
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
-        shrink(directions, by)
-        directions.apply(self.displacement(by))
+        if self.rounding == "compensated":
+            factors = [shrinkage(lr, decay) for lr, decay in zip(by.lr_G, by.decay_G, strict=True)]
+            self.displace(directions, self.displacement(by), state, factors)
+        else:
+            shrink(directions, by)
+            self.displace(directions, self.displacement(by), state)
+
+    def displace(
+        self, directions: Any, by: Displacement | HeldDisplacement, state: State, factors: Sequence[float] = ()
+    ) -> None:
+        """θ ← factor·θ + displacement, rounded as the rule rounds; factors by parameter group where rounding is compensated."""
+        if self.rounding == "compensated":
+            kept = [residual(param, state[param]) for param in directions.params]
+            directions.apply_compensated(by, kept, factors)
+        else:
+            directions.apply(by)
+
+
+def residual(param: Any, own: MutableMapping[str, Any]) -> Tensor:
+    """What rounding has taken from a parameter so far."""
+    import torch
+
+    if "residual" not in own:
+        own["residual"] = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    return own["residual"]
 
 
 def shrink(directions: Directions, by: Scalars) -> None:
@@ -202,7 +235,7 @@ class Conservative(Sgd):
 
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
         if by.choice:
-            directions.apply(self.displacement(by))
+            self.displace(directions, self.displacement(by), state)
 
 
 @dataclass(frozen=True)

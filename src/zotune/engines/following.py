@@ -28,6 +28,7 @@ class FollowingEngine(SequentialEngine):
     def __init__(self, directions: Directions) -> None:
         super().__init__(directions)
         self.usable = True
+        self.why = ""  # it is not
         self._checked = False
         self._eps = 0.0  # of the narrowest format that activations were seen in
 
@@ -99,7 +100,7 @@ class FollowingEngine(SequentialEngine):
             raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")
 
     def _give_up(self, why: str) -> None:
-        self.usable = False
+        self.usable, self.why = False, why
         logger.warning("engine %s: %s; steps go on by two separate forwards", self.name, why)
 
 

@@ -27,6 +27,8 @@ from zotune.engines.parts import PartedReads, Parts, Unfollowed, optional_kernel
 from zotune.engines.sequential import same_draws
 from zotune.engines.stacks import Stacks
 
+MOST_AT_ONCE = 64  # rank of an update that is folded in one pass over a parameter
+
 
 class LowRankEngine(FollowingEngine):
     """Losses under G low-rank directions, each for its own rows: row i of B under direction i·G // B.
@@ -46,7 +48,8 @@ class LowRankEngine(FollowingEngine):
         own = [f"{directions.slots[id(p)].name}.{side}" for p in self.factored for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
         self._stacks: dict[int, Stacks] = {}
-        self._factors: dict[int, _Factors] = {}
+        self._factors: dict[int, _Factors] = {}  # by the number of directions that probes have
+        self._folds: dict[int, list[_Factors]] = {}  # by the number folded at once, one a factored parameter
 
     def both(
         self,
@@ -102,25 +105,39 @@ class LowRankEngine(FollowingEngine):
         return self._factors[groups]
 
     def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
-        """θ ← θ + Σ c·U·Vᵀ/√r + Σ c·z: one product for each factored parameter and so many directions at once."""
-        count, each = len(by.seeds_Q), at_once
-        for first in range(0, count, each):
+        """θ ← θ + Σ c·U·Vᵀ/√r + Σ c·z: one product for each factored parameter and so many directions at once.
+
+        Where that is more than a probe's, the factors of one parameter at a time are drawn.
+        """
+        each = min(at_once, max(1, MOST_AT_ONCE // self.rank))
+        for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
-            drawn, scaled = self._drawn(some), {}
-            for param in self.factored:
+            held = self._drawn(some) if len(some.seeds_Q) in self._factors or not self._factors else None
+            if held is None and (count := len(some.seeds_Q)) not in self._folds:
+                largest = max((sum(_sides(p)) for p in self.factored), default=0)
+                room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.factored}
+                self._folds[count] = [_Factors(self, count, [p], room[p.dtype]) for p in self.factored]
+            scaled: dict[int, Tensor] = {}
+            for i, param in enumerate(self.factored):
                 slot = self.directions.slots[id(param)]
                 if some.is_zero(slot.group):
                     continue
-                u_GOR, v_GDR = drawn.of[id(param)]
-                matrix = param.data.view(param.shape[0], -1)
+                drawn = held
+                if drawn is None:
+                    drawn = self._folds[len(some.seeds_Q)][i]
+                    drawn.draw(some, again=True)
                 if slot.group not in scaled:
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
-                scaled_G = scaled[slot.group]
-                if param.is_cuda and (kernels := optional_kernels()) is not None and param.dtype != torch.float64:
-                    kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
-                else:
-                    _fold(matrix, u_GOR, v_GDR, scaled_G)
+                self._fold(param, drawn, scaled[slot.group])
             self.directions.apply(some, self.dense)
+
+    def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor) -> None:
+        u_GOR, v_GDR = drawn.of[id(param)]
+        matrix = param.data.view(param.shape[0], -1)
+        if param.is_cuda and (kernels := optional_kernels()) is not None and param.dtype != torch.float64:
+            kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
+        else:
+            _fold(matrix, u_GOR, v_GDR, scaled_G)
 
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
@@ -130,23 +147,32 @@ class LowRankEngine(FollowingEngine):
 class _Factors:
     """U (G, O, R) and V (G, D, R) of every factored parameter for G directions, in buffers that are used again."""
 
-    def __init__(self, engine: LowRankEngine, groups: int) -> None:
+    def __init__(
+        self,
+        engine: LowRankEngine,
+        groups: int,
+        params: list[torch.nn.Parameter] | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
+        """params: of these alone; in the memory given, which others may use between a draw and the next."""
         self.of: dict[int, tuple[Tensor, Tensor]] = {}
-        items = []
+        items, first = [], 0
         self._device = engine.directions.params[0].device
-        for param in engine.factored:
+        for param in engine.factored if params is None else params:
             pair = []
             for side, pid in zip(_sides(param), engine.ids_of(param), strict=True):
-                out = param.data.new_empty(groups, side * engine.rank)
-                items.append(noise.Item(out, None, pid))
+                count = groups * side * engine.rank
+                out = param.data.new_empty(count) if memory is None else memory[first : first + count]
+                first += count
+                items.append(noise.Item(out.view(groups, -1), None, pid))
                 pair.append(out.view(groups, side, engine.rank))
             self.of[id(param)] = pair[0], pair[1]
         self._many = noise.Many(items, engine.directions.distribution)
         self._held: Any = None
 
-    def draw(self, at: Displacement | HeldDisplacement) -> None:
-        """Nothing where the last draw was of the same seeds: the update wants what the probes had."""
-        if isinstance(at, Displacement) and self._held == at.seeds_Q and not capturing():
+    def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:
+        """Nothing where the last draw was of the same seeds, unless again: the update wants what the probes had."""
+        if isinstance(at, Displacement) and self._held == at.seeds_Q and not capturing() and not again:
             return
         seeds_G, _ = at.on(0, self._device)
         ones = torch.ones(1, len(seeds_G), 1, device=self._device)

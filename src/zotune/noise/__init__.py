@@ -153,6 +153,40 @@ def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, dir
         w.copy_(flat.view(w.shape))
 
 
+def add_noise_compensated(
+    w: Tensor,
+    residual: Tensor,
+    seeds_Q: Tensor,
+    coefs_Q: Tensor,
+    pid: int,
+    direction: str,
+    factor: float = 1.0,
+) -> None:
+    """t = factor·(w + residual) + Σ_q coefs_Q[q]·z(seeds_Q[q]), then w ← t rounded and residual ← t − w, rounded; in place.
+
+    residual: as w in shape and dtype. Sums in float32 (float64 for float64 weights). Nothing changes where all coefficients are
+    zero and factor is 1.
+    """
+    import torch
+
+    backend = backend_for(w.device)
+    if hasattr(backend, "add_noise_compensated") and w.is_contiguous():
+        backend.add_noise_compensated(w, residual, seeds_Q, coefs_Q, pid, direction, factor)
+        return
+    if factor == 1 and not bool(coefs_Q.any()):
+        return
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    flat, lost = w.reshape(-1), residual.view(-1)
+    for first in range(0, flat.numel(), STEPS_PART):
+        part = slice(first, first + STEPS_PART)
+        total = (flat[part].to(wide) + lost[part].to(wide)) * factor
+        backend.add_noise(total, total, seeds_Q, coefs_Q, pid, direction, first)
+        flat[part] = total.to(w.dtype)
+        lost[part] = (total - flat[part].to(wide)).to(w.dtype)
+    if not w.is_contiguous():
+        w.copy_(flat.view(w.shape))
+
+
 def add_noise_rows(
     out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
 ) -> None:

@@ -192,6 +192,31 @@ def _steps_kernel(
     tl.store(w + at_GE, w_GE, mask=inside)
 
 
+@triton.jit(do_not_specialize=["pid", "factor"])
+def _compensated_kernel(
+    w, lost, n, seeds, coefs, factor, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
+    """w + lost ← factor·(w + lost) + Σ_q coefs[q]·z(seeds[q]): w rounded, lost what that took."""
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    inside = at_GE < n
+    w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    lost_GE = tl.load(lost + at_GE, mask=inside, other=0.0)
+    wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
+    before_GE = (w_GE.to(wide) + lost_GE.to(wide)) * factor
+    total_GE = tl.zeros((G, E), dtype=wide)
+    moves = factor != 1.0
+    for q in range(Q):
+        coef = tl.load(coefs + q).to(wide)
+        total_GE += coef * _draw(tl.load(seeds + q), pid, step_G, GAUSSIAN, E, G).to(wide)
+        moves = moves | (coef != 0)
+    total_GE += before_GE
+    new_GE = tl.where(moves, total_GE.to(w_GE.dtype), w_GE)
+    tl.store(w + at_GE, new_GE, mask=inside)
+    rest_GE = (total_GE - new_GE.to(wide)).to(w_GE.dtype)
+    tl.store(lost + at_GE, tl.where(moves, rest_GE, lost_GE), mask=inside)
+
+
 @triton.jit
 def _many_kernel(
     tile_item,
@@ -315,6 +340,18 @@ def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, dir
     steps, queries = seeds_SQ.shape
     grid = (triton.cdiv(w.numel(), TILE),)
     _steps_kernel[grid](w, w.numel(), seeds_SQ, coefs_SQ, steps, queries, _signed(pid), **_shape(direction))
+
+
+def add_noise_compensated(
+    w: Tensor, residual: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, factor: float
+) -> None:
+    """See `zotune.noise.add_noise_compensated`. w and residual are contiguous."""
+    if w.numel() == 0:
+        return
+    grid = (triton.cdiv(w.numel(), TILE),)
+    _compensated_kernel[grid](
+        w, residual, w.numel(), seeds_Q, coefs_Q, float(factor), len(seeds_Q), _signed(pid), **_shape(direction)
+    )
 
 
 _TL_DTYPE = {
