@@ -106,7 +106,7 @@ def test_a_turn_that_the_template_writes_otherwise_later_counts_as_the_last_alon
 def test_without_a_label_the_assistant_is_asked_for_its_next_turn():
     tokenizer = chatty()
     for fields in ({"messages": TALK}, {"messages": TALK[:3]}, {"prompt": TALK[:3]}):
-        task = by_columns("t", Row(fields | {"completion": TALK[3:]}, "f:1"))
+        task = by_columns("t", Row(fields, "f:1"), labelled=False)
         encoded = Encoder(tokenizer, None)(task.example(Row(fields, "f:1"), labelled=False))
         assert tokenizer.decode(list(encoded.prompt)).endswith("and the day</s>\n<s>assistant\n")
 

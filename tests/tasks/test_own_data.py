@@ -87,3 +87,12 @@ def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):
     assert run(["eval", *own, "--output", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["cut_rows"] == 1
     assert "(30 rows of test, 1 of them cut)" in capsys.readouterr().out
+
+
+def test_prompts_alone_are_enough_to_predict(tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    rows = tiny.write_rows(tmp_path / "new.jsonl", [{"prompt": f"the film {i} was"} for i in range(3)])
+    flags = ["--model", str(model), "--data", str(rows), "--device", "cpu"]
+    assert run(["predict", *flags, "--output", str(tmp_path / "p.jsonl")]) == 0
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
+    assert run(["eval", *flags]) == 2

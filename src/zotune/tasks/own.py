@@ -31,15 +31,15 @@ def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
         options.subset,
         options.tables,
     )
-    task = task or _own_task(options, source)
+    task = task or _own_task(options, source, labelled)
     return task, source.asking(functools.partial(task.example, labelled=labelled))
 
 
-def _own_task(options: DataOptions, source: Source) -> Task:
+def _own_task(options: DataOptions, source: Source, labelled: bool) -> Task:
     assert options.data is not None
     name = Path(options.data).name or options.data
     if options.template is None:
-        return by_columns(name, source.first()[1][0])
+        return by_columns(name, source.first()[1][0], labelled)
     return Task(
         name=name,
         prompt=options.template,
@@ -75,8 +75,8 @@ def encoded(encode: Encoder, source: Source, examples: Sequence[Example]) -> tup
     return [example for example, _ in pairs], [row for _, row in pairs]
 
 
-def by_columns(name: str, row: Row) -> Task:
-    """The task of rows named as TRL names them, told by one of them.
+def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
+    """The task of rows named as TRL names them, told by one of them; not labelled: a prompt needs no completion.
 
     messages                a conversation; the loss is over the assistant's turns
     prompt and completion   texts: an answer to generate; lists of messages: a conversation, the completion's turns count
@@ -87,8 +87,8 @@ def by_columns(name: str, row: Row) -> Task:
     has = row.fields
     if "messages" in has:
         return Task(name=name, messages_field="messages")
-    if "prompt" in has and "completion" in has:
-        if isinstance(has["prompt"], list) or isinstance(has["completion"], list):
+    if "prompt" in has and ("completion" in has or not labelled):
+        if isinstance(has["prompt"], list) or isinstance(has.get("completion"), list):
             return Task(name=name, messages_field="prompt", answer_field="completion")
         return Task(name=name, prompt="{prompt}", answer_field="completion")
     if "text" in has:
