@@ -119,8 +119,13 @@ class TrainConfig(DataOptions, ModelOptions):
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="fraction of the weights that a step leaves out"
     )
-    mask: Literal["random", "magnitude"] | None = Field(
-        None, description="which weights sparsity leaves out: random ones or the smallest [default: random]"
+    mask: Literal["random", "magnitude", "wanda"] | None = Field(
+        None,
+        description="which weights sparsity leaves out: random ones, the smallest, or those of least weight times input "
+        "[default: random]",
+    )
+    calibration_rows: Positive | None = Field(
+        None, description="training rows that a mask of wanda is made from [default: 128]"
     )
     sparsity_scope: Literal["layer", "global"] | None = Field(
         None, description="fraction of each tensor, or of all weights together [default: layer]"
@@ -367,10 +372,20 @@ def _method_problems(options: TrainConfig) -> list[str]:
 
             enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
             enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
+        if options.calibration_rows is not None and options.mask != "wanda":
+            raise ValueError(f"calibration_rows={options.calibration_rows}: means nothing without mask wanda")
+        if options.mask == "wanda" and options.scheme != "full":
+            raise ValueError(
+                f"mask wanda scores the model's own linear maps, of which scheme {options.scheme!r} trains none; "
+                "use --scheme full, or --mask random"
+            )
         if method.rule.extra_forwards and options.weight_decay:
             raise ValueError(f"method {options.method!r} takes no weight_decay: it may stay where it is")
     except ValueError as error:
-        name = next((k for k in (*STEP_OPTIONS, "estimator", "queries") if k in str(error)), "method")
+        names = (*STEP_OPTIONS, "estimator", "queries", "calibration_rows")
+        name = next((k for k in names if str(error).startswith(k)), None) or next(
+            (k for k in names if k in str(error)), "method"
+        )
         return [f"{_flag(name)}: {error}"]
     return []
 
