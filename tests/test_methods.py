@@ -218,8 +218,9 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
     "extra",
     [
         ["--method", "zo-adam", "--dtype", "bfloat16", "--lr-schedule", "linear"],
+        ["--method", "zo-adam", "--beta1", "0.8", "--beta2", "0.9", "--adam-eps", "1e-4", "--state-dtype", "bfloat16"],
         ["--method", "zo-sgd-cons", "--queries", "2", "--g-clip", "3"],
-        ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--beta", "0.5"],
+        ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--momentum", "0.5"],
         ["--sparsity", "0.5", "--mask", "magnitude", "--mask-refresh", "2"],
         ["--method", "forward-grad", "--sparsity", "0.5", "--sparsity-scope", "global"],
     ],
@@ -241,7 +242,12 @@ def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (["--method", "zo-sgd", "--beta", "0.5"], "no option 'beta'"),
+        (["--method", "zo-sgd", "--momentum", "0.5"], "no option 'momentum'"),
+        (["--method", "zo-sgd-mmt", "--beta1", "0.5"], "no option 'beta1'"),
+        (["--method", "zo-adam", "--momentum", "0.5"], "no option 'momentum'"),
+        (["--method", "zo-adam", "--beta2", "1"], "--beta2"),
+        (["--method", "fo-adam", "--adam-eps", "0"], "--adam-eps"),
+        (["--method", "fo-adam", "--state-dtype", "float8"], "did you mean 'float32'"),
         (["--method", "fo-sgd", "--queries", "2"], "no option 'queries'"),
         (["--method", "fo-sgd", "--estimator", "one-sided"], "no option 'estimator'"),
         (["--method", "fo-adam", "--sparsity", "0.5"], "no direction"),
@@ -268,4 +274,6 @@ def test_the_list_tells_what_each_costs(capsys, monkeypatch):
         assert name in shown
         assert preset.forwards in shown
         assert preset.paper in shown
+    assert "--momentum 0.9" in shown
+    assert "--beta2 0.999; --adam-eps 1e-08; --state-dtype float32" in " ".join(shown.split())
     assert METHODS["zo-adam"].state == "2 × trainable"

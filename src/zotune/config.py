@@ -111,9 +111,18 @@ class TrainConfig(DataOptions, ModelOptions):
     sign_mode: Literal["element", "scalar"] | None = Field(
         None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
     )
-    beta: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
-    state_dtype: Literal["float32", "parameter"] | None = Field(
-        None, description="of the state of momentum and Adam [default: float32]"
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of the gradient keeps a step [default: 0.9]"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of its square keeps [default: 0.999]"
+    )
+    adam_eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of zo-adam and fo-adam: added to the root of that mean [default: 1e-8]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
     )
     g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -208,8 +217,9 @@ class TrainConfig(DataOptions, ModelOptions):
 
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
+METHOD_OPTIONS = ("sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
 STEP_OPTIONS = (
-    "sign_mode", "beta", "state_dtype", "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
+    *METHOD_OPTIONS, "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
     "block_update", "hybrid", "fo_lr",
 )  # fmt: skip
 
@@ -364,7 +374,7 @@ def _method_problems(options: TrainConfig) -> list[str]:
     from zotune.methods import make_method
 
     given = options.step_options
-    own = {k: v for k, v in given.items() if k in ("estimator", "sign_mode", "beta", "state_dtype")}
+    own = {k: v for k, v in given.items() if k in ("estimator", *METHOD_OPTIONS)}
     try:
         method = make_method(options.method, queries=options.queries, **own)
         if len(given) > len(own):
