@@ -50,6 +50,14 @@ def test_without_ray_one_line_says_so(monkeypatch, capsys, suite_file, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@needs_ray
+def test_an_address_without_a_cluster_is_one_line(capsys, suite_file, tmp_path):
+    command = ["bench", "run", suite_file(), "--output", str(tmp_path / "out"), "--executor", "ray", "--ray-address"]
+    for address in ("127.0.0.1:9", "nowhere"):
+        assert run([*command, address]) == 2
+        assert f"--ray-address {address}: no cluster there" in capsys.readouterr().err
+
+
 @pytest.fixture
 def job(suite_file, program, tmp_path, monkeypatch) -> Job:
     """The run of seed 0, of a driver whose token is 'ours'."""

@@ -98,6 +98,8 @@ def execute_on_ray(
     """
     import ray
 
+    if address is not None:
+        _check_reach(address)
     try:
         ray.init(address=address or "local", include_dashboard=False if address is None else None, log_to_driver=False,
                  logging_level="error")  # fmt: skip
@@ -112,6 +114,18 @@ def execute_on_ray(
         return _drive(plan, store, jobs, watcher, task.remote, program)
     finally:
         ray.shutdown()
+
+
+def _check_reach(address: str) -> None:
+    """Raises InputError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or "write HOST:PORT, such as 10.0.0.1:6379, or auto"
+        raise InputError(f"--ray-address {address}: no cluster there ({said})") from None
 
 
 def _drive(
