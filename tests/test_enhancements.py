@@ -346,7 +346,7 @@ def test_hybrid_training_learns_with_momentum_and_resumes():
         ({"hybrid": 0.5}, "needs fo_lr"),
         ({"hybrid": 0.01, "fo_lr": 0.1, "params": "linear"}, "depth"),
         ({"blocks": "transformer", "params": "linear"}, "number of a layer"),
-        ({"sparsity": 0.5, "mask": "wanda"}, "magnitude"),
+        ({"sparsity": 0.5, "mask": "wandas"}, "wanda"),
         ({"mask_refresh": 3}, "means nothing without sparsity"),
         ({"sparsity": 0.5, "method": "fo-sgd"}, "no direction"),
         ({"fo_lr": 0.1}, "means nothing without hybrid"),

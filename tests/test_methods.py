@@ -218,8 +218,9 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
     "extra",
     [
         ["--method", "zo-adam", "--dtype", "bfloat16", "--lr-schedule", "linear"],
+        ["--method", "zo-adam", "--beta1", "0.8", "--beta2", "0.9", "--adam-eps", "1e-4", "--state-dtype", "bfloat16"],
         ["--method", "zo-sgd-cons", "--queries", "2", "--g-clip", "3"],
-        ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--beta", "0.5"],
+        ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--momentum", "0.5"],
         ["--sparsity", "0.5", "--mask", "magnitude", "--mask-refresh", "2"],
         ["--method", "forward-grad", "--sparsity", "0.5", "--sparsity-scope", "global"],
     ],
@@ -241,7 +242,12 @@ def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (["--method", "zo-sgd", "--beta", "0.5"], "no option 'beta'"),
+        (["--method", "zo-sgd", "--momentum", "0.5"], "no option 'momentum'"),
+        (["--method", "zo-sgd-mmt", "--beta1", "0.5"], "no option 'beta1'"),
+        (["--method", "zo-adam", "--momentum", "0.5"], "no option 'momentum'"),
+        (["--method", "zo-adam", "--beta2", "1"], "--beta2"),
+        (["--method", "fo-adam", "--adam-eps", "0"], "--adam-eps"),
+        (["--method", "fo-adam", "--state-dtype", "float8"], "did you mean 'float32'"),
         (["--method", "fo-sgd", "--queries", "2"], "no option 'queries'"),
         (["--method", "fo-sgd", "--estimator", "one-sided"], "no option 'estimator'"),
         (["--method", "fo-adam", "--sparsity", "0.5"], "no direction"),
@@ -263,9 +269,11 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(made, tmp_path, capsys, e
 def test_the_list_tells_what_each_costs(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["list", "methods"]) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # a line may be folded
     for name, preset in METHODS.items():
         assert name in shown
         assert preset.forwards in shown
         assert preset.paper in shown
+    assert "--momentum 0.9" in shown
+    assert "--beta2 0.999; --adam-eps 1e-08; --state-dtype float32" in shown
     assert METHODS["zo-adam"].state == "2 × trainable"

@@ -106,6 +106,50 @@ def test_a_method_is_its_formula(method, queries, decay):
     assert (model.a - Toy().a).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("options", [{"beta1": 0.5}, {"beta2": 0.7}, {"adam_eps": 2.0}])
+def test_adams_options_are_those_of_torch(options):
+    """Adam on the same gradients: torch's, given the estimate of each step."""
+    names = {"beta1": 0.9, "beta2": 0.999, "adam_eps": 1e-8} | options
+    model, hand, plain = Toy(), Toy(), Toy()
+    optimizer = ZeroOrderOptimizer(model, "zo-adam", lr=LR, eps=EPS, **options)
+    default = ZeroOrderOptimizer(plain, "zo-adam", lr=LR, eps=EPS)
+    adam = torch.optim.Adam(hand.parameters(), lr=LR, betas=(names["beta1"], names["beta2"]), eps=names["adam_eps"])
+    for step in range(4):
+        optimizer.step(model.loss)
+        default.step(plain.loss)
+        found = estimate(hand, step)
+        for name, p in hand.named_parameters():
+            p.grad = found[name]
+        adam.step()
+    for p, q, r in zip(model.parameters(), hand.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-7)
+        assert (p - r).abs().max() > 1e-4
+
+
+def test_momentum_is_its_option():
+    model, hand = Toy(), Toy()
+    optimizer = ZeroOrderOptimizer(model, "zo-sgd-mmt", lr=LR, eps=EPS, momentum=0.3)
+    sgd = torch.optim.SGD(hand.parameters(), lr=LR, momentum=0.3)
+    for step in range(4):
+        optimizer.step(model.loss)
+        found = estimate(hand, step)
+        for name, p in hand.named_parameters():
+            p.grad = found[name]
+        sgd.step()
+    for p, q in zip(model.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-7)
+
+
+def test_state_in_16_bits_takes_half_the_memory():
+    def held(**options) -> int:
+        model = Toy(torch.float32)
+        optimizer = ZeroOrderOptimizer(model, "zo-adam", lr=LR, **options)
+        optimizer.step(model.loss)
+        return optimizer.state_bytes
+
+    assert held() == 2 * held(state_dtype="bfloat16") == held(state_dtype="parameter")
+
+
 @pytest.mark.parametrize("tile", [1, 8, 1000])
 @pytest.mark.parametrize("method", ["zo-sgd-mmt", "zo-adam", "zo-sgd-sign"])
 def test_tiles_change_no_bit(method, tile, monkeypatch):
@@ -157,7 +201,7 @@ def test_a_conservative_step_makes_each_of_its_choices_and_stays_on_a_tie():
 
 @pytest.mark.parametrize("method", ["zo-sgd-mmt", "zo-adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("state_dtype", ["float32", "parameter"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "parameter"])
 def test_state_has_its_dtype_and_comes_back_with_its_bits(method, dtype, state_dtype):
     def made(model):
         return ZeroOrderOptimizer(model, method, lr=LR, eps=1e-2, seed=2, state_dtype=state_dtype)
@@ -174,7 +218,9 @@ def test_state_has_its_dtype_and_comes_back_with_its_bits(method, dtype, state_d
     later.load_state_dict(saved)
     for p in half.parameters():
         for name in later.method.rule.buffers:
-            assert later.state[p][name].dtype == (torch.float32 if state_dtype == "float32" else dtype)
+            assert later.state[p][name].dtype == {"parameter": dtype}.get(
+                state_dtype, getattr(torch, state_dtype, None)
+            )
             assert torch.equal(later.state[p][name], earlier.state[p][name])
     for _ in range(3):
         later.step(half.loss)
@@ -224,8 +270,8 @@ def test_without_slope_a_rule_without_state_leaves_every_bit(method):
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("zo-sgd", {"beta": 0.9}, "no option 'beta'"),
-        ("zo-sgd-mmt", {"beta": 1.0}, "under 1"),
+        ("zo-sgd", {"momentum": 0.9}, "no option 'momentum'"),
+        ("zo-sgd-mmt", {"momentum": 1.0}, "under 1"),
         ("zo-adam", {"state_dtype": "float8"}, "state_dtype"),
         ("zo-sgd-sign", {"sign_mode": "elementwise"}, "element"),
         ("zo-sgd-cons", {"weight_decay": 0.1}, "decay"),

@@ -145,16 +145,30 @@ class TrainConfig(DataOptions, ModelOptions):
     sign_mode: Literal["element", "scalar"] | None = Field(
         None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
     )
-    beta: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
-    state_dtype: Literal["float32", "parameter"] | None = Field(
-        None, description="of the state of momentum and Adam [default: float32]"
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of the gradient keeps a step [default: 0.9]"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of its square keeps [default: 0.999]"
+    )
+    adam_eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of zo-adam and fo-adam: added to the root of that mean [default: 1e-8]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
     )
     g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="fraction of the weights that a step leaves out"
     )
-    mask: Literal["random", "magnitude"] | None = Field(
-        None, description="which weights sparsity leaves out: random ones or the smallest [default: random]"
+    mask: Literal["random", "magnitude", "wanda"] | None = Field(
+        None,
+        description="which weights sparsity leaves out: random ones, the smallest, or those of least weight times input "
+        "[default: random]",
+    )
+    calibration_rows: Positive | None = Field(
+        None, description="training rows that a mask of wanda is made from [default: 128]"
     )
     sparsity_scope: Literal["layer", "global"] | None = Field(
         None, description="fraction of each tensor, or of all weights together [default: layer]"
@@ -243,8 +257,9 @@ class TrainConfig(DataOptions, ModelOptions):
 
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
+METHOD_OPTIONS = ("sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
 STEP_OPTIONS = (
-    "sign_mode", "beta", "state_dtype", "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
+    *METHOD_OPTIONS, "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
     "block_update", "hybrid", "fo_lr",
 )  # fmt: skip
 
@@ -411,7 +426,7 @@ def _method_problems(options: TrainConfig) -> list[str]:
             ]
 
     given = options.step_options
-    own = {k: v for k, v in given.items() if k in ("estimator", "sign_mode", "beta", "state_dtype")}
+    own = {k: v for k, v in given.items() if k in ("estimator", *METHOD_OPTIONS)}
     try:
         method = make_method(options.method, queries=options.queries, **own)
         if len(given) > len(own):
@@ -419,10 +434,20 @@ def _method_problems(options: TrainConfig) -> list[str]:
 
             enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
             enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
+        if options.calibration_rows is not None and options.mask != "wanda":
+            raise ValueError(f"calibration_rows={options.calibration_rows}: means nothing without mask wanda")
+        if options.mask == "wanda" and options.scheme != "full":
+            raise ValueError(
+                f"mask wanda scores the model's own linear maps, of which scheme {options.scheme!r} trains none; "
+                "use --scheme full, or --mask random"
+            )
         if method.rule.extra_forwards and options.weight_decay:
             raise ValueError(f"method {options.method!r} takes no weight_decay: it may stay where it is")
     except ValueError as error:
-        name = next((k for k in (*STEP_OPTIONS, "estimator", "queries") if k in str(error)), "method")
+        names = (*STEP_OPTIONS, "estimator", "queries", "calibration_rows")
+        name = next((k for k in names if str(error).startswith(k)), None) or next(
+            (k for k in names if k in str(error)), "method"
+        )
         return [f"{_flag(name)}: {error}"]
     return []
 

@@ -7,8 +7,9 @@ Source: arXiv 2402.11592, section 5 (block-wise descent, hybrid training, gradie
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from zotune import noise
+from zotune.calibration import Norms, by_output, chunk_of, scores
 from zotune.directions import Directions, Displacement, HeldDisplacement
-from zotune.errors import nearest
+from zotune.errors import InputError, nearest
 
-MASKS = ("random", "magnitude")
+logger = logging.getLogger(__name__)
+
+MASKS = ("random", "magnitude", "wanda")
 SCOPES = ("layer", "global")
 BLOCKS = ("transformer", "attention-mlp", "linear")
 UPDATES = ("gauss-seidel", "jacobi")
@@ -29,9 +33,10 @@ CHUNK = 1 << 20  # elements masked at a time
 
 @dataclass(frozen=True)
 class Enhancements:
-    """sparsity: the fraction of elements that a step leaves out, of its probes and its update alike. mask: which, "random" or those
-        of least "magnitude". sparsity_scope: the fraction of each tensor ("layer"), or of all weights together ("global"), where
-        a tensor's own fraction is its share of the smallest. mask_refresh: steps until a mask is drawn anew; None keeps the first.
+    """sparsity: the fraction of elements that a step leaves out, of its probes and its update alike. mask: which: "random" ones,
+        those of least "magnitude", or those of least weight times input, "wanda". sparsity_scope: the fraction of each
+        tensor ("layer"; of each output with wanda), or of all weights together ("global"), where a tensor's own
+        fraction is its share of the smallest. mask_refresh: steps until a mask is drawn anew; None keeps the first.
     blocks: descend one block after another, each step all of them: "transformer" (embeddings, each layer, the rest),
         "attention-mlp" (each layer in two), "linear" (each module that owns parameters). block_update: "gauss-seidel" moves a
         block before the next is probed, "jacobi" all at the end.
@@ -196,7 +201,9 @@ class Mask:
 
     Random: element i of a parameter is left out where its word of the mask's stream is under sparsity·2³²; the seed is that of the
     step at which the mask was drawn, so nothing is stored. Magnitude: the least |θ| at that step, one byte an element, in
-    the optimizer's state.
+    the optimizer's state. Wanda: the least |W_oi|·‖x_i‖₂ of each output o of a linear map within the layers, over some rows
+    of data; with scope "global", of all these maps together. As in its paper embeddings, norms, biases and the head have no
+    mask. State as for magnitude. Sources: arXiv 2402.11592, section 5; Wanda, arXiv 2306.11695.
     """
 
     def __init__(self, of: Enhancements, seed: int) -> None:
@@ -206,19 +213,23 @@ class Mask:
         self.drawn: int | None = None
         self.state: MutableMapping[Any, Any] = {}
 
-    def at(self, step: int, params: Sequence[Any], state: MutableMapping[Any, Any]) -> None:
-        """The mask of a step; weights are read at the steps that draw one."""
+    def at(
+        self, step: int, named: Mapping[str, Any], state: MutableMapping[Any, Any], norms: Callable[[int], Norms]
+    ) -> None:
+        """The mask of a step; weights are read, and `norms` called, at the steps that draw one."""
         self.state, self.drawn = state, step // self.refresh * self.refresh if self.refresh else 0
-        key = "kept" if self.kind == "magnitude" else "sparsity"
-        if any(key not in state[p] for p in params) or (step == self.drawn and self.kind == "magnitude"):
-            self._measure(params)
+        key, params = "sparsity" if self.kind == "random" else "kept", list(named.values())
+        if any(key not in state[p] for p in params) or (step == self.drawn and self.kind != "random"):
+            if self.kind == "wanda":
+                self._weigh(named, norms(self.drawn))
+            else:
+                self._measure(params)
 
-    def keep(self, param: Any, pid: int, first: int, count: int) -> Tensor:
-        """(n,) bool: True where elements first, first + 1, … are perturbed."""
+    def keep(self, param: Any, pid: int, first: int, count: int) -> Tensor | None:
+        """(n,) bool: True where elements first, first + 1, … are perturbed. None: all of them are."""
         own = self.state[param]
-        if self.kind == "magnitude":
-            kept: Tensor = own["kept"][first : first + count]
-            return kept
+        if self.kind != "random":
+            return None if own["kept"] is None else own["kept"][first : first + count]
         seed = noise.step_seed(self.seed, self.drawn or 0)
         return noise.kept(count, seed, pid, own["sparsity"], first, param.device)
 
@@ -227,24 +238,76 @@ class Mask:
             if self.kind == "random" and self.scope == "layer":
                 self.state[tensors[0]]["sparsity"] = self.sparsity
                 continue
-            left_out = int(self.sparsity * sum(p.numel() for p in tensors))
-            edge, ties = smallest([p.data for p in tensors], left_out)
+            edge, ties = smallest([p.data for p in tensors], int(self.sparsity * sum(p.numel() for p in tensors)))
             for param in tensors:
-                bits = _bits(param.data)
-                below, equal = bits < edge, bits == edge
-                also = equal & (equal.cumsum(0) <= ties)  # of equal ones the first
-                ties -= int(also.sum())
-                kept = ~(below | also)
+                left_out, ties = _under(_bits(param.data), edge, ties)
+                kept = ~left_out
                 if self.kind == "magnitude":
                     self.state[param]["kept"] = kept
                 else:
                     self.state[param]["sparsity"] = 1 - int(kept.sum()) / max(kept.numel(), 1)
 
+    def _weigh(self, named: Mapping[str, Any], norms: Norms) -> None:
+        """Wanda's mask. Of equal scores the first are left out."""
+        inside = [name for name, p in named.items() if layer_of(name) is not None and p.dim() > 1]
+        maps = [(named[name], norms[name]) for name in inside if name in norms]
+        if not maps:
+            raise InputError(
+                "mask='wanda': no trained parameter is the weight of a linear map within a numbered layer; "
+                "use mask='magnitude'"
+            )
+        if len(maps) < len(inside):
+            unread = next(name for name in inside if name not in norms)
+            logger.warning(
+                "mask wanda: %d of %d matrices within the layers are read by no linear map, so they have no mask (first: %s)",
+                len(inside) - len(maps), len(inside), unread,
+            )  # fmt: skip
+        empty = next((name for name in inside if not bool(named[name].any())), None)
+        if empty is not None:
+            raise InputError(
+                f"mask='wanda': {empty} is all zero, so its scores tell no weight from another (LoRA starts so); "
+                "use mask='random'"
+            )
+        for param in named.values():
+            self.state[param]["kept"] = None
+        edge, ties = 0, 0
+        if self.scope == "global":
+            edge, ties = smallest(_Scores(maps), int(self.sparsity * sum(p.numel() for p, _ in maps)))
+        for param, norm in maps:
+            kept = torch.ones(param.shape, dtype=torch.bool, device=param.device)
+            rows = by_output(kept, norm).split(chunk_of(param, norm))
+            for kept_oI, scores_oI in zip(rows, scores(param, norm), strict=True):
+                if self.scope == "global":
+                    left_out, ties = _under(_bits(scores_oI), edge, ties)
+                    kept_oI.copy_(~left_out.view(scores_oI.shape))
+                else:
+                    least = scores_oI.argsort(dim=1, stable=True)[:, : int(self.sparsity * scores_oI.shape[1])]
+                    kept_oI.scatter_(1, least, False)
+            self.state[param]["kept"] = kept.view(-1)
 
-def smallest(tensors: Sequence[Tensor], k: int) -> tuple[int, int]:
+
+class _Scores:
+    """Wanda's scores of some weights, made anew each time they are gone through."""
+
+    def __init__(self, maps: Sequence[tuple[Any, Tensor]]) -> None:
+        self.maps = maps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for param, norm in self.maps:
+            yield from scores(param, norm)
+
+
+def _under(bits: Tensor, edge: int, ties: int) -> tuple[Tensor, int]:
+    """(n,) bool: what is under the edge, and the first `ties` at it; and how many of these are still to come."""
+    equal = bits == edge
+    also = equal & (equal.cumsum(0) <= ties)
+    return (bits < edge) | also, ties - int(also.sum())
+
+
+def smallest(tensors: Iterable[Tensor], k: int) -> tuple[int, int]:
     """(edge, ties): the k smallest |x| are those whose float32 bits are under edge, and `ties` of those at it.
 
-    Two passes of counting, 16 bits each: no sort, no copy but of one tensor at a time.
+    Two passes of counting, 16 bits each: no sort, no copy but of one tensor at a time. They are gone through twice.
     """
     if k <= 0:
         return 0, 0
@@ -312,4 +375,7 @@ class MaskedDirections(Directions):
         moved = torch.empty_like(w)
         super()._add(moved, w, seeds, coefs, param, start)
         keep = self.mask.keep(param, self.slots[id(param)].id, start, w.numel())
-        torch.where(keep, moved, w, out=out)
+        if keep is None:
+            out.copy_(moved)
+        else:
+            torch.where(keep, moved, w, out=out)

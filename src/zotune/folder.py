@@ -16,13 +16,15 @@ from filelock import FileLock, Timeout
 from zotune.errors import InputError
 
 CHECKPOINT = "checkpoint-"
-OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", "model", "progress.json", ".lock")
+CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
+OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", "progress.json", ".lock")
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
 FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "log_every", "device"}
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, result.json, trajectory.zot, model/, and while it runs checkpoints and progress.json."""
+    """config.yaml, metrics.jsonl, result.json, trajectory.zot, model/, calibration/ (where masks need it), and while it
+    runs checkpoints and progress.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()

@@ -54,6 +54,12 @@ class Preset:
         return list(inspect.signature(self.build).parameters)
 
     @property
+    def own(self) -> dict[str, Any]:
+        """Options that not every method has, with their defaults."""
+        given = inspect.signature(self.build).parameters
+        return {k: p.default for k, p in given.items() if k not in ("queries", "estimator")}
+
+    @property
     def state(self) -> str:
         """What it keeps between steps."""
         copies = self.build().rule.state_copies
@@ -82,10 +88,12 @@ def zo_sgd(queries: int = 1, estimator: str = "two-sided") -> Method:
 
 @preset("zo-sgd-mmt", paper=BENCHMARK, forwards="2q")
 def zo_sgd_mmt(
-    queries: int = 1, estimator: str = "two-sided", beta: float = 0.9, state_dtype: str = "float32"
+    queries: int = 1, estimator: str = "two-sided", momentum: float = 0.9, state_dtype: str = "float32"
 ) -> Method:
-    """m ← β·m + ĝ, θ ← θ − lr·m."""
-    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_decay_rate("beta", beta)))
+    """m ← momentum·m + ĝ, θ ← θ − lr·m."""
+    return Method(
+        _estimator(estimator, queries), Momentum(_state(state_dtype), momentum=_decay_rate("momentum", momentum))
+    )
 
 
 @preset("zo-sgd-sign", paper="arXiv 1810.03737", forwards="2q")
@@ -108,11 +116,11 @@ def zo_adam(
     estimator: str = "two-sided",
     beta1: float = 0.9,
     beta2: float = 0.999,
-    epsilon: float = 1e-8,
+    adam_eps: float = 1e-8,
     state_dtype: str = "float32",
 ) -> Method:
-    """Adam's two moments of ĝ, with bias correction."""
-    return Method(_estimator(estimator, queries), _adam(beta1, beta2, epsilon, state_dtype))
+    """θ ← θ − lr·m̂/(√v̂ + adam_eps), Adam's two moments of ĝ with bias correction."""
+    return Method(_estimator(estimator, queries), _adam(beta1, beta2, adam_eps, state_dtype))
 
 
 @preset("forward-grad", paper="arXiv 2202.08587", forwards="q (JVPs)")
@@ -128,9 +136,9 @@ def fo_sgd() -> Method:
 
 
 @preset("fo-adam", paper="arXiv 1412.6980, yardstick", forwards="1, and a backward")
-def fo_adam(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, state_dtype: str = "float32") -> Method:
+def fo_adam(beta1: float = 0.9, beta2: float = 0.999, adam_eps: float = 1e-8, state_dtype: str = "float32") -> Method:
     """Adam on ∇L, by back-propagation."""
-    return Method(Exact(), _adam(beta1, beta2, epsilon, state_dtype))
+    return Method(Exact(), _adam(beta1, beta2, adam_eps, state_dtype))
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -155,11 +163,11 @@ def _estimator(name: str, queries: int) -> Estimator:
     return kinds[name](queries)
 
 
-def _adam(beta1: float, beta2: float, epsilon: float, state_dtype: str) -> Adam:
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon!r}: must be above 0")
+def _adam(beta1: float, beta2: float, adam_eps: float, state_dtype: str) -> Adam:
+    if not adam_eps > 0:
+        raise ValueError(f"adam_eps={adam_eps!r}: must be above 0")
     return Adam(
-        _state(state_dtype), beta1=_decay_rate("beta1", beta1), beta2=_decay_rate("beta2", beta2), epsilon=epsilon
+        _state(state_dtype), beta1=_decay_rate("beta1", beta1), beta2=_decay_rate("beta2", beta2), epsilon=adam_eps
     )
 
 

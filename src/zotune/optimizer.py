@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import noise
+from zotune.calibration import Norms, measure
 from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
 from zotune.engines.following import rows_in
@@ -64,6 +65,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     groups: directions over the rows of a batch: 1, a number, or "batch" for one a row. More than one takes the engine
         `lowrank` and a loss that is a vector, one number a row; the update is Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows each.
     sparsity, mask, sparsity_scope, mask_refresh, blocks, block_update, hybrid, fo_lr, g_clip: see `Enhancements`.
+        With mask "wanda" the attribute `calibrate` may be a function that evaluates the model on some rows and returns how many
+        forward passes it took; without it a mask is made from its step's own batch. The norms that make each mask are
+        kept by step in `norms`, which a replay needs.
     engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.
@@ -142,6 +146,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._engine: Any = None
         self._blocks: list[Any] = []
         self._mask = Mask(self.enhancements, int(seed)) if self.enhancements.sparsity is not None else None
+        self.calibrate: Callable[[], int] | None = None
+        self.norms: MutableMapping[int, Norms] = {}
         self._graphs: StepGraphs | None = None
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(self._by_order(_groups(params)), defaults)
@@ -274,7 +280,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shares, step = self._shares(closure, batch, batches), self.steps
-        self._draw_mask(step)
+        self._draw_mask(step, lambda drawn: self._calibrate(drawn, loss_of, batches))
         losses_P: list[float] = []
         g_BGQ: list[tuple[tuple[float, ...], ...]] = []
         gradients: list[Any] = []
@@ -415,10 +421,35 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if self.fold_every > 1 and (step + 1) % self.fold_every == 0:
             self.flush()
 
-    def _draw_mask(self, step: int) -> None:
+    def _draw_mask(self, step: int, norms: Callable[[int], Norms]) -> None:
         if self._mask is not None:
+            directions = self.engine.directions
+            named = {directions.slots[id(p)].name: p for p in directions.params}
             self._mask.seed = self.param_groups[0]["seed"]
-            self._mask.at(step, self.engine.directions.params, self.state)
+            self._mask.at(step, named, self.state, norms)
+
+    def _calibrate(self, drawn: int, loss_of: Any, batches: list[Any]) -> Norms:
+        """The norms of the linear maps' inputs at θ, kept for a replay."""
+
+        def own() -> int:
+            whole(loss_of, batches)
+            return len(batches)
+
+        directions, passes = self.engine.directions, list[int]()
+        redraw = same_draws(directions.params)
+        named = {directions.slots[id(p)].name: p for p in directions.params}
+        self.norms[drawn] = measure(lambda: passes.append((self.calibrate or own)()), named)
+        redraw()
+        self.forward_passes += passes[0]
+        return self.norms[drawn]
+
+    def _recorded_norms(self, drawn: int) -> Norms:
+        found = self.norms.get(drawn)
+        if found is None:
+            raise ValueError(
+                f"mask='wanda': a replay needs the input norms of the run's step {drawn}; give optimizer.norms those of the run"
+            )
+        return found
 
     def _record(
         self,
@@ -453,7 +484,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
         if record.step != self.steps:
             raise ValueError(f"the record of step {record.step}: step {self.steps} comes next")
-        self._draw_mask(record.step)
+        self._draw_mask(record.step, self._recorded_norms)
         late: list[tuple[Any, Scalars]] = []
         queries = len(record.g) // len(self.blocks)
         if len(self.blocks) == 1:

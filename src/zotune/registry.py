@@ -16,7 +16,12 @@ def entries(kind: str) -> list[tuple[str, str]]:
         from zotune.methods import METHODS
 
         return [
-            (name, f"{preset.rule}  forwards a step: {preset.forwards}; state: {preset.state}  [{preset.paper}]")
+            (
+                name,
+                f"{preset.rule}  forwards a step: {preset.forwards}; state: {preset.state}"
+                + "".join(f"; --{k.replace('_', '-')} {default}" for k, default in preset.own.items())
+                + f"  [{preset.paper}]",
+            )
             for name, preset in METHODS.items()
         ]
     if kind == "scheme":

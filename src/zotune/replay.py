@@ -14,9 +14,11 @@ import transformers
 from torch import nn
 
 from zotune import noise
+from zotune.calibration import NormsFolder
 from zotune.directions import signed
 from zotune.engines.lowrank import LowRankEngine
 from zotune.errors import InputError
+from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
 from zotune.models.schemes import get_scheme
 from zotune.optimizer import ZeroOrderOptimizer
@@ -103,6 +105,7 @@ def rebuild(
                 f"{path}: the model is not the one that the run started from ({header.base.get('name')}): its weights differ"
             )
         differ.append("the base weights could not be compared bit for bit")
+    optimizer.norms = NormsFolder(Path(path).parent / CALIBRATION)
     apply(optimizer, [trajectory.records[i] for i in range(steps)], advance)
     return model, trajectory, steps, differ
 

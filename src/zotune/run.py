@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,11 @@ import transformers
 from torch import nn
 
 from zotune import noise
+from zotune.calibration import NormsFolder
 from zotune.config import DataOptions, ModelOptions, TrainConfig
 from zotune.engines.probing import sides
 from zotune.errors import InputError
-from zotune.folder import RunFolder
+from zotune.folder import CALIBRATION, RunFolder
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
@@ -225,6 +227,7 @@ class _Run:
         if checkpoint is None:
             for name in ("metrics.jsonl", "trajectory.zot"):
                 (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
             self.progress = {"resumed_at": [], "wall_seconds": 0.0, "skipped_steps": 0}
         else:
             self.progress = folder.read_json("progress.json")
@@ -324,6 +327,7 @@ class _Run:
             output_dir=str(self.folder.path),
             method=config.method,
             method_options=config.step_options,
+            calibration_rows=config.calibration_rows or ZOTrainingArguments.calibration_rows,
             eps=config.eps,
             direction=config.direction,
             queries=config.queries,
@@ -366,6 +370,7 @@ class _Run:
             row_loss=asked.row_loss,
             score=lambda: ready.score(ready.validation, self.listener, "validation"),
             metric=ready.task.metric,
+            unpadded=objective(config.loss, ready.task, ready.tokenizer, ready.pad_id).collate,
         )
         try:
             optimizer = trainer.create_optimizer()
@@ -373,6 +378,7 @@ class _Run:
             raise InputError(str(error)) from None
         assert isinstance(optimizer, ZeroOrderOptimizer)
         optimizer.pairs = config.pairs // config.queries
+        optimizer.norms = NormsFolder(self.folder / CALIBRATION)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(_Recorder(self, trainer))
         if config.early_stop is not None:
@@ -450,9 +456,12 @@ class _TaskTrainer(ZOTrainer):
 
     model: nn.Module
 
-    def __init__(self, *args: Any, score: Any, metric: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, score: Any, metric: str, unpadded: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._score, self._metric = score, f"eval_{metric}"
+        self._score, self._metric, self._unpadded = score, f"eval_{metric}", unpadded
+
+    def calibration_batch(self, row: Any) -> Any:
+        return self._unpadded([row])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {self._metric: self._score()}

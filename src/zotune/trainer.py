@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
     method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
+    calibration_rows: int = field(default=128, metadata={"help": "training rows that a mask of wanda is made from"})
     max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
@@ -51,7 +53,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
 
 _ZO_FIELDS = (
     "method", "eps", "direction", "queries", "groups", "rank", "fold_every", "rounding", "engine", "method_options",
-    "max_skipped",
+    "max_skipped", "calibration_rows",
 )  # fmt: skip
 
 
@@ -126,13 +128,32 @@ class ZOTrainer(transformers.Trainer):
             assert model is not None
             options = dict(self._zo)
             options |= options.pop("method_options")
-            self.optimizer = _TrainersOptimizer(
+            del options["calibration_rows"]
+            self.optimizer = optimizer = _TrainersOptimizer(
                 parameter_groups(model, self.args.weight_decay),
                 lr=self.args.learning_rate,
                 seed=self.args.seed,
                 **options,
             )
+            optimizer.calibrate = self.calibrate
         return self.optimizer
+
+    def calibrate(self) -> int:
+        """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
+
+        Returns the forward passes, in batches of the size that a step has.
+        """
+        model, count = self.model, 0
+        assert model is not None
+        for row in itertools.islice(iter(self.train_dataset), self._zo["calibration_rows"]):  # type: ignore[arg-type]
+            inputs = self._prepare_inputs(self.calibration_batch(row))
+            self._rows_of(model)(inputs) if self.row_loss is not None else self.compute_loss(model, inputs)
+            count += 1
+        return -(-count // self.args.per_device_train_batch_size)
+
+    def calibration_batch(self, row: Any) -> Any:
+        """What the model is given of one training row."""
+        return self._get_collator_with_removed_columns(self.data_collator)([row])
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         self._micro_batches.append(self._prepare_inputs(inputs))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zotune.directions import Directions, Displacement, HeldDisplacement
 
 TILE = 1 << 22  # elements of ĝ at a time
-STATE_DTYPES = ("float32", "parameter")
+STATE_DTYPES = ("float32", "bfloat16", "parameter")
 ROUNDINGS = ("nearest", "compensated")
 
 State = MutableMapping[Any, Any]  # parameter → its buffers by name, as torch's Optimizer.state
@@ -44,8 +44,8 @@ class Scalars:
 class Rule:
     """A rule that reads ĝ element by element: a subclass says what `move` does with a tile of it.
 
-    State: the buffers named, one element a weight, float32 (float64 for float64 weights), or the parameter's own dtype
-    with state_dtype "parameter". Arithmetic is never narrower than float32; a weight is rounded once.
+    State: the buffers named, one element a weight, float32 (float64 for float64 weights); with state_dtype "bfloat16" in that,
+    with "parameter" in the parameter's own dtype. Arithmetic is never narrower than float32; a weight is rounded once.
 
     rounding: "nearest", or "compensated": what rounding took from a weight is kept beside it, in the weight's own dtype, and
     added at the next update, w + r ← w + r + Δ. It costs the trainable parameters once more; 16-bit weights then lose no update.
@@ -91,7 +91,7 @@ class Rule:
         import torch
 
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        kept = param.dtype if self.state_dtype == "parameter" else wide
+        kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
         for name in self.buffers:
             if name not in own:
                 own[name] = torch.zeros(param.shape, dtype=kept, device=param.device)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+# Where a suite does not say: the defaults of `zotune train`.
+CALIBRATION_ROWS, TRAIN_SIZE, BATCH_SIZE = 128, 1000, 16
 
 
 def forwards_a_step(options: Mapping[str, Any]) -> int:
@@ -49,10 +53,24 @@ def _blocks_of(model: str, scheme: str, kind: str) -> int:
     return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
 
 
+def forwards_of(steps: int, options: Mapping[str, Any]) -> int:
+    """Forward passes of so many updates, and of the rows that masks of Wanda are made from.
+
+    >>> forwards_of(1000, {"mask": "wanda", "mask_refresh": 500, "calibration_rows": 128, "batch_size": 16})
+    2016
+    """
+    masks = 0
+    if options.get("mask") == "wanda":
+        masks = -(-steps // int(options.get("mask_refresh") or max(steps, 1)))
+    rows = min(int(options.get("calibration_rows") or CALIBRATION_ROWS), int(options.get("train_size") or TRAIN_SIZE))
+    return steps * forwards_a_step(options) + masks * -(-rows // int(options.get("batch_size") or BATCH_SIZE))
+
+
 def steps_for(forward_passes: int, options: Mapping[str, Any]) -> int:
     """The updates that so many forward passes pay for, rounded down.
 
     >>> steps_for(40_000, {"method": "zo-sgd"}), steps_for(40_000, {"method": "zo-sgd-cons"})
     (20000, 8000)
     """
-    return forward_passes // forwards_a_step(options)
+    steps = range(forward_passes // forwards_a_step(options) + 1)
+    return bisect_right(steps, forward_passes, key=lambda count: forwards_of(count, options)) - 1

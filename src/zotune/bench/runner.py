@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,24 +39,29 @@ class Watcher(Protocol):
     def changed(self, state: State) -> None: ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Active:
+    """A run under way, and the last that metrics.jsonl says of it."""
+
     run: Run
-    process: subprocess.Popen[bytes]
-    slot: int
-    began: float
-    log: Path
-    kills_before: int
-    keeps_models: bool
+    began: float = field(default_factory=time.monotonic)
     metrics_size: int = -1
     step: int = 0
     loss: float | None = None
 
 
+@dataclass(kw_only=True)
+class _Process(Active):
+    process: subprocess.Popen[bytes]
+    slot: int
+    log: Path
+    kills_before: int
+
+
 @dataclass
 class State:
     plan: Plan
-    active: list[Active] = field(default_factory=list)
+    active: Sequence[Active] = ()
     finished: list[tuple[Run, Record]] = field(default_factory=list)
     waiting: int = 0
 
@@ -83,33 +88,38 @@ def execute(
 
     A failed run is recorded and stops no other. Raises Stopped on Ctrl-C and SIGTERM, when all is saved.
     """
-    state = State(plan, waiting=len(plan.to_do))
+    active: list[_Process] = []
+    state = State(plan, active, waiting=len(plan.to_do))
     queue = deque(plan.to_do)
     free = list(range(jobs))
-    with _signals() as asked:
+    with signals() as asked:
         try:
-            while (queue or state.active) and not asked:
+            while (queue or active) and not asked:
                 while queue and free:
-                    run = queue.popleft()
-                    slot = free.pop(0)
-                    state.active.append(_start(run, plan, store, slot, jobs, gpus, program))
+                    active.append(_start(queue.popleft(), plan, store, free.pop(0), jobs, gpus, program))
                     state.waiting = len(queue)
-                for active in [a for a in state.active if a.process.poll() is not None]:
-                    state.active.remove(active)
-                    free.append(active.slot)
-                    state.finished.append((active.run, _finish(active, store)))
-                for active in state.active:
-                    _look(active)
+                for one in [a for a in active if a.process.poll() is not None]:
+                    active.remove(one)
+                    free.append(one.slot)
+                    state.finished.append((one.run, _finish(one, plan, store)))
+                for one in active:
+                    look(one)
                 watcher.changed(state)
                 time.sleep(POLL_SECONDS)
         finally:
-            _end(state.active, store)
-    if asked:
-        raise Stopped(f"stopped; {len(state.finished)} runs done now, the same command goes on", 128 + asked[0])
+            _end(active, plan, store)
+    raise_if_asked(asked, state)
     return state
 
 
-def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str]) -> Active:
+def raise_if_asked(asked: Sequence[int], state: State) -> None:
+    """Raises Stopped where a signal asked for it."""
+    if asked:
+        raise Stopped(f"stopped; {len(state.finished)} runs done now, the same command goes on", 128 + asked[0])
+
+
+def begin(run: Run, plan: Plan, store: Store) -> Path:
+    """What a run needs is made, and the store says that it runs. Returns the file for what it will say."""
     for what, definition in run.cell.made.items():
         if run.cell.kind == "train":
             materials.make(what, definition, made_folder(plan.folder, what, run.cell, definition))
@@ -128,18 +138,31 @@ def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, 
     )  # fmt: skip
     log = plan.folder / "logs" / f"{run.key}.log"
     log.parent.mkdir(exist_ok=True)
+    return log
+
+
+def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str]) -> _Process:
+    log = begin(run, plan, store)
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if gpus > 1 or jobs > 1:
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, gpus)
-    where = ["--output", str(run.folder)] + (["--resume"] if cell.kind == "train" else [])
-    command = [*program, *run.arguments, *where]
+    command = [*program, *run.arguments, *where(run, run.folder)]
+    return _Process(run=run, process=spawn(command, log, environment), slot=slot, log=log, kills_before=kernel_kills())
+
+
+def where(run: Run, folder: Path) -> list[str]:
+    """The flags that tell a run its folder."""
+    return ["--output", str(folder)] + (["--resume"] if run.cell.kind == "train" else [])
+
+
+def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """The command as the leader of a group that dies with this thread; what it says goes into the log."""
     with open(log, "wb") as said:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "zotune.bench.child", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True,
         )  # fmt: skip
-    return Active(run, process, slot, time.monotonic(), log, _kernel_kills(), plan.expanded.suite.keep_models)
 
 
 def _device(slot: int, gpus: int) -> str:
@@ -149,20 +172,23 @@ def _device(slot: int, gpus: int) -> str:
     return seen[slot % len(seen)] if gpus else (given or "")
 
 
-def _finish(active: Active, store: Store) -> Record:
-    run, code = active.run, active.process.returncode
-    said = active.log.read_text(errors="replace")
+def _finish(active: _Process, plan: Plan, store: Store) -> Record:
+    starved = kernel_kills() > active.kills_before
+    return settle(active.run, plan, store, active.process.returncode, active.log.read_text(errors="replace"), starved)
+
+
+def settle(run: Run, plan: Plan, store: Store, code: int, said: str, starved: bool) -> Record:
+    """What a run that has ended left in its folder goes into the store. starved: the kernel has killed something for memory."""
     result = _read_json(run.folder / "result.json")
     status, error = "done", ""
     if code != 0 or not result:
         status, error = "failed", _last_words(said, code)
-        killed_for_memory = code == -signal.SIGKILL and _kernel_kills() > active.kills_before
-        if killed_for_memory or any(mark in said for mark in OUT_OF_MEMORY):
+        if (code == -signal.SIGKILL and starved) or any(mark in said for mark in OUT_OF_MEMORY):
             status = "oom"
         elif code in (130, 143):
             status = "interrupted"
     store.update(run.key, status=status, error=error, result=result, metrics=_metrics(run.folder), finished=now())
-    if status == "done" and not active.keeps_models:
+    if status == "done" and not plan.expanded.suite.keep_models:
         _drop_weights(run.folder)
     run.status = status
     record = store.get(run.key)
@@ -170,30 +196,36 @@ def _finish(active: Active, store: Store) -> Record:
     return record
 
 
-def _end(active: list[Active], store: Store) -> None:
+def _end(active: Sequence[_Process], plan: Plan, store: Store) -> None:
     """Ask what still runs to save and stop; make it, after a while."""
+    end([one.process for one in active])
     for one in active:
-        _signal(one, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for one in active:
-        try:
-            one.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal(one, signal.SIGKILL)
-            one.process.wait()
         if one.process.returncode == 0:
-            _finish(one, store)
+            _finish(one, plan, store)
         else:
             store.update(one.run.key, status="interrupted", finished=now())
 
 
-def _signal(active: Active, number: int) -> None:
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, and to what has not ended GRACE_SECONDS later SIGKILL."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(active.process.pid, number)  # it leads a group of its own
+        os.killpg(process.pid, number)  # it leads a group of its own
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """The numbers of the signals that asked us to stop."""
     asked: list[int] = []
     before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -204,7 +236,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _look(active: Active) -> None:
+def look(active: Active) -> None:
     """The last line of metrics.jsonl, read only where the file has grown."""
     path = active.run.folder / "metrics.jsonl"
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -245,7 +277,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _kernel_kills() -> int:
+def kernel_kills() -> int:
     """How many processes the kernel has killed for want of memory; 0 where it does not say."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/vmstat").read_text().splitlines()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from zotune.bench.cost import forwards_a_step, steps_for
+from zotune.bench.cost import forwards_a_step, forwards_of, steps_for
 from zotune.config import Options, Positive, TrainConfig, resolve
 from zotune.errors import InputError, nearest
 
@@ -276,7 +276,7 @@ def _cell(suite: Suite, axes: Mapping[str, Any]) -> Cell:
             ) from None
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
     labels = {k: v for k, v in axes.items() if k not in AXES}
-    passes = int(options["steps"]) * cost
+    passes = forwards_of(int(options["steps"]), options)
     return Cell(name, suite.kind, model, task, options, passes, made, labels)
 
 

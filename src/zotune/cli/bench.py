@@ -44,15 +44,27 @@ def run(
     any_version: Annotated[
         bool, typer.Option("--any-version", help="count as done what another version of the code has done")
     ] = False,
-    executor: Annotated[str, typer.Option("--executor", metavar="local|ray", help="where the runs go")] = "local",
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="local|ray", help="where the runs go: here, or over a Ray cluster")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", help="of the cluster, such as auto or HOST:6379 [default: one that is started here]"
+        ),
+    ] = None,
 ) -> None:
     from zotune.bench import need_extra
 
     need_extra()
     if executor not in EXECUTORS:
         raise InputError(f"--executor {executor}: {nearest(executor, EXECUTORS)}")
+    if ray_address is not None and executor != "ray":
+        raise InputError(f"--ray-address {ray_address}: needs --executor ray")
     if executor == "ray":
-        raise InputError("--executor ray: not in this version; leave it out to run here, one run for each GPU")
+        from zotune.bench.cluster import need_ray
+
+        need_ray()
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs {jobs}: one or more")
     from zotune.bench.plan import foresee, make_plan
@@ -81,7 +93,12 @@ def run(
             print(f"all done; zotune bench report {output}")
             return
         with Live(plan) as live:
-            state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live)
+            if executor == "ray":
+                from zotune.bench.cluster import execute_on_ray
+
+                state = execute_on_ray(plan, store, address=ray_address, jobs=jobs, watcher=live)
+            else:
+                state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live)
         show_end(state, output)
 
 

@@ -11,7 +11,7 @@ from zotune.bench.figures.pairs import bars
 
 NAME, TITLE = "enhancements", "Block-wise, hybrid and sparse"
 ABOUT = "Test accuracy at equal forward passes; bars are one standard deviation over seeds."
-LABELS = {"blocks", "hybrid", "fo_lr", "sparsity"}
+LABELS = {"blocks", "hybrid", "fo_lr", "sparsity", "mask"}
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
