@@ -91,9 +91,7 @@ def zo_sgd_mmt(
     queries: int = 1, estimator: str = "two-sided", momentum: float = 0.9, state_dtype: str = "float32"
 ) -> Method:
     """m ← momentum·m + ĝ, θ ← θ − lr·m."""
-    return Method(
-        _estimator(estimator, queries), Momentum(_state(state_dtype), momentum=_decay_rate("momentum", momentum))
-    )
+    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_decay_rate("momentum", momentum)))
 
 
 @preset("zo-sgd-sign", paper="arXiv 1810.03737", forwards="2q")
