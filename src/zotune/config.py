@@ -148,6 +148,17 @@ class TrainConfig(DataOptions, ModelOptions):
     train_size: Positive = Field(1000, description="at most so many training rows")
     eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: Positive | None = Field(
+        None, description="steps between checkpoints; a new best on validation is saved too [default: as eval-every]"
+    )
+    keep: Positive | None = Field(
+        None,
+        description="newest checkpoints to keep beside the best, after the run too [default: 1, and none after it]",
+    )
+    sync_every: Positive = Field(
+        64, description="steps until the trajectory is surely on the disk: what a power loss can cost"
+    )
+    deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on CUDA")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
     )
@@ -200,6 +211,10 @@ class TrainConfig(DataOptions, ModelOptions):
     @property
     def evaluates_every(self) -> int:
         return min(self.eval_every or max(1, self.steps // 10), self.steps)
+
+    @property
+    def saves_every(self) -> int:
+        return self.save_every or self.evaluates_every
 
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
