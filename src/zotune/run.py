@@ -207,7 +207,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     listener = listener or Listener()
     folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype", "eval_every") or v is not None}
+    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype") or v is not None}
+    asked["eval_every"] = config.evaluates_every
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
     with folder.storing(), folder.locked():
         folder.check(asked, resume=config.resume, overwrite=config.overwrite)

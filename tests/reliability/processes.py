@@ -96,3 +96,8 @@ def assert_same(folder: Path, whole: dict[str, Any]) -> None:
     for part in ("trajectory", "weights"):
         assert found[part] == whole[part], f"{part} differ"
     assert found["weights"]
+
+
+def number(name: str, default: int) -> int:
+    """A soak's count, from the environment: ZOTUNE_SOAK_NAME."""
+    return int(os.environ.get(f"ZOTUNE_SOAK_{name}", default))
