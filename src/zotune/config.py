@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from zotune.errors import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+MAX_VALUES = 100_000  # of a YAML file
 
 
 class Options(BaseModel):
@@ -405,22 +407,52 @@ def _of_another_command(key: str, kind: type[Options]) -> bool:
     return kind is not TrainConfig and key in TrainConfig.model_fields
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def load_yaml(path: Path, where: str) -> Any:
+    """A YAML file's value: plain data, never objects. Raises InputError, a line, for whatever else the file may be.
+
+    What references to references would unfold to is counted before it is made: a few lines can name a billion values.
+    """
     import yaml
 
-    path = Path(file).expanduser()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = _values(node, {}) if node is not None else 0
+        if values <= MAX_VALUES:
+            return loader.construct_document(node) if node is not None else None
     except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror}") from None
+        raise InputError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"--config {file}: not UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where}: not UTF-8") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{file}{where}: not YAML ({getattr(error, 'problem', None) or 'nested too deeply'})"
-        ) from None
+        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{f':{mark.line + 1}' if mark else ''}: not YAML ({said})") from None
+    except RecursionError:
+        raise InputError(f"{where}: not YAML (nested too deeply)") from None
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # a "!!int x", a 31st of June
+        raise InputError(f"{where}: not YAML (a value is not what its form says: {error})") from None
+    raise InputError(f"{where}: holds more than {MAX_VALUES:,} values, references unfolded; write fewer")
+
+
+def _values(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, those that it refers to included each time; infinite for one within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(node.value, list) else []
+        items = [item for pair in inner for item in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values(item, known) for item in items)
+    return known[id(node)]
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    value = load_yaml(Path(file).expanduser(), f"--config {file}")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -438,8 +470,10 @@ def _line(error: Any, file: str | None) -> str:
         return f"{where}: {said}"
     if error["type"] == "literal_error":
         choices = str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{where}: unknown {name.replace('_', ' ')} {error['input']!r}; {nearest(str(error['input']), choices)}"
-    return f"{where}: {error['input']!r} should be {said}"
+        return (
+            f"{where}: unknown {name.replace('_', ' ')} {error['input']!r:.80}; {nearest(str(error['input']), choices)}"
+        )
+    return f"{where}: {error['input']!r:.80} should be {said}"
 
 
 def _flag(name: str) -> str:

@@ -15,6 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from zotune.config import load_yaml
 from zotune.errors import InputError, StorageError
 
 CHECKPOINT = "checkpoint-"
@@ -63,14 +64,11 @@ class RunFolder:
         old = self._config()
         changed = [k for k in config if k not in FREE and old.get(k) != config[k]]
         if changed:
-            said = ", ".join(f"{k} was {old.get(k)!r}, is {config[k]!r}" for k in changed)
+            said = ", ".join(f"{k} was {old.get(k)!r:.80}, is {config[k]!r:.80}" for k in changed)
             raise InputError(f"--output {self.path}: holds a run of other options ({said}); --resume changes none")
 
     def _config(self) -> dict[str, Any]:
-        try:
-            old = yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            old = None
+        old = load_yaml(self / "config.yaml", str(self / "config.yaml"))
         if not isinstance(old, dict):
             raise InputError(f"{self / 'config.yaml'}: not the options of a run; start anew with --overwrite")
         return old
