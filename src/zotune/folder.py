@@ -156,7 +156,7 @@ class RunFolder:
         for path in self.path.glob(f"{CHECKPOINT}*"):
             try:
                 found.append((int(json.loads((path / "trainer_state.json").read_text())["global_step"]), path))
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
         return sorted(found)
 

@@ -578,8 +578,8 @@ class _Recorder(transformers.TrainerCallback):
         run, step = self.run, state.global_step
         self.trainer.recorded = recorded = run.open_trajectory(step)
         if run.checkpoint is not None:
-            window = json.loads((run.checkpoint / WINDOW).read_text(encoding="utf-8"))
-            self.losses, self.guards.g = window["losses"], window["g"]
+            window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
+            self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
@@ -699,7 +699,7 @@ def _step_of(line: str) -> float:
     """A line's step; beyond all steps where the line is torn."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

@@ -233,8 +233,8 @@ def sealed_header(data: bytes, **changes: Any) -> bytes:
 # Fuzz: YAML and JSON
 
 CONFIG = {
-    "model": "m", "task": "sst2", "output": "out", "steps": 10, "lr": 1e-3, "label_words": {"0": "bad"}, "report_to": [],
-    "groups": "batch", "method": "zo-sgd",
+    "model": "m", "data": "d", "template": "{text} It was", "output": "out", "steps": 10, "lr": 1e-3, "label_words": {"0": "bad"},
+    "report_to": [], "groups": "batch", "method": "zo-sgd",
 }  # fmt: skip
 TOKENS = [b"[", b"{", b"}", b":", b"- ", b"&a ", b"*a", b"!!python/object/apply:os.system ['false']", b"!!int ", b"<<: ", b"? ",
           b"\x00", b"\xff", b"\t", b"'", b'"', b"|\n", b"1e999", b"NaN", b".inf", b"0x", b"2001-01-01", b"null", b"~", b"\n---\n",
@@ -304,8 +304,10 @@ FILES: dict[str, tuple[str, Callable[[Path], None], bytes]] = {
 def try_file(kind: str, data: bytes, folder: Path) -> bool:
     """Whether it is refused with our error."""
     name, reader, _ = FILES[kind]
-    file = folder / name
-    file.parent.mkdir(exist_ok=True)
+    file = folder / kind / name
+    file.parent.mkdir(exist_ok=True, parents=True)
+    if kind == "state":
+        (folder / kind / "config.yaml").write_bytes(original("run"))
     file.write_bytes(data)
     try:
         reader(file)
@@ -324,6 +326,12 @@ def original(kind: str) -> bytes:
 
         return files("zotune.bench").joinpath("suites", f"{shipped()[0]}.yaml").read_bytes()
     return FILES[kind][2]
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_mutated_is_itself_read(kind, tmp_path):
+    """Else a fuzzer would never get behind the first check."""
+    assert not try_file(kind, original(kind), tmp_path)
 
 
 @pytest.mark.parametrize("kind", FILES)
