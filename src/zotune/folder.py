@@ -100,8 +100,8 @@ class RunFolder:
         except OSError as error:
             said = error.strerror or str(error)
             raise StorageError(
-                f"--output {self.path}: {said}; what was saved is whole: mend that, then go on with the same command "
-                "and --resume"
+                f"--output {self.path}: {said}; what was saved is whole: clear the cause, then go on with the same "
+                "command and --resume"
             ) from error
 
     def clear(self) -> None:

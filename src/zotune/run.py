@@ -584,6 +584,8 @@ class _Recorder(transformers.TrainerCallback):
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
         if reached := max(step, len(recorded or ())):
+            again = f"; {reached - step} of them from the trajectory" if reached > step else ""
+            run.listener.say(f"going on after step {reached} of {state.max_steps}{again}")
             run.progress["resumed_at"].append(reached)
             run.folder.write_json("progress.json", run.progress)
         run.listener.begin("train", state.max_steps)

@@ -39,6 +39,7 @@ def wait_for(path: Path, running: Zotune) -> None:
 
 def whole_run(argv: list[str], folder: Path) -> tuple[dict[str, Any], float]:
     """What an uninterrupted run leaves, and its seconds from the first file on."""
+    folder.parent.mkdir(exist_ok=True)
     started = Zotune([*argv, "--output", str(folder)], folder.with_suffix(".said"))
     wait_for(folder / "progress.json", started)
     began = time.monotonic()
@@ -133,6 +134,7 @@ def test_two_resumptions_in_a_row_repeat_no_forward_pass_and_a_finished_run_is_l
     for step in (4, 9):
         assert zotune(again, said, KilledAtStep(step, "after")).code == -9
     assert zotune(again, said, NoForward(9)).code == 0, said.read_text()
+    assert "going on after step 9 of 16; 9 of them from the trajectory" in said.read_text()
     assert_same(tmp_path / "cut", whole)
     assert json.loads((tmp_path / "cut" / "result.json").read_text())["resumed_at"] == [4, 9]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*") if p.name != ".lock"}
