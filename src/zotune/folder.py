@@ -94,15 +94,24 @@ class RunFolder:
 
     @contextmanager
     def storing(self) -> Iterator[None]:
-        """A failure of the disk as one line: what failed, and how to go on."""
+        """A failure of the disk under this folder as one line: what failed, and how to go on."""
         try:
             yield
         except OSError as error:
+            if not self._under(error):
+                raise
             said = error.strerror or str(error)
             raise StorageError(
                 f"--output {self.path}: {said}; what was saved is whole: clear the cause, then go on with the same "
                 "command and --resume"
             ) from error
+
+    def _under(self, error: OSError) -> bool:
+        """Whether the folder's disk has failed, rather than a network, or a file elsewhere."""
+        if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+            return isinstance(error, StorageError)
+        named = isinstance(error.filename, (str, os.PathLike))
+        return not named or Path(error.filename).absolute().is_relative_to(self.path.absolute())
 
     def clear(self) -> None:
         """Delete the run that is here. config.yaml goes last: until then it is a run's folder."""

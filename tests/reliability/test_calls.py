@@ -14,6 +14,7 @@ import pytest
 from faults import DELETES, POWER, Fault, Limit
 from processes import assert_same, number, outcome, zotune
 
+from zotune.folder import RunFolder
 from zotune.trajectory import read_file
 
 SYNC = 2  # --sync-every of these runs
@@ -123,6 +124,16 @@ def test_a_folder_that_cannot_be_written_is_refused(whole, tmp_path):
     done = zotune([*whole.argv, "--output", str(tmp_path / "run")], tmp_path / "said", ReadOnly(str(tmp_path / "run")))
     assert done.code == 2
     assert done.said == f"zotune: --output {tmp_path}/run: cannot be written (Read-only file system); name another\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionRefusedError(111, "refused"), FileNotFoundError(2, "no such file", "/data/x"), OSError("a hub's")],
+)
+def test_an_error_of_something_else_is_not_told_as_the_disks(tmp_path, error):
+    with pytest.raises(OSError) as seen, RunFolder(tmp_path).storing():  # noqa: PT011
+        raise error
+    assert seen.value is error
 
 
 class ReadOnly:
