@@ -1,12 +1,12 @@
 # make demo   fine-tune a real model on real text, on this machine, with nothing but PyPI
-# make test   the tests;  make check   lint and types
+# make test   the tests;  make check   lint and types;  make soak   the long tests of reliability, hours
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format env clean
+.PHONY: demo test soak check format env clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo/prepare.py --output demo
@@ -14,6 +14,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# Counts: ZOTUNE_SOAK_KILLS, _CALLS_EVERY, _RACES, _FUZZ, _SEED (docs/reliability.md).
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/reliability -m soak -s
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from zotune.errors import InputError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
+MAX_VALUES = 100_000  # of a YAML file
 
 
 class Options(BaseModel):
@@ -200,6 +202,17 @@ class TrainConfig(DataOptions, ModelOptions):
         None, description="stop after so many evaluations in a row without a better validation [default: never]"
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: Positive | None = Field(
+        None, description="steps between checkpoints; a new best on validation is saved too [default: as eval-every]"
+    )
+    keep: Positive | None = Field(
+        None,
+        description="newest checkpoints to keep beside the best, after the run too [default: 1, and none after it]",
+    )
+    sync_every: Positive = Field(
+        64, description="steps until the trajectory is surely on the disk: what a power loss can cost"
+    )
+    deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on CUDA")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
     )
@@ -254,6 +267,10 @@ class TrainConfig(DataOptions, ModelOptions):
         """Steps between evaluations: where updates wait for each other, none falls between two folds."""
         folds = -(-(self.eval_every or max(1, self.steps // 10)) // self.fold_every)
         return min(folds * self.fold_every, self.steps)
+
+    @property
+    def saves_every(self) -> int:
+        return self.save_every or self.evaluates_every
 
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
@@ -467,8 +484,12 @@ def _of_another_command(key: str, kind: type[Options]) -> bool:
     return kind is not TrainConfig and key in TrainConfig.model_fields
 
 
-def read_yaml(file: str, flag: str = "--config") -> dict[str, Any]:
-    """The keys and values of a YAML file. As in YAML 1.2, `yes` and `no` are words: label words are often these."""
+def load_yaml(path: Path, where: str) -> Any:
+    """A YAML file's value: plain data, never objects. Raises InputError, a line, for whatever else the file may be.
+
+    What references to references would unfold to is counted before it is made: a few lines can name a billion values. As in
+    YAML 1.2, `yes` and `no` are words: label words are often these.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -478,19 +499,46 @@ def read_yaml(file: str, flag: str = "--config") -> dict[str, Any]:
         }
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-    path = Path(file).expanduser()
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a safe one
+        loader = Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = _values(node, {}) if node is not None else 0
+        if values <= MAX_VALUES:
+            return loader.construct_document(node) if node is not None else None
     except OSError as error:
-        raise InputError(f"{flag} {file}: {error.strerror}") from None
+        raise InputError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{flag} {file}: not UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where}: not UTF-8") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{file}{where}: not YAML ({getattr(error, 'problem', None) or 'nested too deeply'})"
-        ) from None
+        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{f':{mark.line + 1}' if mark else ''}: not YAML ({said})") from None
+    except RecursionError:
+        raise InputError(f"{where}: not YAML (nested too deeply)") from None
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # a "!!int x", a 31st of June
+        raise InputError(f"{where}: not YAML (a value is not what its form says: {error})") from None
+    raise InputError(f"{where}: holds more than {MAX_VALUES:,} values, references unfolded; write fewer")
+
+
+def _values(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, those that it refers to included each time; infinite for one within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(node.value, list) else []
+        items = [item for pair in inner for item in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values(item, known) for item in items)
+    return known[id(node)]
+
+
+def read_yaml(file: str, flag: str = "--config") -> dict[str, Any]:
+    """The keys and values of a YAML file."""
+    value = load_yaml(Path(file).expanduser(), f"{flag} {file}")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -511,8 +559,10 @@ def fault_line(error: Any, file: str | None) -> str:
         return f"{where}: {said}"
     if error["type"] == "literal_error":
         choices = str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{where}: unknown {name.replace('_', ' ')} {error['input']!r}; {nearest(str(error['input']), choices)}"
-    return f"{where}: {error['input']!r} should be {said}"
+        return (
+            f"{where}: unknown {name.replace('_', ' ')} {error['input']!r:.80}; {nearest(str(error['input']), choices)}"
+        )
+    return f"{where}: {error['input']!r:.80} should be {said}"
 
 
 def _flag(name: str) -> str:

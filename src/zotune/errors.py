@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input: the message says what, where, and what to try, in one line. The command line exits with 2."""
 
 
+class StorageError(OSError):
+    """A run's folder cannot be written: a full disk, an I/O error. One line; the command line exits with 1."""
+
+
 class NonFiniteLoss(RuntimeError):
     """Too many steps in a row whose loss was NaN or infinite. The command line exits with 1."""
 

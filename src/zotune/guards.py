@@ -22,14 +22,14 @@ class Guards:
         self._differences: deque[float] = deque(maxlen=WINDOW)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._start: float | None = None
-        self._g: list[float] = []
+        self.g: list[float] = []  # since the last line of metrics
 
     def see(self, step: int, loss_plus: float, loss_minus: float, g_Q: Sequence[float]) -> None:
         """A step that was applied; one whose loss is not finite is not for this."""
         loss = (loss_plus + loss_minus) / 2
         self._losses.append(loss)
         self._differences.append(abs(loss_plus - loss_minus))
-        self._g += g_Q
+        self.g += g_Q
         if len(self._losses) < WINDOW:
             return
         now, apart = median(self._losses), median(self._differences)
@@ -46,7 +46,7 @@ class Guards:
 
     def statistics(self) -> dict[str, float]:
         """Mean of |g| and spread of g since the last call, for a line of metrics."""
-        g, self._g = self._g, []
+        g, self.g = self.g, []
         return {"g_mean_abs": fmean(map(abs, g)), "g_sd": pstdev(g)} if g else {}
 
     def _warn(self, kind: str, line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import platform
 import shutil
 import signal
@@ -14,24 +15,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from zotune import noise
 from zotune.calibration import NormsFolder
 from zotune.config import DataOptions, ModelOptions, TrainConfig
-from zotune.engines.probing import sides
+from zotune.engines.following import rows_in
+from zotune.engines.probing import shares, sides
 from zotune.errors import InputError
-from zotune.folder import CALIBRATION, RunFolder
+from zotune.estimators import TwoSided
+from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded, Encoder
@@ -43,8 +45,18 @@ from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
-from zotune.trajectory import Header, Record, TrajectoryWriter
+from zotune.trajectory import (
+    Header,
+    Record,
+    Records,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryWriter,
+    float32,
+    read_file,
+)
 
+WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
 
@@ -193,21 +205,47 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     listener = listener or Listener()
     folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype", "eval_every") or v is not None}
+    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype") or v is not None}
+    asked["eval_every"] = config.evaluates_every
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    with folder.locked():
+    with folder.storing(), folder.locked():
         folder.check(asked, resume=config.resume, overwrite=config.overwrite)
+        folder.tidy()
         if config.overwrite:
             folder.clear()
         if config.resume and (done := folder.read_json("result.json")):
             listener.say(f"{folder.path}: this run is finished; nothing to do")
+            folder.finish(config.keep is not None)  # as its process may have been killed before
             return done
-        ready = prepare(config)
-        if config.task is None and config.template is None:
-            listener.say(described(ready.task))
-        ready.config = config = resolved(config, ready.model)
-        folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
-        return _Run(ready, folder, listener).go()
+        with _deterministic(config.deterministic):
+            ready = prepare(config)
+            if config.task is None and config.template is None:
+                listener.say(described(ready.task))
+            ready.config = config = resolved(config, ready.model)
+            folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+            return _Run(ready, folder, listener).go()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Only algorithms of torch that give the same bits each time; what has none is refused."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # a debugging aid that writes all scratch once more
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(f"--deterministic: {str(error).split('. ')[0]}; run without it") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 @dataclass
@@ -218,20 +256,15 @@ class _Run:
     stop: int | None = None
     peak: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
     trajectory: TrajectoryWriter | None = None
 
     def go(self) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
         began = time.monotonic()
-        checkpoint = folder.last_checkpoint()
-        if checkpoint is None:
-            for name in ("metrics.jsonl", "trajectory.zot"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / CALIBRATION, ignore_errors=True)
-            self.progress = {"resumed_at": [], "wall_seconds": 0.0, "skipped_steps": 0}
-        else:
-            self.progress = folder.read_json("progress.json")
-            self.progress["resumed_at"].append(int(checkpoint.name.removeprefix("checkpoint-")))
+        self.checkpoint = checkpoint = folder.last_checkpoint()
+        fresh: dict[str, Any] = {"resumed_at": [], "wall_seconds": 0.0}
+        self.progress = fresh | folder.read_json("progress.json")
         self.earlier = self.progress["wall_seconds"]
         self.began = began
 
@@ -242,9 +275,12 @@ class _Run:
             reset_peak(ready.device)
             folder.write_json("progress.json", self.progress)
         trainer = self._trainer()
-        if checkpoint is None or not self._at_its_end(trainer, checkpoint):
+        try:
             with self._signals():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if self.trajectory is not None:
+                self.trajectory.close()
         self.listener.end("train")
         if self.stop is not None:
             raise Interrupted(
@@ -254,29 +290,14 @@ class _Run:
             )
         return self._finish(trainer)
 
-    def _at_its_end(self, trainer: _TaskTrainer, checkpoint: Path) -> bool:
-        """Whether nothing is left to train. The Trainer would take one step more: it looks for the end after a step."""
-        config = self.ready.config
-        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        early = config.early_stop is not None and _EarlyStop(config.early_stop).reached(trainer.args, state)
-        if state.global_step < config.steps and not early:
-            return False
-        trainer.state = state
-        self.peak = peak_bytes(self.ready.device)
-        trainer.create_scheduler(config.steps)
-        trainer._load_optimizer_and_scheduler(str(checkpoint))
-        self.open_trajectory(trainer.zo_optimizer, state.global_step)
-        if state.best_model_checkpoint:
-            trainer._load_best_model()
-        return True
-
-    def _finish(self, trainer: ZOTrainer) -> dict[str, Any]:
+    def _finish(self, trainer: _TaskTrainer) -> dict[str, Any]:
         ready, config, folder = self.ready, self.ready.config, self.folder
         chosen = int(trainer.state.best_global_step or trainer.state.global_step)
+        trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
         test_after = ready.score(ready.test, self.listener, "test, after")
         if self.trajectory is not None:
-            self.trajectory.mark_chosen(chosen)
-            self.trajectory.close()
+            with TrajectoryWriter.resume(folder / "trajectory.zot", trainer.state.global_step) as trajectory:
+                trajectory.mark_chosen(chosen)
         cost = ready.adam_cost()
         weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
         optimizer = trainer.zo_optimizer
@@ -314,9 +335,10 @@ class _Run:
             "seed": config.seed,
             "versions": versions(),
         }
-        save_model(ready, folder / "model", result)
-        folder.write_json("result.json", result)
-        folder.drop_checkpoints()
+        with folder.staged("model") as path:
+            save_model(ready, path, result)
+        folder.write_json("result.json", result)  # last: it says that all the rest is there
+        folder.finish(config.keep is not None)
         return result
 
     def _trainer(self) -> _TaskTrainer:
@@ -348,9 +370,7 @@ class _Run:
             eval_strategy="steps",
             eval_steps=config.evaluates_every,
             save_strategy="steps",
-            save_steps=config.evaluates_every,
-            save_total_limit=1,
-            load_best_model_at_end=True,
+            save_steps=config.saves_every,
             metric_for_best_model=ready.task.metric,
             greater_is_better=ready.task.metric not in LOWER_IS_BETTER,
             remove_unused_columns=False,
@@ -362,14 +382,13 @@ class _Run:
         multiple = LENGTHS if ready.device.type == "cuda" else 1
         asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
         trainer = _TaskTrainer(
+            run=self,
             model=ready.model,
             args=args,
             train_dataset=ready.train,
             eval_dataset=ready.validation,
             data_collator=asked.collate,
             row_loss=asked.row_loss,
-            score=lambda: ready.score(ready.validation, self.listener, "validation"),
-            metric=ready.task.metric,
             unpadded=objective(config.loss, ready.task, ready.tokenizer, ready.pad_id).collate,
         )
         try:
@@ -380,21 +399,46 @@ class _Run:
         optimizer.pairs = config.pairs // config.queries
         optimizer.norms = NormsFolder(self.folder / CALIBRATION)
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(_Recorder(self, trainer))
+        trainer.recorder = _Recorder(self, trainer)
+        trainer.add_callback(trainer.recorder)
+        if not any(group.get("first_order") for group in optimizer.param_groups):
+            self.header = self._header(optimizer)  # now: of the base model's weights
         if config.early_stop is not None:
             trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
 
-    def open_trajectory(self, optimizer: ZeroOrderOptimizer, step: int) -> None:
-        self.trajectory = None
-        if any(group.get("first_order") for group in optimizer.param_groups):
-            return  # a step by back-propagation is no list of scalars
-        path = self.folder / "trajectory.zot"
-        if step:
-            self.trajectory = TrajectoryWriter.resume(path, step)
-            return
+    header: Header | None = None  # None: a step by back-propagation is no list of scalars
+
+    def open_trajectory(self, step: int) -> Records | None:
+        """Ready for writing. Returns what a killed run has recorded, if it can be applied again to the bit.
+
+        step: the checkpoint's. Steps behind it that are in the file need no forward pass: they are applied from there.
+        """
+        if self.header is None:
+            return None
+        path, sync_every = self.folder / "trajectory.zot", self.ready.config.sync_every
+        base: dict[str, Any] = self.header.base
+        recorded = readable(path, step) if step or path.exists() else None
+        same = recorded is not None and recorded.header.encode() == self.header.encode()
+        same = (
+            same and self.ready.config.mask != "wanda"
+        )  # its masks cost forward passes, which are counted as they are made
+        if step and recorded and recorded.header.base.get("sha256") != base["sha256"]:
+            raise InputError(f"--model {self.ready.config.model}: its weights are not those that the run began with")
+        if step == 0 and not same:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
+            self.trajectory = TrajectoryWriter.create(path, self.header, sync_every=sync_every)
+            return None
+        assert recorded is not None
+        found = recorded.records if same else None
+        reached = max(step, len(found or ()))
+        self.trajectory = TrajectoryWriter.resume(path, reached, sync_every=sync_every)
+        return found
+
+    def _header(self, optimizer: ZeroOrderOptimizer) -> Header:
         config = self.ready.config
-        header = Header(
+        return Header(
             noise_version=noise.NOISE_VERSION,
             direction=config.direction,
             method=config.method,
@@ -425,7 +469,6 @@ class _Run:
             task=self.ready.task.name,
             versions=versions(),
         )
-        self.trajectory = TrajectoryWriter.create(path, header)
 
     def _wall(self) -> float:
         return self.earlier + time.monotonic() - self.began
@@ -451,28 +494,69 @@ class _Run:
                 signal.signal(caught, handler)
 
 
+def readable(path: Path, step: int) -> Trajectory | None:
+    """What can be read of a run's trajectory: up to any damage, but `step` steps at least. None where that is none."""
+    try:
+        return read_file(path)
+    except TrajectoryError as error:
+        if error.steps is not None and error.steps >= step:
+            return read_file(path, until=error.steps)
+        if step:
+            raise
+        return None
+
+
 class _TaskTrainer(ZOTrainer):
-    """Evaluation by the task's metric; of checkpoints equal on validation the latest is the best."""
+    """Evaluation by the task's metric; of checkpoints equal on validation the latest is the best; these are never half there."""
 
     model: nn.Module
+    recorder: _Recorder
 
-    def __init__(self, *args: Any, score: Any, metric: str, unpadded: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, run: _Run, unpadded: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._score, self._metric, self._unpadded = score, f"eval_{metric}", unpadded
+        self.run, self._metric, self._unpadded = run, f"eval_{run.ready.task.metric}", unpadded
+        self.recorded: Records | None = None  # steps that were taken before a kill
+        self.rows = 0  # of the step that is taken
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A step that the trajectory has already is applied from there, with no forward pass."""
+        optimizer, step = self.zo_optimizer, self.zo_optimizer.steps
+        if not self._micro_batches:
+            self.rows = 0
+        self.rows += rows_in(inputs)
+        if self.recorded is None or step >= len(self.recorded) or not self.accelerator.sync_gradients:
+            return super().training_step(model, inputs, num_items_in_batch)
+        batches, self._micro_batches = len(self._micro_batches) + 1, []
+        record = self.recorded[step]
+        optimizer.apply_record(record)
+        optimizer.forward_passes += optimizer.forwards_a_step * batches
+        losses_P, g_GQ = (record.loss_plus, record.loss_minus), (record.g,) * len(record.lr)
+        optimizer.last = StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice)
+        optimizer._count(record.skipped)
+        return torch.tensor(optimizer.last.loss, device=self.args.device)
 
     def calibration_batch(self, row: Any) -> Any:
         return self._unpadded([row])
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer would take one step more of a run that was killed after its last."""
+        patience = self.run.ready.config.early_stop
+        early = patience is not None and _EarlyStop(patience).reached(self.args, self.state)
+        if self.state.global_step < self.state.max_steps and not early:
+            super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {self._metric: self._score()}
+        ready = self.run.ready
+        metrics = {self._metric: ready.score(ready.validation, self.run.listener, "validation")}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _load_best_model(self) -> None:
+    def load_best(self, checkpoint: Path) -> None:
         """Tensor by tensor into the weights that are there: no second copy of them in memory."""
-        if not load_weights(self.model, Path(self.state.best_model_checkpoint or "")):
-            super()._load_best_model()
+        if not load_weights(self.model, checkpoint):
+            self.state.best_model_checkpoint = str(checkpoint)
+            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not load_weights(self.model, Path(resume_from_checkpoint)):
@@ -481,7 +565,21 @@ class _TaskTrainer(ZOTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
+        better = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= better  # whatever --save-every says
+        return better
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """What it relies on goes to the disk before it, and older ones after it."""
+        folder = self.run.folder
+        self.recorder.sync()
+        with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:
+            super()._save_checkpoint(model, trial)
+            (path / WINDOW).write_text(json.dumps(self.recorder.window()), encoding="utf-8")
+        folder.keep_checkpoints(self.run.ready.config.keep or 1, self.state.best_global_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.folder.staging)
 
 
 class _EarlyStop(transformers.TrainerCallback):
@@ -509,61 +607,89 @@ class _EarlyStop(transformers.TrainerCallback):
 class _Recorder(transformers.TrainerCallback):
     """Writes the trajectory and metrics.jsonl, shows progress, and passes on a request to stop."""
 
-    def __init__(self, run: _Run, trainer: ZOTrainer) -> None:
+    def __init__(self, run: _Run, trainer: _TaskTrainer) -> None:
         self.run, self.trainer = run, trainer
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
+        self.losses: list[float] = []  # since the last line
+        self.g: float | None = None  # of the last step, the mean over its pairs
         self.line: dict[str, Any] = {}
         self.validation: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        self.run.open_trajectory(self.trainer.zo_optimizer, step)
+        run, step = self.run, state.global_step
+        self.trainer.recorded = recorded = run.open_trajectory(step)
+        if run.checkpoint is not None:
+            window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
+            self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-        self.run.listener.begin("train", state.max_steps)
-        self.run.listener.advance("train", step)
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        if reached := max(step, len(recorded or ())):
+            again = f"; {reached - step} of them from the trajectory" if reached > step else ""
+            run.listener.say(f"going on after step {reached} of {state.max_steps}{again}")
+            run.progress["resumed_at"].append(reached)
+            run.folder.write_json("progress.json", run.progress)
+        run.listener.begin("train", state.max_steps)
+        run.listener.advance("train", step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last = self.trainer.zo_optimizer.last
+        run, last = self.run, self.trainer.zo_optimizer.last
         assert last is not None
-        if self.run.trajectory is not None:
-            plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
-            plus = plus or other  # forward mode: both are L(θ)
-            self.run.trajectory.append(
-                Record(
-                    step=last.step,
-                    loss_plus=sum(plus) / len(plus),
-                    loss_minus=sum(other) / len(other),
-                    g=last.g_GQ[0],
-                    lr=last.lr_G,
-                    decay=last.decay_G,
-                    skipped=last.skipped,
-                    choice=last.choice,
-                )
-            )
-        plus, other = sides(self.trainer.zo_optimizer.method.estimator, last.losses_P)
-        if plus and other and not last.skipped:
-            self.guards.see(state.global_step, fmean(plus), fmean(other), last.g_GQ[0])
-        self.run.listener.advance("train", 1, loss=last.loss, **self.validation)
-        self.run.peak = peak_bytes(self.run.ready.device)  # before a checkpoint is mapped to load the best from
-        if last.skipped:
-            self.run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
-        if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
-            control.should_log = control.should_evaluate = control.should_save = True
-        if self.run.stop is not None:
-            control.should_log = control.should_save = control.should_training_stop = True
+        loss, skipped = last.loss, last.skipped
+        if run.trajectory is not None:
+            record, written = self._record(last), self.trainer.recorded
+            if written is None or last.step >= len(written):
+                run.trajectory.append(record)
+            # as they are recorded, so that a line is the same whether its steps were taken or applied from the file
+            plus, minus = float32(record.loss_plus), float32(record.loss_minus)
+            g_Q = tuple(map(float32, record.g))
+            self.g = sum(g_Q) / len(g_Q)
+            loss = (plus + minus) / 2 if isinstance(self.trainer.zo_optimizer.method.estimator, TwoSided) else minus
+            if not skipped:
+                self.guards.see(state.global_step, plus, minus, g_Q)
+        self.losses.append(loss)
+        run.listener.advance("train", 1, loss=loss, **self.validation)
+        run.peak = peak_bytes(run.ready.device)  # before a checkpoint is mapped to load the best from
+        if skipped:
+            run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
+        last_one = state.global_step == state.max_steps
+        if state.global_step % args.eval_steps == 0 or last_one:
+            control.should_log = control.should_evaluate = True
+        control.should_save = state.global_step % args.save_steps == 0 or last_one
+        if run.stop is not None:
+            control.should_save = control.should_training_stop = True
+
+    def _record(self, last: StepRecord) -> Record:
+        optimizer, rows = self.trainer.zo_optimizer, self.trainer.rows
+        written = self.trainer.recorded
+        if written is not None and last.step < len(written):
+            return written[last.step]
+        plus, other = sides(optimizer.method.estimator, last.losses_P)
+        groups = (
+            1 if optimizer.groups == 1 else rows if optimizer.groups == "batch" else min(int(optimizer.groups), rows)
+        )
+        return Record(
+            step=last.step,
+            loss_plus=_over_rows(plus or other, rows, groups),  # forward mode: both are L(θ)
+            loss_minus=_over_rows(other, rows, groups),
+            g=last.g_GQ[0],
+            lr=last.lr_G,
+            decay=last.decay_G,
+            skipped=last.skipped,
+            choice=last.choice,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
         if "loss" in logs:
             self._write()
+            losses, self.losses = self.losses, []
             self.line = {
                 "step": state.global_step,
-                "loss": logs["loss"],
+                "loss": sum(losses) / len(losses),
                 "lr": logs["learning_rate"],
-                "projected_gradient": logs.get("projected_gradient"),
+                "projected_gradient": self.g if self.run.trajectory else logs.get("projected_gradient"),
                 **self.guards.statistics(),
                 "forward_passes": logs["forward_passes"],
                 "skipped_steps": logs["skipped_steps"],
@@ -578,12 +704,19 @@ class _Recorder(transformers.TrainerCallback):
         self.run.listener.say(f"step {state.global_step}: validation {shown}")
         self._write()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def sync(self) -> None:
+        """All lines and steps so far are on the disk."""
         self._write()
+        if self.path.exists():
+            sync(self.path)
         if self.run.trajectory is not None:
             self.run.trajectory.sync()
         self.run.progress["wall_seconds"] = self.run._wall()
         self.run.folder.write_json("progress.json", self.run.progress)
+
+    def window(self) -> dict[str, list[float]]:
+        """What the next line is a mean of, so far."""
+        return {"losses": self.losses, "g": self.guards.g}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
@@ -596,6 +729,22 @@ class _Recorder(transformers.TrainerCallback):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")
             self.line = {}
+
+
+def _over_rows(losses: list[float], rows: int, groups: int) -> float:
+    """The mean over the batch of the losses of its groups of rows, query by query."""
+    if groups == 1:
+        return sum(losses) / len(losses)
+    weights = shares(rows, groups) * (len(losses) // groups)
+    return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+
+
+def _step_of(line: str) -> float:
+    """A line's step; beyond all steps where the line is torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return float("inf")
 
 
 def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:

@@ -10,15 +10,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from zotune.bench.cost import forwards_a_step, forwards_of, steps_for
-from zotune.config import Options, Positive, TrainConfig, resolve
+from zotune.config import Options, Positive, TrainConfig, load_yaml, resolve
 from zotune.errors import InputError, nearest
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
@@ -143,16 +142,12 @@ def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise InputError(f"suite {name}: no such file")
-        text, where = path.read_text(encoding="utf-8"), str(path)
+        value, where = load_yaml(path, str(path)), str(path)
     elif name in shipped():
-        text, where = files("zotune.bench").joinpath("suites", f"{name}.yaml").read_text(encoding="utf-8"), name
+        with as_file(files("zotune.bench").joinpath("suites", f"{name}.yaml")) as own:
+            value, where = load_yaml(own, name), name
     else:
         raise InputError(f"unknown suite {name!r}; {nearest(name, shipped())}, or name a .yaml file")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{where}{f':{mark.line + 1}' if mark else ''}: not YAML") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: keys and values were expected")
     for key, given in (changes or {}).items():

@@ -45,7 +45,7 @@ class Bars(Listener):
         self.progress.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, what: str, total: int) -> None:
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")
