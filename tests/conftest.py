@@ -2,6 +2,8 @@
 
 import os
 
+# read when torch is imported: a run's bits depend on it, and some tests compare runs of this process with those of others
+os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at its import; tests need no network, and do not wait for one
 
 import torch

@@ -31,6 +31,7 @@ class Zotune:
     def __init__(self, argv: list[str], said: Path, arm: Any = None) -> None:
         self.said = said
         said.unlink(missing_ok=True)
+        _ended(said).unlink(missing_ok=True)
         self.process = SERVER.Process(target=_main, args=(argv, str(said), arm))
         self.process.start()
 
@@ -47,6 +48,8 @@ class Zotune:
             self.process.kill()
             raise TimeoutError(self.said.read_text())
         code = self.process.exitcode
+        if code == 255:  # the fork server lost it: no command ends so
+            code = int(_ended(self.said).read_text()) if _ended(self.said).exists() else -9
         self.process.close()
         return Done(code, self.said.read_text() if self.said.exists() else "")
 
@@ -70,7 +73,13 @@ def _main(argv: list[str], said: str, arm: Any) -> None:
             armed.report()
         if code != 70:
             sys.stdout.flush()
+            _ended(Path(said)).write_text(str(code))
             os._exit(code)
+
+
+def _ended(said: Path) -> Path:
+    """Where a process that was not killed leaves its exit code."""
+    return said.with_name(f"{said.name}.code")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
