@@ -15,7 +15,8 @@ from zotune.config import EvalConfig, PredictConfig
 from zotune.errors import InputError
 from zotune.folder import write_atomically
 from zotune.models.adapters import put_adapter
-from zotune.run import encoder_for, load, pad_id, task_of
+from zotune.models.kinds import kind_of
+from zotune.run import check_kind, encoder_for, load, pad_id, task_of
 from zotune.tasks import Task
 from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.splits import demonstrations, find_source, scored_rows
@@ -85,8 +86,9 @@ def _outcome(options: EvalConfig | PredictConfig, task: Task, examples: list[Any
     if trajectory:
         model, tokenizer, line = rebuilt(options, trajectory)
         print(line)
+        check_kind(kind_of(model), task)
     else:
-        model, tokenizer = load(options)
+        model, tokenizer = load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter)
     encode = encoder_for(model, tokenizer, options)

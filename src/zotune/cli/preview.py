@@ -9,7 +9,7 @@ from rich.text import Text
 
 from zotune import run
 from zotune.config import PreviewConfig
-from zotune.models.loading import load_tokenizer
+from zotune.models.loading import find_kind, load_tokenizer
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.splits import find_source
@@ -29,7 +29,9 @@ def preview(options: PreviewConfig) -> None:
     if options.model:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
         tokenizer = load_tokenizer(options.model, **extra)
-        encode = Encoder(tokenizer, None, options.max_length)
+        kind, _ = find_kind(options.model, options.model_kind, **extra)
+        run.check_kind(kind, task)
+        encode = Encoder(tokenizer, None, options.max_length, kind)
     for example in examples[: options.rows]:
         if encode is None:
             show_text(console, example)
@@ -58,9 +60,11 @@ def show_text(console: Console, example: Example) -> None:
 def show_row(console: Console, example: Example, encoded: Encoded, tokenizer: Any) -> None:
     """What the ids decode to, so that what the tokenizer adds or cuts is seen."""
     prompt = tokenizer.decode(list(encoded.prompt))
-    answer = tokenizer.decode(list(encoded.candidates[encoded.label]))
+    right = example.candidates[encoded.label].strip()
+    answer = f" → {right}" if encoded.classified else tokenizer.decode(list(encoded.candidates[encoded.label]))
     line = Text(f"{example.where}  ", style="dim").append(Text(_plain(prompt)))
-    line.append(_plain(answer), style="bold reverse").append(f"   {encoded.tokens} tokens", style="dim")
+    line.append(_plain(answer), style="bold reverse").append(_plain(tokenizer.decode(list(encoded.tail))))
+    line.append(f"   {encoded.tokens} tokens", style="dim")
     if encoded.cut:
         line.append(f", {encoded.cut} cut", style="dim")
     console.print(line)
