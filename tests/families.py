@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 import transformers as tf
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
 V, H = 96, 32  # vocabulary, width
@@ -16,6 +18,8 @@ CAUSAL = {
     "llama": tf.LlamaConfig(**GQA, tie_word_embeddings=True),
     "mistral": tf.MistralConfig(**GQA),
     "qwen2": tf.Qwen2Config(**SIZES, num_key_value_heads=2),
+    "qwen3": tf.Qwen3Config(**GQA),
+    "gemma": tf.GemmaConfig(**GQA),
     "gemma2": tf.Gemma2Config(**GQA),
     "phi": tf.PhiConfig(**SIZES),
     "gpt2": tf.GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64),
@@ -28,10 +32,85 @@ MASKED = {
 }
 
 
-def build(name: str) -> nn.Module:
+CORPUS = ["the film was good and bad, a great terrible day. It was good. It was bad. Awfully long! <mask>"] * 3
+# How each family's tokenizer works: the algorithm, the tokens that stand before and behind a text, its mask.
+TOKENIZERS = {
+    "llama": ("metaspace", "<s>", "", None),
+    "mistral": ("metaspace", "<s>", "", None),
+    "qwen2": ("bytes", "", "", None),
+    "qwen3": ("bytes", "", "", None),
+    "gemma": ("metaspace", "<bos>", "", None),
+    "gemma2": ("metaspace", "<bos>", "", None),
+    "phi": ("bytes", "", "", None),
+    "gpt2": ("bytes", "", "", None),
+    "opt": ("bytes", "</s>", "", None),
+    "bert": ("wordpiece", "[CLS]", "[SEP]", "[MASK]"),
+    "roberta": ("bytes", "<s>", "</s>", "<mask>"),
+    "deberta": ("unigram", "[CLS]", "[SEP]", "[MASK]"),
+}
+
+
+def build(name: str, kind: str = "", vocabulary: int = V) -> nn.Module:
+    """kind "classifier": with three labels; else the family's language model."""
     torch.manual_seed(0)
+    config = copy.deepcopy((CAUSAL | MASKED)[name])
+    config.vocab_size = vocabulary
     auto = tf.AutoModelForCausalLM if name in CAUSAL else tf.AutoModelForMaskedLM
-    return auto.from_config(copy.deepcopy((CAUSAL | MASKED)[name])).eval()
+    if kind == "classifier":
+        config.num_labels, auto = 3, tf.AutoModelForSequenceClassification
+        config.pad_token_id = config.pad_token_id or 0
+    return auto.from_config(config).eval()
+
+
+def tokenizer(name: str) -> tf.PreTrainedTokenizerFast:
+    """A small tokenizer with the habits of the family's own."""
+    algorithm, begin, end, mask = TOKENIZERS[name]
+    pad = {"roberta": "<pad>", "bert": "[PAD]", "deberta": "[PAD]", "opt": "<pad>"}.get(name)
+    unknown = "<unk>"
+    special = ["<s>", pad or "<pad>", "</s>", unknown] if algorithm == "bytes" else [pad or "<pad>", unknown]
+    special += [token for token in (begin, end, "</s>") if token and token not in special]
+    if algorithm == "wordpiece":
+        made = Tokenizer(models.WordPiece(unk_token=unknown))
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=180, special_tokens=special)
+    elif algorithm == "bytes":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    else:
+        unigram = algorithm == "unigram"
+        made = Tokenizer(models.Unigram() if unigram else models.BPE(unk_token=unknown))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = (
+            trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token=unknown)
+            if unigram
+            else trainers.BpeTrainer(vocab_size=180, special_tokens=special)
+        )
+    made.train_from_iterator([line.replace("<mask>", "") for line in CORPUS], trainer)
+    ids = {token: made.token_to_id(token) for token in (begin, end) if token}
+    if ids:
+        single = " ".join(filter(None, [begin, "$A", end]))
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(ids.items()))
+    extra = {"bos_token": begin or "<s>", "eos_token": end or "</s>"} if algorithm == "bytes" or not mask else {}
+    if mask:
+        extra |= {"mask_token": AddedToken(mask, lstrip=mask == "<mask>"), "cls_token": begin, "sep_token": end}
+    if pad:
+        extra |= {"pad_token": pad}
+    return tf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown, **extra)
+
+
+def save(name: str, folder: Path) -> Path:
+    """The family's model and tokenizer, as `from_pretrained` takes them."""
+    words = tokenizer(name)
+    model = build(name, vocabulary=len(words) + 4)  # some classes of tokenizers add tokens of their own when loaded
+    if words.pad_token_id is not None:
+        model.config.pad_token_id = words.pad_token_id
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def snapshot(model: nn.Module) -> list[tuple[int, int, torch.Tensor]]:

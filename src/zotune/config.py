@@ -24,7 +24,12 @@ class Options(BaseModel):
 
 
 class ModelOptions(Options):
-    model: str = Field(description="hub name or local folder of a pretrained causal model")
+    model: str = Field(description="hub name or local folder of a pretrained model")
+    model_kind: Literal["auto", "causal", "masked", "classifier"] = Field(
+        "auto",
+        description="causal: the answer follows the prompt; masked: it stands at <mask>; classifier: a head over the labels "
+        "[auto: the checkpoint's architecture]",
+    )
     gguf_file: str | None = Field(None, description="read the weights from this GGUF file of the model")
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -324,6 +329,7 @@ class ReplayConfig(ModelOptions):
 
 class PreviewConfig(DataOptions):
     model: str | None = Field(None, description="hub name or folder of a model: shows its tokens and lengths")
+    model_kind: Literal["auto", "causal", "masked", "classifier"] = Field("auto", description="as in `zotune train`")
     gguf_file: str | None = Field(None, description="read the tokenizer from this GGUF file of the model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     rows: Positive = Field(5, description="rows to show")

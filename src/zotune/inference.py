@@ -16,10 +16,10 @@ from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.own import data_of, encoded
 from zotune.tasks.splits import Source, demonstrations, scored_rows
 
-Loader = Callable[[EvalConfig | PredictConfig], tuple[Any, Any]]
+Loader = Callable[[EvalConfig | PredictConfig, Task], tuple[Any, Any]]
 
 
-def evaluation(options: EvalConfig, listener: Listener, loader: Loader = load) -> dict[str, Any]:
+def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = None) -> dict[str, Any]:
     """The figures of the rows that a run of these options scores as test. loader: gives model and tokenizer."""
     task, source = data_of(options)
     rows, split = scored_rows(source, options.eval_size, seed=options.seed)
@@ -44,7 +44,9 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader = load) -
     }
 
 
-def predictions(options: PredictConfig, listener: Listener, loader: Loader = load) -> tuple[list[dict[str, Any]], str]:
+def predictions(
+    options: PredictConfig, listener: Listener, loader: Loader | None = None
+) -> tuple[list[dict[str, Any]], str]:
     """What is told of each row, in the order of the rows, and the split that they are of.
 
     Rows that are skipped as bad ones have no place in it; with --skip-bad-rows each says which `row` it is of.
@@ -81,11 +83,11 @@ def _outcome(
     source: Source,
     examples: Sequence[Example],
     listener: Listener,
-    loader: Loader,
+    loader: Loader | None,
     replies: bool = False,
 ) -> tuple[list[Example], list[Encoded], Outcome]:
     """What the model makes of the examples, and those of them that it could be asked."""
-    model, tokenizer = loader(options)
+    model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter)
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)

@@ -20,6 +20,7 @@ from zotune.engines.lowrank import LowRankEngine
 from zotune.errors import InputError
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
+from zotune.models import adapters
 from zotune.models.schemes import get_scheme
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
@@ -188,7 +189,6 @@ def save(model: Any, tokenizer: Any, output: Path, path: str, line: str) -> None
     """As `from_pretrained` (or PEFT) loads it, with a card that says where it comes from."""
     from huggingface_hub import ModelCard
 
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    adapters.save(model, tokenizer, output)
     text = f"---\ntags: [zotune, zeroth-order]\n---\n\n# Rebuilt from a trajectory\n\n{line}.\n\nTrajectory: `{Path(path).name}`.\n"
     ModelCard(text).save(output / "README.md")

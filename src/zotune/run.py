@@ -10,7 +10,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,12 +31,14 @@ from zotune.estimators import TwoSided
 from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
-from zotune.models.loading import length_limit, load_model, load_tokenizer, load_weights, pick_device
+from zotune.models.adapters import save
+from zotune.models.kinds import kind_of
+from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
 from zotune.tasks import Task
-from zotune.tasks.encoding import Encoded, Encoder
+from zotune.tasks.encoding import MASK, Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
@@ -138,16 +140,40 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def load(options: ModelOptions) -> tuple[nn.Module, Any]:
-    """The model and tokenizer that the options name."""
+def load(
+    options: ModelOptions, task: Task | None = None, *, labels: Sequence[str] = (), seed: int = 0
+) -> tuple[nn.Module, Any]:
+    """The model and tokenizer that the options name; a classifier with the task's labels, or these, its fresh head by the seed."""
     extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
     device = pick_device(options.device)
+    adapter = getattr(options, "adapter", None)
+    kind, known = find_kind(options.model, options.model_kind, adapter=adapter, **extra)
+    if task is not None:
+        check_kind(kind, task)
+        labels = task.labels
     tokenizer = load_tokenizer(options.model, **extra)
-    return load_model(options.model, dtype=options.dtype, device=device, **extra), tokenizer
+    common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
+    model = load_model(options.model, kind=kind, **common, **extra)
+    if kind == "classifier" and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_id(tokenizer)  # type: ignore[union-attr]  # a decoder's head finds the last token by it
+    return model, tokenizer
+
+
+def check_kind(kind: str, task: Task) -> None:
+    """Raises InputError for a task that models of the kind cannot do."""
+    if kind != "causal" and task.generates:
+        raise InputError(f"--model-kind {kind}: task {task.name!r} generates its answers, which a causal model does")
+    if kind == "classifier" and not task.labels:
+        raise InputError(
+            f"--model-kind classifier: task {task.name!r} has no fixed labels to give an output each; "
+            "use a causal or masked model"
+        )
+    if kind != "masked" and task.ask is None and MASK in task.prompt:
+        raise InputError(f"--template {task.prompt!r}: {MASK} is for masked models, this is a {kind} one; leave it out")
 
 
 def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encoder:
-    return Encoder(tokenizer, length_limit(model), options.max_length)
+    return Encoder(tokenizer, length_limit(model), options.max_length, kind_of(model))
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -171,7 +197,7 @@ def prepare(config: TrainConfig) -> Prepared:
         seed=config.seed,
         balanced=config.balance_classes,
     )
-    model, tokenizer = load(config)
+    model, tokenizer = load(config, task, seed=config.seed)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
@@ -463,6 +489,8 @@ class _Run:
                 "revision": getattr(self.ready.model.config, "_commit_hash", None),
                 "gguf_file": config.gguf_file,
                 "scheme": config.scheme,
+                "kind": kind_of(self.ready.model),
+                "labels": self.ready.task.labels,
                 "sha256": fingerprint(self.ready.model),
                 "machine": machine(self.ready.device),
             },
@@ -751,9 +779,7 @@ def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
     from zotune.card import model_card
 
-    model: Any = ready.model
-    model.save_pretrained(path)
-    ready.tokenizer.save_pretrained(path)
+    save(ready.model, ready.tokenizer, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 
 

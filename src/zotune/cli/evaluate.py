@@ -13,7 +13,9 @@ from zotune.cli.replay import rebuilt
 from zotune.config import EvalConfig, PredictConfig
 from zotune.errors import InputError
 from zotune.folder import write_atomically
-from zotune.run import load
+from zotune.models.kinds import kind_of
+from zotune.run import check_kind, load
+from zotune.tasks import Task
 from zotune.tasks.metrics import figure
 from zotune.tasks.task import METRICS
 
@@ -22,7 +24,7 @@ def evaluate(options: EvalConfig) -> None:
     if options.output and not Path(options.output).expanduser().absolute().parent.is_dir():
         raise InputError(f"--output {options.output}: no such folder")
     with Bars() as bars:
-        figures = inference.evaluation(options, bars, lambda options: _loaded(options, bars))
+        figures = inference.evaluation(options, bars, lambda options, task: _loaded(options, task, bars))
     shown = [(figures["metric"], figures["value"])]
     shown += [(name, value) for name, value in figures.items() if name in (*METRICS, "loss")]
     cut = f", {figures['cut_rows']} of them cut" if "cut_rows" in figures else ""
@@ -47,10 +49,11 @@ def predict(options: PredictConfig) -> None:
     print(f"{len(told)} rows of {split} → {output}")
 
 
-def _loaded(options: EvalConfig | PredictConfig, bars: Bars) -> tuple[Any, Any]:
+def _loaded(options: EvalConfig | PredictConfig, task: Task, bars: Bars) -> tuple[Any, Any]:
     """The model as it is, or as a run's trajectory makes it."""
     if trajectory := getattr(options, "trajectory", None):
         model, tokenizer, line = rebuilt(options, trajectory, bars=bars)
         bars.say(line)
+        check_kind(kind_of(model), task)
         return model, tokenizer
-    return load(options)
+    return load(options, task, seed=options.seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zotune.config import MergeConfig
 from zotune.errors import InputError
-from zotune.models.adapters import put_adapter
+from zotune.models.adapters import put_adapter, save
 from zotune.run import load
 
 
@@ -25,6 +25,5 @@ def merge(options: MergeConfig) -> None:
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
     merged = adapted.merge_and_unload()
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save(merged, tokenizer, output)
     print(f"merged model: {output}")

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.config import PreviewConfig
-from zotune.models.loading import load_tokenizer
+from zotune.models.loading import find_kind, load_tokenizer
+from zotune.run import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded
@@ -29,7 +30,9 @@ def preview(options: PreviewConfig) -> None:
     else:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
         tokenizer = load_tokenizer(options.model, **extra)
-        examples, ids = encoded(Encoder(tokenizer, None, options.max_length), source, examples)
+        kind, _ = find_kind(options.model, options.model_kind, **extra)
+        check_kind(kind, task)
+        examples, ids = encoded(Encoder(tokenizer, None, options.max_length, kind), source, examples)
         for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
             show_row(console, example, row, tokenizer)
         lengths = sorted(row.tokens for row in ids)
@@ -53,12 +56,18 @@ def show_text(console: Console, example: Example) -> None:
 def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -> None:
     """What the ids decode to, so that what the tokenizer adds or cuts is seen."""
     line = Text(f"{example.where}  ", style="dim").append(Text(_plain(tokenizer.decode(list(ids.prompt)))))
-    answer = ids.candidates[ids.label]
-    counted = set(ids.counted or range(len(answer)))
-    for counts, places in groupby(range(len(answer)), counted.__contains__):  # a conversation has questions in between
-        line.append(
-            _plain(tokenizer.decode([answer[place] for place in places])), style="bold reverse" if counts else None
-        )
+    if ids.classified:
+        line.append(f" → {example.candidates[ids.label].strip()}", style="bold reverse")
+    else:
+        answer = ids.candidates[ids.label]
+        counted = set(ids.counted or range(len(answer)))
+        for counts, places in groupby(
+            range(len(answer)), counted.__contains__
+        ):  # a conversation has questions in between
+            line.append(
+                _plain(tokenizer.decode([answer[place] for place in places])), style="bold reverse" if counts else None
+            )
+        line.append(_plain(tokenizer.decode(list(ids.tail))))
     line.append(f"   {ids.tokens} tokens", style="dim")
     if ids.cut:
         line.append(f", {ids.cut} cut", style="dim")

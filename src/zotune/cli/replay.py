@@ -30,11 +30,15 @@ def rebuilt(
     options: ModelOptions, trajectory: str, until: str | None = None, bars: Bars | None = None
 ) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what was rebuilt in a line. A dtype that is named is taken after the steps, not before."""
-    _, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
+    found, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
+    header = found.header
+    kind, labels = header.base.get("kind", "causal"), header.base.get("labels", [])
     kept: dict[str, Any] = {}
 
     def base(dtype: str | None) -> Any:
-        model, kept["tokenizer"] = load(options.model_copy(update={"dtype": dtype}))
+        model, kept["tokenizer"] = load(
+            options.model_copy(update={"dtype": dtype, "model_kind": kind}), labels=labels, seed=header.seed
+        )
         return model
 
     with nullcontext(bars) if bars is not None else Bars() as bars:

@@ -1,13 +1,26 @@
-"""Saved PEFT adapters."""
+"""Saved models and PEFT adapters."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from zotune.errors import InputError
+from zotune.models.kinds import kind_of, without_adapter
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """As `from_pretrained` (or PEFT) loads it. An adapter of another kind than causal says so in a config.json of its model."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    base = without_adapter(model)
+    if base is not model and kind_of(model) != "causal":
+        config = copy.deepcopy(base.config)
+        config.architectures = [type(base).__name__]
+        config.save_pretrained(folder)
 
 
 def put_adapter(model: nn.Module, folder: str) -> Any:

@@ -1,9 +1,9 @@
-"""A causal model and its tokenizer from the hub, a folder or a GGUF file, whole and in one dtype."""
+"""A model and its tokenizer from the hub, a folder or a GGUF file, whole and in one dtype."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
+from zotune.models.kinds import auto_class, kind_of_config, without_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,27 +28,69 @@ def pick_device(name: str) -> torch.device:
 def load_model(
     name: str,
     *,
+    kind: str = "causal",
+    labels: Sequence[str] = (),
+    seed: int = 0,
     dtype: str | None = None,
     device: torch.device | str = "cpu",
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The pretrained causal model, in eval mode, on the device.
+    """The pretrained model, in eval mode, on the device.
 
-    name: a hub name or a local folder. dtype None keeps the checkpoint's own (float32 for GGUF). Weights are read from
-    safetensors or GGUF, never unpickled. Raises InputError where the model cannot be had.
+    name: a hub name or a local folder. kind: see `zotune.models.kinds`. labels: of a classifier, an output each; the head that
+    a checkpoint lacks is drawn by the seed (`fresh_parameters` names what was). dtype None keeps the checkpoint's own (float32
+    for GGUF). Weights are read from safetensors or GGUF, never unpickled. Raises InputError where the model cannot be had.
     """
     import transformers
 
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _said_as_one_line(name, gguf_file):
-        if gguf_file is not None:
+    if gguf_file is not None:
+        if kind != "causal":
+            raise InputError(f"--gguf-file {gguf_file}: only causal models are read from GGUF, this is a {kind} one")
+        with _said_as_one_line(name, gguf_file):
             model = _from_gguf(name, gguf_file, kwargs)
-            model = model.to(DTYPES[dtype]) if dtype else model
-        else:
-            kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return (model.to(DTYPES[dtype]) if dtype else model).to(device).eval()
+    kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
+    if kind == "classifier" and labels:
+        kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        kwargs |= {"label2id": {label: i for i, label in enumerate(labels)}}
+    with _said_as_one_line(name, None):
+        transformers.set_seed(seed)
+        model, info = auto_class(kind).from_pretrained(name, output_loading_info=True, **kwargs)
+    missing = set(info["missing_keys"])
+    if missing and kind != "classifier":
+        raise InputError(
+            f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
+            "give --model-kind classifier for a fresh head over label words"
+        )
+    model.fresh_parameters = missing
     return model.to(device).eval()
+
+
+def find_kind(
+    name: str,
+    asked: str = "auto",
+    *,
+    adapter: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[str, list[str]]:
+    """The kind that is asked for, or the adapter's, or the checkpoint's; and the labels of an adapter's classifier."""
+    if adapter and (Path(adapter).expanduser() / "config.json").is_file():
+        config = load_config(str(Path(adapter).expanduser()))
+        kind = kind_of_config(config) if asked == "auto" else asked
+        return kind, list(config.id2label.values()) if kind == "classifier" else []
+    if asked == "auto":
+        asked = "causal" if gguf_file else kind_of_config(load_config(name, trust_remote_code=trust_remote_code))
+    return asked, []
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    import transformers
+
+    with _said_as_one_line(name, None):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -73,13 +116,28 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
 
 
 def length_limit(model: nn.Module) -> int | None:
-    """How many tokens the model takes, from its config; None where the config does not say."""
+    """How many tokens the model takes, from its config, less an adapter's virtual ones; None where the config does not say."""
     config = getattr(model.config, "text_config", model.config)
+    adapter: Any = getattr(model, "active_peft_config", None)
+    virtual = adapter.num_virtual_tokens if adapter is not None and adapter.is_prompt_learning else 0
     for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         limit = getattr(config, field, None)
         if isinstance(limit, int) and limit > 0:
-            return limit
+            return limit - _positions_unused(model) - virtual
     return None
+
+
+def _positions_unused(model: nn.Module) -> int:
+    """Where a table of positions has a row for padding, positions count from the row behind it."""
+    for name, module in without_adapter(model).named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:2]
+    return ", ".join(first) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _from_gguf(name: str, gguf_file: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
+from zotune.models.kinds import head_modules, is_encoder, kind_of
 
 SMALL_MODEL = 500_000_000  # parameters; smaller ones want larger steps
 
@@ -38,7 +40,7 @@ def _lora(model: nn.Module) -> nn.Module:
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= names else None
-    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, **_of_kind(model))
     return _adapted(model, config, "lora")
 
 
@@ -50,7 +52,7 @@ def _prefix(model: nn.Module) -> nn.Module:
     """5 tokens' keys and values in each layer, no reparametrisation, started from those of 5 random real tokens."""
     import peft
 
-    config = peft.PrefixTuningConfig(num_virtual_tokens=PREFIX_TOKENS, task_type="CAUSAL_LM", prefix_projection=False)
+    config = peft.PrefixTuningConfig(num_virtual_tokens=PREFIX_TOKENS, prefix_projection=False, **_of_kind(model))
     cache = _cache_of(model, _random_tokens(model, PREFIX_TOKENS))
     adapted = _adapted(model, config, "prefix")
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # (2, heads, tokens, width)
@@ -71,28 +73,45 @@ def _prompt(model: nn.Module) -> nn.Module:
     """10 virtual tokens before the input's embeddings, started from the embeddings of random real tokens."""
     import peft
 
+    if kind_of(model) == "classifier" and not is_encoder(model.config):
+        raise InputError(  # it would read the last token, which it finds by its id, and virtual tokens have none
+            "--scheme prompt: a decoder's classifier cannot tell padding from text there; use --scheme prefix or lora"
+        )
     tokens = _random_tokens(model, PROMPT_TOKENS)
     start = model.get_input_embeddings()(tokens)[0]  # type: ignore[operator]
-    adapted = _adapted(
-        model, peft.PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, task_type="CAUSAL_LM"), "prompt"
-    )
+    adapted = _adapted(model, peft.PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, **_of_kind(model)), "prompt")
     adapted.prompt_encoder["default"].embedding.weight.copy_(start)
     return adapted
 
 
 def _head(model: nn.Module) -> nn.Module:
-    """The output head alone, untied from the embedding."""
+    """The output head alone, untied from the embedding; of a classifier its head."""
     model.requires_grad_(False)
+    if kind_of(model) == "classifier":
+        for name in head_modules(model):
+            model.get_submodule(name).requires_grad_(True)
+        return model
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise InputError("--scheme head: the model has no output head")
     if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
-        head.weight = nn.Parameter(head.weight.detach().clone())
+        for name, param in list(head.named_parameters(recurse=False)):  # masked models tie the bias too
+            setattr(head, name, nn.Parameter(param.detach().clone()))
         configs: list[Any] = [model.config, getattr(model.config, "text_config", None)]
         for config in filter(None, configs):
             config.tie_word_embeddings = False
     head.requires_grad_(True)
     return model
+
+
+def _of_kind(model: nn.Module) -> dict[str, Any]:
+    """What PEFT wants to know: how the model is called, and a classifier's head, which trains with the adapter."""
+    kind = kind_of(model)
+    if kind == "classifier":
+        return {"task_type": "SEQ_CLS", "modules_to_save": head_modules(model)}
+    return {
+        "task_type": "CAUSAL_LM" if kind == "causal" else "FEATURE_EXTRACTION"
+    }  # the latter adds nothing of its own
 
 
 def _random_tokens(model: nn.Module, count: int) -> torch.Tensor:
@@ -103,10 +122,20 @@ def _random_tokens(model: nn.Module, count: int) -> torch.Tensor:
 
 
 def _cache_of(model: nn.Module, ids: torch.Tensor) -> Any:
-    """The key-value cache after these tokens."""
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    if not hasattr(cache, "layers"):
-        raise InputError("--scheme prefix: the model keeps no key-value cache to put a prefix into")
+    """The keys and values of these tokens, a layer each. An encoder keeps none unless it is given a cache to fill."""
+    import transformers
+
+    if kind_of(model) == "causal":
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    else:
+        cache = transformers.DynamicCache()
+        with contextlib.suppress(TypeError):  # a forward that takes no cache
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    if not getattr(cache, "layers", None):
+        raise InputError(
+            f"--scheme prefix: {model.config.model_type!r} takes no keys and values from outside; "  # type: ignore[union-attr]
+            "use --scheme lora or prompt"
+        )
     return cache
 
 

@@ -22,6 +22,8 @@ class Encoded:
     """A prompt's ids, the ids that each candidate adds to it, and which candidate is right (−1: not known).
 
     counted: the places in the one candidate whose tokens count, where not all do.
+    mask, tail: of a masked model, the token that stands in the answer's place, once for each of its tokens, and what follows it.
+    A classifier's candidates add nothing: they are its outputs.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +33,8 @@ class Encoded:
     golds: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     counted: tuple[int, ...] = ()
+    mask: int | None = None
+    tail: tuple[int, ...] = ()
 
     @property
     def learned(self) -> int:
@@ -47,30 +51,64 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt) + max(map(len, self.candidates))
+        return len(self.prompt) + max(map(len, self.candidates)) + len(self.tail)
+
+    @property
+    def classified(self) -> bool:
+        return len(self.candidates) > 1 and not any(self.candidates)
+
+
+MASK = "<mask>"  # in a template, where a masked model's answer stands
 
 
 class Encoder:
     """Turns examples into ids, refusing what the model cannot take.
 
-    The answer's tokens are what the tokenizer adds when prompt and answer are encoded as one text, so that the model
+    The answer's tokens are what the tokenizer makes of it when prompt and answer are encoded as one text, so that the model
     sees the tokens that it was trained on. max_length: prompt and answer together; None refuses whatever is longer
     than the model takes, a number cuts the start of longer prompts.
+
+    kind "causal": the answer follows the prompt. "masked": the answer stands where the prompt has `<mask>` (or the tokenizer's own
+    mask), else at its end, before a full stop; an answer of k tokens is k masks. "classifier": the prompt alone.
     """
 
-    def __init__(self, tokenizer: Any, model_takes: int | None, max_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, model_takes: int | None, max_length: int | None = None, kind: str = "causal"
+    ) -> None:
         if max_length is not None and model_takes is not None and max_length > model_takes:
             raise InputError(f"--max-length {max_length}: the model takes {model_takes} tokens")
-        self.tokenizer, self.model_takes, self.max_length = tokenizer, model_takes, max_length
+        if kind == "masked" and (tokenizer.mask_token_id is None or not tokenizer.is_fast):
+            lacks = (
+                "has no mask token" if tokenizer.mask_token_id is None else "tells no offsets (it is not a fast one)"
+            )
+            raise InputError(f"--model-kind masked: the model's tokenizer {lacks}")
+        self.tokenizer, self.model_takes, self.max_length, self.kind = tokenizer, model_takes, max_length, kind
 
     def __call__(self, example: Example) -> Encoded:
+        if self.kind == "causal":
+            return self._continued(example)
+        if example.messages or not example.prompt:
+            raise InputError(
+                f"{example.where}: plain text and conversations are for causal models, this is a {self.kind} one"
+            )
+        label = -1 if example.label is None else example.label
+        if self.kind == "classifier":
+            ids = tuple(self.tokenizer(example.prompt, verbose=False)["input_ids"])
+            kept, cut = self._fit(ids, 0, example, "the prompt is")
+            return Encoded(kept, ((),) * len(example.candidates), label, cut)
+        prompt, answers, tail = self._filled(example)
+        kept, cut = self._fit(prompt, max(map(len, answers)) + len(tail), example, "prompt and answer are")
+        mask = self.tokenizer.mask_token_id
+        return Encoded(kept, answers, label, cut, example.golds, example.names, mask=mask, tail=tail)
+
+    def _continued(self, example: Example) -> Encoded:
         if example.messages:
             return self._conversation(example)
         if not example.prompt:
             return self._text(example)
         prompt = self._ids(example.prompt)
         if example.candidates == ("",):  # nothing to train on: an answer is to be generated
-            kept, cut = self._kept(tuple(prompt), example)
+            kept, cut = self._fit(tuple(prompt), 0, example, "the prompt is")
             return Encoded(kept, ((),), -1, cut, example.golds)
         whole = [self._ids(example.prompt + text) for text in example.candidates]
         shared = min(_common_prefix(prompt, ids) for ids in whole)
@@ -80,22 +118,7 @@ class Encoder:
         for text, answer in zip(example.candidates, answers, strict=True):
             if not answer:
                 raise InputError(f"{example.where}: the answer {text!r} adds no token to the prompt")
-        kept = tuple(prompt[:shared])
-        longest = max(map(len, answers))
-        limit = self.max_length or self.model_takes
-        cut = 0
-        if limit is not None and len(kept) + longest > limit:
-            if self.max_length is None:
-                raise InputError(
-                    f"{example.where}: prompt and answer are {len(kept) + longest} tokens, the model takes {limit}; "
-                    f"shorten the text, or cut its start with --max-length {limit}"
-                )
-            room = limit - longest
-            head = self._special_head(kept)
-            if room <= len(head):
-                raise InputError(f"{example.where}: --max-length {limit} leaves no room for the prompt")
-            cut = len(kept) - room
-            kept = head + kept[len(kept) - room + len(head) :]
+        kept, cut = self._fit(tuple(prompt[:shared]), max(map(len, answers)), example, "prompt and answer are")
         label = -1 if example.label is None else example.label
         return Encoded(kept, answers, label, cut, example.golds, example.names)
 
@@ -119,7 +142,7 @@ class Encoder:
         """The chat template's words; assistant turns count. What is too long loses its start, but never the last question."""
         if example.label is None:
             question = question_ids(self.tokenizer, example.messages, example.where)
-            kept, cut = self._kept(tuple(question), example)
+            kept, cut = self._fit(tuple(question), 0, example, "the prompt is")
             return Encoded(kept, ((),), -1, cut, example.golds)
         ids, places = conversation_ids(self.tokenizer, example.messages, example.learned, example.where)
         limit, cut = self.max_length or self.model_takes, 0
@@ -143,18 +166,48 @@ class Encoder:
             counted = ()
         return Encoded(tuple(ids[:first]), (answer,), 0, cut, example.golds, (), counted)
 
-    def _kept(self, prompt: tuple[int, ...], example: Example) -> tuple[tuple[int, ...], int]:
-        """What of a prompt is kept, and how many tokens of its start are not."""
+    def _filled(self, example: Example) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...]]:
+        """The ids before the answer, those of each candidate in its place, and the ids behind it."""
+        parts = example.prompt.replace(self.tokenizer.mask_token, MASK).split(MASK)
+        if len(parts) > 2:
+            raise InputError(f"{example.where}: the prompt has {len(parts) - 1} masks; one is wanted")
+        before, after = parts if len(parts) == 2 else (example.prompt, ".")
+        around: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        answers = []
+        for candidate in example.candidates:
+            word = candidate.strip() if len(parts) == 2 else candidate
+            encoded = self.tokenizer(before + word + after, return_offsets_mapping=True, verbose=False)
+            ids, spans = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+            text, end = before + word, len(before) + len(word)
+            start = end - len(word.lstrip())
+            start -= text[:start].endswith(
+                " "
+            )  # some tokenizers make the space before a word a token, or not, by the word
+            inside = [i for i, (first, last) in enumerate(spans) if first < end and last > start and first < last]
+            if not inside or spans[inside[-1]][1] > end or text[spans[inside[0]][0] : start].strip():
+                raise InputError(f"{example.where}: the answer {word.strip()!r} shares a token with the text around it")
+            answers.append(ids[inside[0] : inside[-1] + 1])
+            around.add((ids[: inside[0]], ids[inside[-1] + 1 :]))
+        if len(around) > 1:
+            raise InputError(f"{example.where}: the text around the answer has other tokens beside another answer")
+        prompt, tail = around.pop()
+        return prompt, tuple(answers), tail
+
+    def _fit(self, prompt: tuple[int, ...], more: int, example: Example, what: str) -> tuple[tuple[int, ...], int]:
+        """The prompt, its start cut where it does not fit with so many tokens more, and how many were cut."""
         limit = self.max_length or self.model_takes
-        if limit is None or len(prompt) <= limit:
+        total = len(prompt) + more
+        if limit is None or total <= limit:
             return prompt, 0
         if self.max_length is None:
             raise InputError(
-                f"{example.where}: the prompt is {len(prompt)} tokens, the model takes {limit}; shorten the text, or cut its "
-                f"start with --max-length {limit}"
+                f"{example.where}: {what} {total} tokens, the model takes {limit}; "
+                f"shorten the text, or cut its start with --max-length {limit}"
             )
-        head = self._special_head(prompt)
-        return head + prompt[len(prompt) - limit + len(head) :], len(prompt) - limit
+        room, head = limit - more, self._special_head(prompt)
+        if room <= len(head):
+            raise InputError(f"{example.where}: --max-length {limit} leaves no room for the prompt")
+        return head + prompt[len(prompt) - room + len(head) :], total - limit
 
     def _ids(self, text: str) -> list[int]:
         """Ids with the tokenizer's own start (BOS, CLS), without its end (EOS, SEP): the answer follows."""
@@ -178,10 +231,10 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Encoded rows → one right-padded batch for a causal model.
+    """Encoded rows → one right-padded batch.
 
     Right padding comes after every token that a loss reads, so a causal model needs no mask and no position ids. The
-    last answer token is not fed: nothing is predicted from it.
+    last answer token is not fed: nothing is predicted from it. The other kinds see all tokens, and get an attention_mask (S, T).
 
     multiple: T is rounded up to one of it, so that batches have few shapes.
     loss "answer": a sequence a row, prompt and right answer.
@@ -189,7 +242,7 @@ class Collator:
 
     The batch: input_ids (S, T); positions (S, K) of the hidden states that predict the answer's tokens, targets (S, K),
     target_mask (S, K); labels (B,); and `candidates` (B, C) ids, or `present` (B, C): S = B·C, and a row
-    with fewer candidates than C repeats its first.
+    with fewer candidates than C repeats its first. A classifier's batch: input_ids, attention_mask and labels.
     """
 
     loss: str
@@ -198,36 +251,47 @@ class Collator:
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         labels = torch.tensor([row.label for row in rows])
+        if rows[0].classified:
+            return {**self._padded([row.prompt for row in rows], masked=True), "labels": labels}
         if self.loss == "answer":
-            pairs = [(row.prompt, row.candidates[row.label]) for row in rows]
+            pairs = [(row, row.candidates[row.label]) for row in rows]
             return {**self._sequences(pairs, [row.counted for row in rows]), "labels": labels}
         counts = [len(row.candidates) for row in rows]
         if len(set(counts)) == 1 and all(len(ids) == 1 for row in rows for ids in row.candidates):
-            single = self._sequences([(row.prompt, row.candidates[0]) for row in rows])
+            single = self._sequences([(row, row.candidates[0]) for row in rows])
             candidates = torch.tensor([[ids[0] for ids in row.candidates] for row in rows])
             return {**single, "candidates": candidates, "labels": labels}
         most = max(counts)  # rows stay together: S = B·C, so that each half of a doubled batch is a batch
-        flat = [(row.prompt, (row.candidates + row.candidates[:1] * most)[c]) for row in rows for c in range(most)]
+        flat = [(row, (row.candidates + row.candidates[:1] * most)[c]) for row in rows for c in range(most)]
         present = torch.arange(most)[None, :] < torch.tensor(counts)[:, None]
         return {**self._sequences(flat), "present": present, "labels": labels}
 
     def _sequences(
-        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], counted: Sequence[tuple[int, ...]] = ()
+        self, pairs: Sequence[tuple[Encoded, tuple[int, ...]]], counted: Sequence[tuple[int, ...]] = ()
     ) -> dict[str, Tensor]:
         """counted: the places in each answer that a loss reads; none named: all of it."""
-        places = [list(where or range(len(a))) for (_, a), where in zip_longest(pairs, counted)]
-        longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
-        length = -(-longest // self.multiple) * self.multiple
+        places = [list(where or range(len(answer))) for (_, answer), where in zip_longest(pairs, counted)]
         most = max(map(len, places))
-        input_ids = torch.full((len(pairs), length), self.pad_id)
         positions = torch.zeros((len(pairs), most), dtype=torch.long)
         targets = torch.zeros((len(pairs), most), dtype=torch.long)
         mask = torch.zeros((len(pairs), most), dtype=torch.bool)
-        for s, (prompt, answer) in enumerate(pairs):
-            ids = torch.tensor(prompt + answer[:-1])
-            input_ids[s, : len(ids)] = ids
+        fed = []
+        for s, (row, answer) in enumerate(pairs):
             k = len(places[s])
-            positions[s, :k] = torch.tensor(places[s]) + len(prompt) - 1
+            # A causal model predicts a token at the one before it, a masked one at the token's own place.
+            positions[s, :k] = torch.tensor(places[s]) + len(row.prompt) - int(row.mask is None)
             targets[s, :k] = torch.tensor(answer)[places[s]]
             mask[s, :k] = True
-        return {"input_ids": input_ids, "positions": positions, "targets": targets, "target_mask": mask}
+            fed.append(row.prompt + (answer[:-1] if row.mask is None else (row.mask,) * len(answer) + row.tail))
+        padded = self._padded(fed, masked=pairs[0][0].mask is not None)
+        return {**padded, "positions": positions, "targets": targets, "target_mask": mask}
+
+    def _padded(self, sequences: Sequence[tuple[int, ...]], masked: bool) -> dict[str, Tensor]:
+        length = -(-max(map(len, sequences)) // self.multiple) * self.multiple
+        input_ids = torch.full((len(sequences), length), self.pad_id)
+        for s, ids in enumerate(sequences):
+            input_ids[s, : len(ids)] = torch.tensor(ids)
+        if not masked:
+            return {"input_ids": input_ids}
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        return {"input_ids": input_ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}

@@ -1,4 +1,4 @@
-"""Losses and predictions of a causal model on a batch, with logits only where they are needed."""
+"""Losses and predictions of a model on a batch, with logits only where they are needed."""
 
 # S sequences, B rows, C candidates, T tokens, K answer positions, V vocabulary, H width.
 
@@ -40,11 +40,22 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Float32 logits (S, K, V) at the batch's positions; no key-value cache is built."""
     ids_ST = batch["input_ids"]
     with head_reads_only(model, batch["positions"], ids_ST.shape[1]):
-        return model(input_ids=ids_ST, use_cache=False).logits.float()
+        return model(**_inputs(batch)).logits.float()
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the forward is given. Only causal models have a cache to do without; their batches need no mask."""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return given if "attention_mask" in batch else given | {"use_cache": False}
 
 
 def answer_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(S,) nats: the mean over a sequence's answer tokens of −log p(token | what precedes it)."""
+    """(S,) nats: the mean over a sequence's answer tokens of −log p(token | what precedes it, or surrounds it: masked models).
+
+    Of a classifier: −log p of the label.
+    """
+    if "targets" not in batch:
+        return candidate_losses(model, batch)
     logits_SKV = answer_logits(model, batch)
     nll_SK = nn.functional.cross_entropy(logits_SKV.transpose(1, 2), batch["targets"], reduction="none")
     mask_SK = batch["target_mask"]
@@ -53,6 +64,9 @@ def answer_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, C) nats: each candidate's mean log-probability a token; −inf where a row has fewer candidates."""
+    if "targets" not in batch:
+        logits_BC: Tensor = model(**_inputs(batch)).logits
+        return logits_BC.float().log_softmax(-1)
     if "candidates" in batch:
         logits_BV = answer_logits(model, batch)[:, 0]
         return logits_BV.log_softmax(-1).gather(1, batch["candidates"])
@@ -102,7 +116,7 @@ def _shares(model: nn.Module, row: Encoded) -> bool:
     """Whether the prompt is to be read once: it is long, and the model has a cache that is its own."""
     if (len(row.candidates) - 1) * len(row.prompt) < SHARED_TOKENS or max(map(len, row.candidates)) == 1:
         return False
-    if next(model.parameters()).device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu" or row.mask is not None or row.classified:
         return False
     can_generate: Any = getattr(model, "can_generate", lambda: False)
     learned = getattr(
