@@ -221,3 +221,25 @@ def test_lora_under_every_engine(tmp_path):
     optimizer.step(lambda b: row_losses(model, b), batch=batch)
     after = [p for p in model.parameters() if p.requires_grad]
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_format_of_a_base_under_an_adapter_counts_in_the_check_of_the_first_batch():
+    """Its rounding is in the losses, though no perturbed parameter is in that format."""
+    from zotune.models.schemes import get_scheme
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = get_scheme("lora").prepare(tf.LlamaForCausalLM(config).bfloat16().eval())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    optimizer = ZeroOrderOptimizer(model, engine="dual", lr=1e-3)
+
+    def rows(batch):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        return losses.mean(1)
+
+    optimizer.step(rows, batch={"input_ids": torch.randint(0, 64, (4, 8))})
+    assert optimizer.engine.usable
+    assert optimizer.engine._eps == torch.finfo(torch.bfloat16).eps

@@ -70,6 +70,7 @@ class FollowingEngine(SequentialEngine):
         rows = rows_in(batch)
         doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
+            mode.watching = not self._checked
             losses = loss(doubled)
         self.forwards += 2
         self._eps = max(self._eps, mode.eps)

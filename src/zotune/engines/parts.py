@@ -93,6 +93,7 @@ class PartedReads(TorchFunctionMode):
         self.parts, self.stacks = parts, stacks
         self.seen: set[int] = set()
         self.eps = 0.0  # of the narrowest format that the batch was seen in
+        self.watching = False  # in what no perturbed parameter touches too, such as the base under an adapter
         self._params = {id(p) for p in params}
         self._values: dict[int, Parted] = {}
         self._dying: dict[int, Any] = {}
@@ -121,7 +122,10 @@ class PartedReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not any(map(self._touches, args)) and not (kwargs and any(map(self._touches, kwargs.values()))):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.watching and isinstance(result, Tensor) and result.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+            return result
         if reads_no_values(func):
             return func(*args, **kwargs)
         special = self.special.get(func)
