@@ -125,6 +125,9 @@ class TrainConfig(DataOptions, ModelOptions):
     dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
     method: str = Field("zo-sgd", description="see `zotune list methods`")
     scheme: str = Field("full", description="what trains, see `zotune list schemes`")
+    freeze: list[str] = Field(
+        [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
+    )
     direction: Literal["gaussian", "rademacher"] = Field("gaussian", description="distribution of the directions")
     estimator: Literal["two-sided", "one-sided"] = Field("two-sided", description="how the losses give a gradient")
     lr: Annotated[float, Field(ge=0)] | None = Field(
@@ -229,7 +232,7 @@ class TrainConfig(DataOptions, ModelOptions):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
 
-    @field_validator("report_to", mode="before")
+    @field_validator("report_to", "freeze", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value

@@ -20,8 +20,7 @@ from zotune.engines.lowrank import LowRankEngine
 from zotune.errors import InputError
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
-from zotune.models import adapters
-from zotune.models.schemes import get_scheme
+from zotune.models import adapters, schemes
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
 from zotune.trajectory import Header, Record, Trajectory, read_file
@@ -91,7 +90,7 @@ def rebuild(
     try:
         model = load(header.dtype or None)
         transformers.set_seed(header.seed)  # for an adapter's first values, as in the run
-        model = get_scheme(str(header.base.get("scheme", "full"))).prepare(model)
+        model = schemes.prepare(model, str(header.base.get("scheme", "full")), header.base.get("freeze", ()))
         optimizer = optimizer_of(model, header)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None

@@ -31,6 +31,7 @@ from zotune.estimators import TwoSided
 from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
+from zotune.models import schemes
 from zotune.models.adapters import save
 from zotune.models.kinds import kind_of
 from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
@@ -199,7 +200,7 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     model, tokenizer = load(config, task, seed=config.seed)
     transformers.set_seed(config.seed)  # for an adapter's first values
-    model = get_scheme(config.scheme).prepare(model)
+    model = schemes.prepare(model, config.scheme, config.freeze)
     encode = encoder_for(model, tokenizer, config)
     (train, train_rows), (validation, validation_rows), (test, test_rows) = (
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
@@ -489,6 +490,7 @@ class _Run:
                 "revision": getattr(self.ready.model.config, "_commit_hash", None),
                 "gguf_file": config.gguf_file,
                 "scheme": config.scheme,
+                "freeze": config.freeze,
                 "kind": kind_of(self.ready.model),
                 "labels": self.ready.task.labels,
                 "sha256": fingerprint(self.ready.model),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,24 @@ SCHEMES = {
     "prompt": Scheme("embeddings of 10 tokens before the input's", _prompt, lr=1e-3, small_lr=1e-3, eps=1e-2),
     "head": Scheme("the output head, untied from the embedding", _head, lr=1e-5, small_lr=1e-4, eps=1e-3),
 }
+
+
+def prepare(model: nn.Module, scheme: str, freeze: Sequence[str] = ()) -> nn.Module:
+    """The model with a scheme on, less the parameters whose names match a pattern (as of file names) of `freeze`.
+
+    Raises InputError for a pattern that matches nothing trainable, and where nothing is left to train.
+    """
+    model = get_scheme(scheme).prepare(model)
+    for pattern in freeze:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matched = [p for name, p in named if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise InputError(f"--freeze {pattern!r}: matches no trainable parameter, such as {named[0][0]!r}")
+        if len(matched) == len(named):
+            raise InputError(f"--freeze {pattern!r}: nothing is left to train")
+        for param in matched:
+            param.requires_grad_(False)
+    return model
 
 
 def get_scheme(name: str) -> Scheme:
