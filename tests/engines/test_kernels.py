@@ -10,22 +10,51 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize(
-    ("parts", "groups", "rows", "width", "out", "rank"), [(4, 2, 5, 700, 300, 1), (2, 1, 33, 64, 999, 3)]
-)
-def test_a_low_rank_product_is_the_one_written_down(parts, groups, rows, width, out, rank):
-    from zotune.engines.kernels import add_low_rank
-
+def drawn(*shapes, dtype=torch.float32):
     draw = torch.Generator().manual_seed(0)
-    x, y, a, b, scale = (
-        torch.randn(*shape, generator=draw).to(DEVICE)
-        for shape in ((parts, rows, width), (parts, rows, out), (groups, width, rank), (groups, out, rank), (parts,))
+    return [torch.randn(*shape, generator=draw).to(DEVICE, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize(("parts", "groups", "rows", "wide", "rank"), [(4, 2, 5, 700, 1), (2, 1, 33, 64, 3)])
+def test_one_read_of_x_serves_every_weight_that_takes_it(readers, parts, groups, rows, wide, rank):
+    from zotune.engines.kernels import low_rank_inner
+
+    x, scale, *ins = drawn((parts, rows, wide), (parts,), *[(groups, wide, rank)] * readers)
+    t = low_rank_inner(x, ins, scale)
+    for ours, a in zip(t, ins, strict=True):
+        wanted = scale[:, None, None] * torch.bmm(x, a.repeat(parts // groups, 1, 1))
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_of", [None, "all", "each"])
+@pytest.mark.parametrize(("parts", "groups", "rows", "out", "rank"), [(4, 2, 5, 300, 1), (2, 1, 33, 999, 3)])
+def test_what_a_product_is_added_to_is_the_low_rank_term_and_the_bias(parts, groups, rows, out, rank, bias_of, dtype):
+    from zotune.engines.kernels import low_rank_outer
+
+    (t,) = drawn((parts, rows, rank))
+    b, shared, own = drawn((groups, out, rank), (out,), (parts, out), dtype=dtype)
+    bias = {None: None, "all": shared, "each": own}[bias_of]
+    wanted = torch.bmm(t, b.float().repeat(parts // groups, 1, 1).transpose(1, 2))
+    if bias is not None:
+        wanted = wanted + bias.float().expand(parts, out)[:, None]
+    torch.testing.assert_close(
+        low_rank_outer(t, b, bias, dtype), wanted.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5
     )
-    again = (t.repeat(parts // groups, 1, 1).double() for t in (a, b))
-    inner, outer = (t for t in again)
-    wanted = y + scale[:, None, None] * torch.bmm(torch.bmm(x.double(), inner), outer.transpose(1, 2))
-    add_low_rank(y, x, a, b, scale)
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "rows", "wide"), [(3, 5, 300), (1, 40, 17)])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_layer_norm_has_each_part_s_scale_and_shift(parts, rows, wide, dtype, shifted):
+    from zotune.engines.kernels import layer_norm
+
+    x, scale, shift = drawn((parts, rows, wide), (parts, wide), (parts, wide), dtype=dtype)
+    wanted = torch.nn.functional.layer_norm(x.double(), (wide,)) * scale.double()[:, None]
+    wanted = wanted + shift.double()[:, None] if shifted else wanted
+    ours = layer_norm(x, scale, shift if shifted else None, 1e-5)
+    torch.testing.assert_close(ours.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,8 @@
 """What `--freeze` leaves out of a scheme."""
 
 import pytest
-
 from tiny import causal_model
+
 from zotune.errors import InputError
 from zotune.models.schemes import prepare
 

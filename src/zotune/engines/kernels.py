@@ -6,6 +6,8 @@ and the fold of low-rank updates into the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,44 +15,79 @@ from torch import Tensor
 
 
 @triton.jit
-def _inner_kernel(t, x, a, scale, M, D, G, stride_p, stride_m, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """t (P, M, R) float32 ← scale·x·A."""
+def _inner_kernel(
+    t, x, a0, a1, a2, scale, P, M, D, G, stride_p, stride_m,
+    S: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """t (S, P, M, R) float32 ← scale·x·A_s: x is read once for the S ≤ 3 weights that take it."""
     part = tl.program_id(0)
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
     in_M = m_B < M
     x_at = x + part.to(tl.int64) * stride_p + m_B.to(tl.int64)[:, None] * stride_m
-    a_at = a + (part % G).to(tl.int64) * D * R
+    of_part = (part % G).to(tl.int64) * D * R
     own = tl.load(scale + part)
     for r in tl.static_range(R):
-        total_B = tl.zeros((BM,), dtype=tl.float32)
+        total0_B = tl.zeros((BM,), dtype=tl.float32)
+        total1_B = tl.zeros((BM,), dtype=tl.float32)
+        total2_B = tl.zeros((BM,), dtype=tl.float32)
         for first in range(0, D, BD):
             d_B = first + tl.arange(0, BD)
             x_BB = tl.load(x_at + d_B[None, :], mask=in_M[:, None] & (d_B < D)[None, :], other=0.0).to(tl.float32)
-            a_B = tl.load(a_at + d_B * R + r, mask=d_B < D, other=0.0).to(tl.float32)
-            total_B += tl.sum(x_BB * a_B[None, :], axis=1)
-        tl.store(t + (part * M + m_B) * R + r, total_B * own, mask=in_M)
+            at_B = of_part + d_B * R + r
+            a_B = tl.load(a0 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
+            total0_B += tl.sum(x_BB * a_B[None, :], axis=1)
+            if S > 1:
+                a_B = tl.load(a1 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
+                total1_B += tl.sum(x_BB * a_B[None, :], axis=1)
+            if S > 2:
+                a_B = tl.load(a2 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
+                total2_B += tl.sum(x_BB * a_B[None, :], axis=1)
+        t_at = t + (part * M + m_B) * R + r
+        tl.store(t_at, total0_B * own, mask=in_M)
+        if S > 1:
+            tl.store(t_at + P * M * R, total1_B * own, mask=in_M)
+        if S > 2:
+            tl.store(t_at + 2 * P * M * R, total2_B * own, mask=in_M)
 
 
 @triton.jit
 def _outer_kernel(
-    y, t, b, bias, M, N, G, stride_p, stride_m, bias_p,
+    y, t, b, bias, M, N, G, bias_p,
     HAS_BIAS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y (P, M, N) += t·Bᵀ + bias, rounded once."""
+    """y (P, M, N) ← t·Bᵀ + bias, rounded once."""
     part = tl.program_id(0)
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
     n_B = tl.program_id(2) * BN + tl.arange(0, BN)
     inside = (m_B < M)[:, None] & (n_B < N)[None, :]
-    at = y + part.to(tl.int64) * stride_p + m_B.to(tl.int64)[:, None] * stride_m + n_B[None, :]
-    y_BB = tl.load(at, mask=inside, other=0.0)
-    total_BB = y_BB.to(tl.float32)
+    total_BB = tl.zeros((BM, BN), dtype=tl.float32)
     for r in tl.static_range(R):
         t_B = tl.load(t + (part * M + m_B) * R + r, mask=m_B < M, other=0.0)
         b_B = tl.load(b + ((part % G).to(tl.int64) * N + n_B) * R + r, mask=n_B < N, other=0.0).to(tl.float32)
         total_BB += t_B[:, None] * b_B[None, :]
     if HAS_BIAS:
         total_BB += tl.load(bias + part.to(tl.int64) * bias_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
+    at = y + (part.to(tl.int64) * M + m_B.to(tl.int64)[:, None]) * N + n_B[None, :]
+    tl.store(at, total_BB.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _layer_norm_kernel(
+    y, x, scale, shift, M, N, eps, scale_p, shift_p, HAS_SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y (P, M, N) ← (x − mean)/√(var + eps)·scale + shift over the last dimension, of each part its own; BN ≥ N."""
+    part = tl.program_id(0).to(tl.int64)
+    m_B = tl.program_id(1) * BM + tl.arange(0, BM)
+    n_B = tl.arange(0, BN)
+    inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    at = (part * M + m_B.to(tl.int64)[:, None]) * N + n_B[None, :]
+    x_BB = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    off_BB = tl.where(inside, x_BB - (tl.sum(x_BB, axis=1) / N)[:, None], 0.0)
+    y_BB = off_BB * tl.rsqrt(tl.sum(off_BB * off_BB, axis=1) / N + eps)[:, None]
+    y_BB *= tl.load(scale + part * scale_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        y_BB += tl.load(shift + part * shift_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, y_BB.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,23 +125,47 @@ def affine(y_PMN: Tensor, scale_PN: Tensor | None, shift_PN: Tensor | None) -> N
     )  # fmt: skip
 
 
-def add_low_rank(
-    y_PMN: Tensor, x_PMD: Tensor, a_GDR: Tensor, b_GNR: Tensor, scale_P: Tensor, bias_PN: Tensor | None = None
-) -> None:
-    """y += scale·(x·A)·Bᵀ + bias in place; the last dimension of x and y is contiguous, A and B are contiguous."""
+LONGEST_NORM = 16384  # elements of a row that one program holds
+
+
+def layer_norm(x_PMN: Tensor, scale_PN: Tensor, shift_PN: Tensor | None, eps: float) -> Tensor:
+    """Layer norm with each part's own scale and shift, computed in float32 and rounded once. x is contiguous, N ≤ LONGEST_NORM."""
+    parts, rows, wide = x_PMN.shape
+    y, padded = torch.empty_like(x_PMN), triton.next_power_of_2(wide)
+    many = max(1, 2048 // padded)
+    _layer_norm_kernel[(parts, triton.cdiv(rows, many))](
+        y, x_PMN, scale_PN, shift_PN, rows, wide, eps, scale_PN.stride(0), 0 if shift_PN is None else shift_PN.stride(0),
+        HAS_SHIFT=shift_PN is not None, BM=many, BN=padded, num_warps=4 if padded <= 4096 else 8,
+    )  # fmt: skip
+    return y
+
+
+MOST_READERS = 3  # weights that take one x: attention's q, k and v
+
+
+def low_rank_inner(x_PMD: Tensor, in_SGDR: Sequence[Tensor], scale_P: Tensor) -> Tensor:
+    """(S, P, M, R) float32: scale·x·A for each of up to MOST_READERS A (G, D, R); x's last dimension and A are contiguous."""
     parts, rows, wide = x_PMD.shape
-    out, rank, groups = y_PMN.shape[2], a_GDR.shape[2], len(a_GDR)
-    t = torch.empty(parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
+    (groups, _, rank), count = in_SGDR[0].shape, len(in_SGDR)
+    t = torch.empty(count, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
     few = 4 if parts * rows < 4096 else 16
     _inner_kernel[(parts, triton.cdiv(rows, few))](
-        t, x_PMD, a_GDR, scale_P, rows, wide, groups, x_PMD.stride(0), x_PMD.stride(1), R=rank, BM=few, BD=512
-    )
+        t, x_PMD, in_SGDR[0], in_SGDR[min(1, count - 1)], in_SGDR[min(2, count - 1)], scale_P, parts, rows, wide, groups,
+        x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=few, BD=512,
+    )  # fmt: skip
+    return t
+
+
+def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(P, M, N): t·Bᵀ + bias, what a product with the shared weight is added to. A bias (N,) serves all parts."""
+    (parts, rows, rank), (groups, out, _) = t_PMR.shape, out_GNR.shape
+    y = torch.empty(parts, rows, out, dtype=dtype, device=t_PMR.device)
     many = _rows_at_once(parts, rows)
     _outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 256))](
-        y_PMN, t, b_GNR, bias_PN, rows, out, groups, y_PMN.stride(0), y_PMN.stride(1),
-        0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
+        y, t_PMR, out_GNR, bias_PN, rows, out, groups, 0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
         HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=256,
     )  # fmt: skip
+    return y
 
 
 @triton.jit

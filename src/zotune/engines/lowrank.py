@@ -14,6 +14,7 @@ Sources: GRZO, arXiv 2606.02857 (a direction per row); EGGROLL, arXiv 2511.16652
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class LowRankEngine(FollowingEngine):
         self._ids = noise.parameter_ids([*names, *own])
         self._stacks: dict[int, Stacks] = {}
         self._factors: dict[int, _Factors] = {}  # by the number of directions that probes have
+        self.readers: dict[int, list[torch.nn.Parameter]] = {}  # weights that take one x, by the first
         self._folds: dict[int, list[_Factors]] = {}  # by the number folded at once, one a factored parameter
 
     def both(
@@ -193,6 +195,8 @@ class _LowRankReads(PartedReads):
         super().__init__(parts, engine.directions.params, stacks.of)
         self.engine, self.at, self.factors, self.signs = engine, at, factors, signs
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._last: tuple[Any, dict[int, Tensor]] = None, {}  # the x of the last product, and scale·x·in by weight
+        self._readers: list[Any] = []
         self.special |= {torch.addmm: self._addmm}
 
     def _scale(self, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -212,9 +216,8 @@ class _LowRankReads(PartedReads):
         return (param.data.view(len(u), -1).to(wide) + scale * (u @ v.t())).to(param.dtype).view(param.shape)
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        y = torch.nn.functional.linear(x, weight.data)
         u_GOR, v_GDR = self.factors.of[id(weight)]
-        return self._add_product(y, x, v_GDR, u_GOR, weight, bias)
+        return self._product(x, weight, weight.data.t(), 1, v_GDR, u_GOR, bias)
 
     def _addmm(self, bias: Any, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
         """GPT-2's Conv1D: x·W with W (D, O), so that U is on the input's side."""
@@ -225,21 +228,44 @@ class _LowRankReads(PartedReads):
         shift = self.stack_of(bias)
         if shift is None and self._is_parted(bias):
             return NotImplemented
-        y = torch.mm(x, weight.data)
         u_GOR, v_GDR = self.factors.of[id(weight)]
-        return self._add_product(y, x, u_GOR, v_GDR, weight, bias if shift is None else shift)
+        return self._product(x, weight, weight.data, 0, u_GOR, v_GDR, bias if shift is None else shift)
 
-    def _add_product(
-        self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, weight: Any, bias: Tensor | None
+    def _product(
+        self, x: Tensor, weight: Any, matrix_DO: Tensor, side: int, in_GDR: Tensor, out_GOR: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """y (n, …, O) += scale·(x·in)·outᵀ + bias in place, each part with its own factors and bias."""
+        """(n, …, O): x·W + scale·(x·in)·outᵀ + bias, each part with its own factors and bias. side: of the weight, x's."""
         group = self.engine.directions.slots[id(weight)].group
-        if self.parts.equal and x.is_cuda and (kernels := optional_kernels()) is not None:
-            x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
-            kernels.add_low_rank(y_PMO, x_PMD, in_GDR, out_GOR, self._scale(group, torch.float32, y.device), bias)
-            return y
+        kernels = optional_kernels() if x.is_cuda and self.parts.equal and x.dtype == weight.dtype else None
+        if kernels is not None and x.dtype != torch.float64:
+            # The low-rank term and the bias are written first, and the library adds its product to them: no pass of their own.
+            t_PMR = self._inner(kernels, x, weight, side, self._scale(group, torch.float32, x.device))
+            y = kernels.low_rank_outer(t_PMR, out_GOR, bias, x.dtype).view(-1, out_GOR.shape[1])
+            torch.addmm(y, x.reshape(-1, x.shape[-1]), matrix_DO, out=y)
+            return y.view(*x.shape[:-1], -1)
+        y = torch.nn.functional.linear(x, matrix_DO.t())
         self._add_by_products(y, x, in_GDR, out_GOR, self._scale(group, y.dtype, y.device))
         return y if bias is None else self.plus_bias(y, bias)
+
+    def _inner(self, kernels: Any, x: Tensor, weight: Any, side: int, scale_P: Tensor) -> Tensor:
+        """scale·x·in, made at once for the weights that took the same x in an earlier forward."""
+        held, found = self._last
+        if held is None or held() is not x:
+            readers = self.engine.readers.setdefault(id(weight), [weight])
+            found = {}
+            self._last = weakref.ref(x), found
+            self._readers = readers
+        if id(weight) not in found:
+            some = self._readers if self._readers[0] is weight else [weight]
+            if id(weight) not in map(id, self._readers) and len(self._readers) < kernels.MOST_READERS:
+                slots, first = self.engine.directions.slots, self._readers[0]
+                if first.dtype == weight.dtype and slots[id(first)].group == slots[id(weight)].group:
+                    self._readers.append(weight)
+            x_PMD = self.parts.by_part(x).flatten(1, -2)
+            ins = [self.factors.of[id(w)][side] for w in some]
+            t_SPMR = kernels.low_rank_inner(x_PMD, ins, scale_P)
+            found |= {id(w): t_PMR for w, t_PMR in zip(some, t_SPMR, strict=True)}
+        return found[id(weight)]
 
     def _add_by_products(self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, scale_P: Tensor) -> None:
         copies = len(scale_P) // len(in_GDR)
