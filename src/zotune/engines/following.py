@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.norms import FusedNorms
 from zotune.engines.parts import PartedReads, Unfollowed
 from zotune.engines.sequential import SequentialEngine
 
@@ -30,6 +32,7 @@ class FollowingEngine(SequentialEngine):
         self.usable = True
         self.why = ""  # it is not
         self._checked = False
+        self._norms = FusedNorms(directions.params)
         self._eps = 0.0  # of the narrowest format that activations were seen in
 
     @abstractmethod
@@ -51,6 +54,9 @@ class FollowingEngine(SequentialEngine):
         try:
             found = self._doubled(loss, batch, at, shares)
             if not self._checked and not capturing():
+                if self._norms:  # the forward that is checked is the one that is used
+                    found = self._doubled(loss, batch, at, shares)
+                    self.forwards -= 2
                 self._check(found, loss, batch, at, shares)
                 self._checked = True
         except (Unfollowed, RuntimeError, IndexError) as error:
@@ -71,7 +77,9 @@ class FollowingEngine(SequentialEngine):
         doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
             mode.watching = not self._checked
-            losses = loss(doubled)
+            learning = nullcontext() if self._checked or self._norms else self._norms.learning()
+            with learning, self._norms.standing_in(mode):
+                losses = loss(doubled)
         self.forwards += 2
         self._eps = max(self._eps, mode.eps)
         if not isinstance(losses, Tensor) or losses.numel() != 2 * rows:

@@ -6,6 +6,7 @@ and the fold of low-rank updates into the weights."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -125,6 +126,20 @@ def affine(y_PMN: Tensor, scale_PN: Tensor | None, shift_PN: Tensor | None) -> N
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["eps", "offset"])
+def _rms_norm_kernel(y, x, scale, M, N, eps, offset, scale_p, BM: tl.constexpr, BN: tl.constexpr):
+    """y (P, M, N) ← x/√(mean(x²) + eps)·(scale + offset) over the last dimension, of each part its own; BN ≥ N."""
+    part = tl.program_id(0).to(tl.int64)
+    m_B = tl.program_id(1) * BM + tl.arange(0, BM)
+    n_B = tl.arange(0, BN)
+    inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    at = (part * M + m_B.to(tl.int64)[:, None]) * N + n_B[None, :]
+    x_BB = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    own_B = tl.load(scale + part * scale_p + n_B, mask=n_B < N, other=0.0).to(tl.float32) + offset
+    y_BB = x_BB * tl.rsqrt(tl.sum(x_BB * x_BB, axis=1) / N + eps)[:, None] * own_B[None, :]
+    tl.store(y + at, y_BB.to(y.dtype.element_ty), mask=inside)
+
+
 LONGEST_NORM = 16384  # elements of a row that one program holds
 
 
@@ -136,6 +151,18 @@ def layer_norm(x_PMN: Tensor, scale_PN: Tensor, shift_PN: Tensor | None, eps: fl
     _layer_norm_kernel[(parts, triton.cdiv(rows, many))](
         y, x_PMN, scale_PN, shift_PN, rows, wide, eps, scale_PN.stride(0), 0 if shift_PN is None else shift_PN.stride(0),
         HAS_SHIFT=shift_PN is not None, BM=many, BN=padded, num_warps=4 if padded <= 4096 else 8,
+    )  # fmt: skip
+    return y
+
+
+def rms_norm(x_PMN: Tensor, scale_PN: Tensor, eps: float, offset: float) -> Tensor:
+    """RMS norm with each part's own scale, computed in float32 and rounded once. x is contiguous, N ≤ LONGEST_NORM."""
+    parts, rows, wide = x_PMN.shape
+    y, padded = torch.empty_like(x_PMN), triton.next_power_of_2(wide)
+    many = max(1, 2048 // padded)
+    _rms_norm_kernel[(parts, triton.cdiv(rows, many))](
+        y, x_PMN, scale_PN, rows, wide, float(eps), float(offset), scale_PN.stride(0),
+        BM=many, BN=padded, num_warps=4 if padded <= 4096 else 8,
     )  # fmt: skip
     return y
 
@@ -170,35 +197,51 @@ def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype
 
 @triton.jit
 def _fold_kernel(
-    w, u, v, scales, N, D, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    w, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """W (N, D) += Σ_g scales[g]·U_g·V_gᵀ, rounded once. K: G·R rounded up to what a product takes."""
+    """W (N, D) += Σ_g scales[g]·U_g·V_gᵀ, rounded once; k runs over directions and ranks."""
     n_B = tl.program_id(0) * BN + tl.arange(0, BN)
     d_B = tl.program_id(1) * BD + tl.arange(0, BD)
-    k_K = tl.arange(0, K)
-    group_K, rank_K = k_K // R, k_K % R
-    there = k_K < G * R
-    scale_K = tl.load(scales + group_K, mask=there, other=0.0)
-    u_at = u + (group_K[None, :].to(tl.int64) * N + n_B[:, None]) * R + rank_K[None, :]
-    u_BK = tl.load(u_at, mask=(n_B < N)[:, None] & there[None, :], other=0.0).to(tl.float32) * scale_K[None, :]
-    v_at = v + (group_K[:, None].to(tl.int64) * D + d_B[None, :]) * R + rank_K[:, None]
-    v_KB = tl.load(v_at, mask=there[:, None] & (d_B < D)[None, :], other=0.0).to(tl.float32)
-    total_BB = tl.dot(u_BK, v_KB, input_precision=PRECISION)
+    total_BB = tl.zeros((BN, BD), dtype=tl.float32)
+    nonzero = 0
+    for first in range(0, GR, BK):
+        k_K = first + tl.arange(0, BK)
+        group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
+        scale_K = tl.load(scales + group_K, mask=k_K < GR, other=0.0)
+        nonzero += tl.sum((scale_K != 0).to(tl.int32), axis=0)
+        u_at = u + (group_K[None, :] * N + n_B[:, None]) * R + rank_K[None, :]
+        u_BK = tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < GR)[None, :], other=0.0).to(tl.float32) * scale_K[None, :]
+        v_at = v + (group_K[:, None] * D + d_B[None, :]) * R + rank_K[:, None]
+        v_KB = tl.load(v_at, mask=(k_K < GR)[:, None] & (d_B < D)[None, :], other=0.0)
+        if SPLIT:  # v is bfloat16 itself, scale·u the sum of two: 16 bits of it
+            high_BK = u_BK.to(tl.bfloat16)
+            low_BK = (u_BK - high_BK.to(tl.float32)).to(tl.bfloat16)
+            if WIDE:
+                total_BB += tl.dot(high_BK.to(tl.float32), v_KB.to(tl.float32))
+                total_BB += tl.dot(low_BK.to(tl.float32), v_KB.to(tl.float32))
+            else:
+                total_BB = tl.dot(high_BK, v_KB, total_BB)
+                total_BB = tl.dot(low_BK, v_KB, total_BB)
+        else:
+            total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     inside = (n_B < N)[:, None] & (d_B < D)[None, :]
     w_BB = tl.load(at, mask=inside, other=0.0)
-    nonzero = tl.sum((scale_K != 0).to(tl.int32), axis=0)
     moved_BB = (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype)
     tl.store(at, tl.where(nonzero != 0, moved_BB, w_BB), mask=inside)
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
+
+
 def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> None:
     """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W."""
-    (out, wide), (groups, _, rank) = matrix_ND.shape, u_GNR.shape
-    # tf32 keeps 11 bits of each factor, more than 16-bit weights keep of the sum
-    precision = "ieee" if matrix_ND.dtype == torch.float32 else "tf32"
-    _fold_kernel[(triton.cdiv(out, 64), triton.cdiv(wide, 128))](
-        matrix_ND, u_GNR, v_GDR, scales_G, out, wide, G=groups, R=rank,
-        K=max(16, triton.next_power_of_2(groups * rank)), PRECISION=precision, BN=64, BD=128,
+    (out, wide), (groups, _, rank), dtype = matrix_ND.shape, u_GNR.shape, matrix_ND.dtype
+    # float16 takes tf32: 11 bits of each factor, as many as its weights keep
+    split, exact = dtype == torch.bfloat16, dtype == torch.float32
+    side = 64 if exact else 128
+    _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, 128))](
+        matrix_ND, u_GNR, v_GDR, scales_G, out, wide, groups * rank, R=rank, SPLIT=split, WIDE=INTERPRETED, EXACT=exact,
+        BN=side, BD=128, BK=16 if groups * rank <= 16 else 32, num_warps=4 if exact else 8,
     )  # fmt: skip

@@ -24,11 +24,11 @@ from torch import Tensor
 from zotune import noise
 from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.following import FollowingEngine, capturing
-from zotune.engines.parts import PartedReads, Parts, Unfollowed, optional_kernels
+from zotune.engines.parts import PartedReads, Parts, Unfollowed, kernels_for
 from zotune.engines.sequential import same_draws
 from zotune.engines.stacks import Stacks
 
-MOST_AT_ONCE = 64  # rank of an update that is folded in one pass over a parameter
+MOST_AT_ONCE = 128  # rank of an update that is folded in one pass over a parameter
 
 
 class LowRankEngine(FollowingEngine):
@@ -136,7 +136,7 @@ class LowRankEngine(FollowingEngine):
     def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor) -> None:
         u_GOR, v_GDR = drawn.of[id(param)]
         matrix = param.data.view(param.shape[0], -1)
-        if param.is_cuda and (kernels := optional_kernels()) is not None and param.dtype != torch.float64:
+        if (kernels := kernels_for(param)) is not None:
             kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
         else:
             _fold(matrix, u_GOR, v_GDR, scaled_G)
@@ -221,7 +221,7 @@ class _LowRankReads(PartedReads):
 
     def _addmm(self, bias: Any, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
         """GPT-2's Conv1D: x·W with W (D, O), so that U is on the input's side."""
-        if id(weight) not in self.factors.of or not self.is_param(weight) or not self._is_batch(x) or out is not None:
+        if id(weight) not in self.factors.of or not self.is_param(weight) or not self.is_batch(x) or out is not None:
             return NotImplemented
         if beta != 1 or alpha != 1:
             return NotImplemented
@@ -236,8 +236,8 @@ class _LowRankReads(PartedReads):
     ) -> Tensor:
         """(n, …, O): x·W + scale·(x·in)·outᵀ + bias, each part with its own factors and bias. side: of the weight, x's."""
         group = self.engine.directions.slots[id(weight)].group
-        kernels = optional_kernels() if x.is_cuda and self.parts.equal and x.dtype == weight.dtype else None
-        if kernels is not None and x.dtype != torch.float64:
+        kernels = kernels_for(x) if self.parts.equal and x.dtype == weight.dtype else None
+        if kernels is not None:
             # The low-rank term and the bias are written first, and the library adds its product to them: no pass of their own.
             t_PMR = self._inner(kernels, x, weight, side, self._scale(group, torch.float32, x.device))
             y = kernels.low_rank_outer(t_PMR, out_GOR, bias, x.dtype).view(-1, out_GOR.shape[1])

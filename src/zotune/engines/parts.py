@@ -147,7 +147,7 @@ class PartedReads(TorchFunctionMode):
     def _touches(self, arg: Any) -> bool:
         return self._is_parted(arg) or (type(arg) in (list, tuple) and any(map(self._is_parted, arg)))
 
-    def _is_batch(self, value: Any) -> bool:
+    def is_batch(self, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.dim() == 0 or self._is_parted(value):
             return False
         if value.is_floating_point():
@@ -207,7 +207,7 @@ class PartedReads(TorchFunctionMode):
         if len(tensors) != 2 or kwargs:
             return NotImplemented
         (held, x), stack = (tensors, stacks[0]) if stacks[0] is not None else (tensors[::-1], stacks[1])
-        if stack is None or stack.dim() != 2 or not self._is_batch(x) or x.dim() < 2:
+        if stack is None or stack.dim() != 2 or not self.is_batch(x) or x.dim() < 2:
             return NotImplemented
         if x.shape[-1] not in (1, stack.shape[-1]):
             return NotImplemented
@@ -216,29 +216,24 @@ class PartedReads(TorchFunctionMode):
 
     def _layer_norm(self, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
         scale, shift = self.stack_of(weight), self.stack_of(bias)
-        if scale is None or scale.dim() != 2 or not self._is_batch(input) or (bias is not None and shift is None):
+        if scale is None or scale.dim() != 2 or not self.is_batch(input) or (bias is not None and shift is None):
             return NotImplemented
-        if self._in_one_pass(input, scale) and input.shape[-1] <= optional_kernels().LONGEST_NORM:
-            kernel = optional_kernels().layer_norm
-            return kernel(self.parts.by_part(input).flatten(1, -2), scale, shift, eps).view(input.shape)
+        kernels = self._in_one_pass(input, scale)
+        if kernels is not None and input.shape[-1] <= kernels.LONGEST_NORM:
+            return kernels.layer_norm(self.parts.by_part(input).flatten(1, -2), scale, shift, eps).view(input.shape)
         normed = F.layer_norm(input, shape, None, None, eps)
         scale, by_part = self.beside(scale, normed)
         if shift is None:
             return self.whole(by_part * scale)
         return self.whole(torch.addcmul(self.beside(shift, normed)[0], by_part, scale))
 
-    def _in_one_pass(self, y: Tensor, stack: Tensor) -> bool:
-        return (
-            y.is_cuda
-            and self.parts.equal
-            and y.dim() > 1
-            and y.is_contiguous()
-            and y.dtype == stack.dtype != torch.float64
-            and optional_kernels() is not None
-        )
+    def _in_one_pass(self, y: Tensor, stack: Tensor) -> Any:
+        """The kernels, where they can compute y's rows with the parts' values beside them; else None."""
+        fits = self.parts.equal and y.dim() > 1 and y.is_contiguous() and y.dtype == stack.dtype
+        return kernels_for(y) if fits else None
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if not self._is_batch(input) or id(weight) in self._values or weight.dim() != 2:
+        if not self.is_batch(input) or id(weight) in self._values or weight.dim() != 2:
             return NotImplemented
         shift = self.stack_of(bias)
         if bias is not None and shift is None and self._is_parted(bias):
@@ -257,8 +252,8 @@ class PartedReads(TorchFunctionMode):
 
     def plus_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """y (n, …, O), changed in place, and a bias (P, O) or (O,)."""
-        if self._in_one_pass(y, bias):
-            optional_kernels().affine(self.parts.by_part(y).flatten(1, -2), None, bias)
+        if (kernels := self._in_one_pass(y, bias)) is not None:
+            kernels.affine(self.parts.by_part(y).flatten(1, -2), None, bias)
             return y
         if bias.dim() == 1:
             return y.add_(bias)
@@ -271,14 +266,14 @@ class PartedReads(TorchFunctionMode):
     ) -> Any:
         if max_norm is not None or not self.is_param(weight) or id(weight) in self.stacks:
             return NotImplemented
-        return self.rows(input, weight) if self._is_batch(input) else NotImplemented
+        return self.rows(input, weight) if self.is_batch(input) else NotImplemented
 
     # Anything else: once a part.
 
     def _by_parts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         count = len(self.parts.rows_P)
         flat = [a for arg in (*args, *kwargs.values()) for a in (arg if type(arg) in (list, tuple) else [arg])]
-        batch = [t for t in flat if self._is_batch(t)] if count > 1 else []
+        batch = [t for t in flat if self.is_batch(t)] if count > 1 else []
         size = max((t.shape[0] for t in batch), default=0)
         slices = self.parts.slices(size) if batch else []
 
@@ -305,7 +300,14 @@ class PartedReads(TorchFunctionMode):
         return torch.cat(results)
 
 
+KERNEL_DEVICES = {"cuda"}
+
+
+def kernels_for(x: Tensor) -> Any:
+    """`zotune.engines.kernels` where it serves the tensor: on CUDA, with Triton installed, up to 32 bits; else None."""
+    return _kernels() if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 else None
+
+
 @functools.cache
-def optional_kernels() -> Any:
-    """`zotune.engines.kernels` where Triton is installed."""
+def _kernels() -> Any:
     return import_module("zotune.engines.kernels") if find_spec("triton") else None

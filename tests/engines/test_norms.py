@@ -1,0 +1,72 @@
+"""Which modules are taken for an RMS norm, and that they compute what they did."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from zotune.engines import parts
+from zotune.engines.norms import FusedNorms, recognised
+from zotune.optimizer import ZeroOrderOptimizer
+
+RMS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"}
+
+
+class Squared(nn.Module):
+    """Has all that an RMS norm has, and is none."""
+
+    def __init__(self, power: float = 2.0) -> None:
+        super().__init__()
+        self.weight, self.eps, self.power = nn.Parameter(torch.ones(8)), 1e-6, power
+
+    def forward(self, x):
+        return self.weight * x / (x.abs().pow(self.power).mean(-1, keepdim=True) + self.eps) ** (1 / self.power)
+
+
+def test_a_module_is_known_by_what_it_computes():
+    assert recognised(Squared(2.0)) is not None
+    assert recognised(Squared(3.0)) is None
+    assert recognised(nn.LayerNorm(8)) is None
+    shifted = Squared()
+    shifted.eps = 2e-6  # what it says is what it does
+    assert recognised(shifted).eps == 2e-6
+    shifted.forward = lambda x: x  # somebody else has taken its place
+    assert recognised(shifted) is None
+
+
+@pytest.mark.parametrize("family", [f for f in families.CAUSAL if f in RMS])
+def test_the_norms_of_a_family_are_found_in_a_forward(family):
+    model = families.build(family)
+    norms = FusedNorms(list(model.parameters()))
+    with norms.learning(), torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    wanted = [m for name, m in model.named_modules() if "norm" in name.lower() and type(m).__module__ != "torch.nn"]
+    assert set(norms._found) == set(wanted) != set()
+    assert {n.offset for n in norms._found.values()} == {1.0 if "gemma" in family else 0.0}
+
+
+@pytest.mark.parametrize("engine", [{"engine": "dual"}, {"engine": "lowrank"}, {"engine": "lowrank", "groups": "batch"}])
+@pytest.mark.parametrize("family", ["qwen3", "opt", "gpt2", "gemma"])
+def test_kernels_give_the_losses_that_torch_gives(family, engine, monkeypatch):
+    """The engines' whole forward by kernels, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.tensor([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]], device=device)
+    found = []
+    for kernels in (set(), {device}):
+        monkeypatch.setattr(parts, "KERNEL_DEVICES", kernels)
+        model = families.build(family).to(device)
+
+        def rows(batch, model=model):
+            logits = model(input_ids=batch["ids"]).logits[:, -1].float()
+            return -logits.log_softmax(-1)[:, 7]
+
+        optimizer = ZeroOrderOptimizer(model, lr=0.0, eps=1e-2, **engine)
+        for _ in range(2):  # the second has learned which weights take one x, and which modules are norms
+            optimizer.step(rows, batch={"ids": ids})
+            assert optimizer.engine.usable, optimizer.engine.why
+        found.append(torch.tensor(optimizer.last.losses_P))
+        assert "forward" not in next(m for n, m in model.named_modules() if "norm" in n or "ln" in n).__dict__
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
