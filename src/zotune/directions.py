@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,12 +121,17 @@ class Directions:
     draws the same z in any grouping. Raises ValueError where two names have one id.
     """
 
+    masked = False  # whether some elements may be zero in every direction
+
     def __init__(
         self, groups: Sequence[Sequence[tuple[str, torch.nn.Parameter]]], distribution: str = "gaussian"
     ) -> None:
         self.distribution = distribution
         self.groups = len(groups)
         self._together: dict[tuple[int, ...], noise.Many] = {}
+        self.update: tuple[Any, Any] | None = (
+            None  # the last of `zotune.fused` over these parameters, by where they were
+        )
         self.params: list[torch.nn.Parameter] = []
         self.slots: dict[int, Slot] = {}
         ids = noise.parameter_ids([name for group in groups for name, _ in group])
@@ -175,6 +181,10 @@ class Directions:
         noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
         return out
 
+    def kept(self, param: torch.nn.Parameter, first: int, count: int) -> Tensor | None:
+        """(n,) bool, False where elements first, first + 1, … are zero in every direction; None where none is."""
+        return None
+
     def gradient_tiles(self, param: torch.nn.Parameter, by: Displacement, size: int) -> Iterator[tuple[int, Tensor]]:
         """The displacement itself, without the weights, tile by tile: (first element, 1-D float32 or float64 tensor).
 
@@ -208,13 +218,19 @@ class Directions:
                 self.displaced(param, by, param.data)
 
     def apply_compensated(
-        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[float] = ()
+        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[float | Tensor] = ()
     ) -> None:
-        """θ + r ← factor·(θ + r) + displacement, θ rounded and r what that took; r as θ in shape and dtype, in order."""
+        """θ + r ← factor·(θ + r) + displacement, θ rounded and r what that took; r as θ in shape and dtype, in order.
+
+        factors: as `noise.add_noise_compensated` has them, by parameter group.
+        """
+        if self.params and self.params[0].is_cuda:  # one tensor a group, not one a parameter
+            fill = partial(torch.full, (), dtype=torch.float32, device=self.params[0].device)
+            factors = [f if isinstance(f, Tensor) else fill(fill_value=f) for f in factors or [1.0] * self.groups]
         for param, lost in zip(self.params, residuals, strict=True):
             slot = self.slots[id(param)]
             factor = factors[slot.group] if factors else 1.0
-            if not by.is_zero(slot.group) or factor != 1:
+            if isinstance(factor, Tensor) or not by.is_zero(slot.group) or factor != 1:
                 seeds, coefs = by.on(slot.group, param.device)
                 noise.add_noise_compensated(param.data, lost, seeds, coefs, slot.id, self.distribution, factor)
 

@@ -335,6 +335,10 @@ class MaskedDirections(Directions):
     """Directions that are zero where a mask says so: a weight that is left out keeps its bits."""
 
     mask: Mask
+    masked = True
+
+    def kept(self, param: torch.nn.Parameter, first: int, count: int) -> Tensor | None:
+        return self.mask.keep(param, self.slots[id(param)].id, first, count)
 
     def displaced(self, param: torch.nn.Parameter, by: Displacement | HeldDisplacement, out: Tensor) -> Tensor:
         return self._masked(param, param.data, 0, by, out)
@@ -374,7 +378,7 @@ class MaskedDirections(Directions):
     ) -> None:
         moved = torch.empty_like(w)
         super()._add(moved, w, seeds, coefs, param, start)
-        keep = self.mask.keep(param, self.slots[id(param)].id, start, w.numel())
+        keep = self.kept(param, start, w.numel())
         if keep is None:
             out.copy_(moved)
         else:

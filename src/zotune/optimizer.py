@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
 from zotune.engines.following import rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
-from zotune.engines.graphs import StepGraphs
+from zotune.engines.graphs import StepGraphs, Taken
 from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
 from zotune.engines.sequential import SequentialEngine, same_draws
 from zotune.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
@@ -27,7 +27,7 @@ from zotune.errors import InputError, NonFiniteLoss, nearest
 from zotune.estimators import TwoSided
 from zotune.methods import make_method
 from zotune.trajectory import Record
-from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, ScalarSign, Sgd, clip
+from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, clip, fused, steps_of
 
 NamedParams = Iterable[tuple[str, nn.Parameter]]
 
@@ -296,16 +296,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         late: list[tuple[Any, Scalars]] = []
         for block, engine in enumerate(() if self.method.first_order else self.blocks):
             seeds_Q = self._seeds(step, block)
-            losses = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
-            captured = losses is not None and self.fold_every == 1
-            if losses is None:
+            taken = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
+            if taken is None:
                 raw_P, losses, d_Q = self._estimate(engine, loss_of, batches, seeds_Q, shares)
                 raw = raw_P[0]
             else:
-                raw, d_Q = torch.empty(()), spread(self.method.estimator, losses, shares, self.pairs)
+                raw, losses, choice = torch.empty(()), *taken
+                d_Q = spread(self.method.estimator, losses, shares, self.pairs)
             scalars = self._scalars(seeds_Q, d_Q)
             skipped = not self._applicable(losses if first is None else [*losses, first], scalars)
-            if not skipped and not captured:
+            if not skipped and taken is not None and self.fold_every == 1:
+                self.method.rule.count(engine.directions.params, self.state)
+            elif not skipped:
                 if isinstance(self.method.rule, Conservative):
                     choice = self._choose(engine, loss_of, batches, losses, scalars)
                     scalars = replace(scalars, choice=choice)
@@ -527,26 +529,30 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def _captured_step(
         self, loss_of: Callable[[Any], Any], batches: Sequence[Any], seeds_Q: Sequence[int], shares: tuple[int, ...]
-    ) -> list[float] | None:
-        """The probes' losses where the step could be taken as a CUDA graph, else None."""
-        groups, more = self.param_groups, self.enhancements
-        if len(batches) > 1 or any(g["weight_decay"] for g in groups):
+    ) -> Taken | None:
+        """What the step found where it could be taken as a CUDA graph, else None."""
+        groups, rule, more = self.param_groups, self.method.rule, self.enhancements
+        if not rule.capturable or self.method.forward_mode or more.sequential:
             return None
-        rule = self.method.rule
-        if not isinstance(rule, (Sgd, ScalarSign)) or not rule.capturable or self.method.forward_mode:
-            return None
-        if more.sequential or more.g_clip is not None:
-            return None
-        if not all(p.is_cuda for g in groups for p in g["params"]) or not all(
-            isinstance(t, Tensor) and t.is_cuda for t in batches[0].values()
+        if not all(_on_cuda(p) for g in groups for p in g["params"]) or not all(
+            isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches
         ):
             return None
+        lr_G, decay_G = ([float(g[name]) for g in groups] for name in ("lr", "weight_decay"))
+        steps_G = [0] * len(groups)
+        if not rule.linear or any(decay_G):
+            counted = None if fused(self.engine.directions) is None else steps_of(self.engine.directions, self.state)
+            if counted is None:
+                return None
+            steps_G = counted
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
+            estimator, applies = self.method.estimator, self.fold_every == 1
             self._graphs = StepGraphs(
-                self.engine, self.method.estimator, rule, eps_G, self._room(), self.state, self.fold_every == 1
+                self.engine, estimator, rule, eps_G, self._room(), more.g_clip, self.state, applies
             )
-        return self._graphs.step(loss_of, batches[0], seeds_Q, [float(g["lr"]) for g in groups], shares, self.pairs)
+        numbers_GN = rule.table(lr_G, decay_G, steps_G)
+        return self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
@@ -558,6 +564,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._graphs = None  # they hold the tensors of the state before
         # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
@@ -624,6 +631,10 @@ class _Through:
 
     def apply(self, by: Displacement) -> None:
         self.engine.apply(by, self.pairs)
+
+
+def _on_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def _nan(g_GQ: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -5,6 +5,9 @@ others read ĝ = (1/Q) Σ_q g_q·z_q element by element: it is drawn a tile at a
 
 `Rule.apply` is all that a step does to the weights given the scalars that a run records, so that a replay calls what the
 run called; a rule with state is replayed from step 0.
+
+On CUDA the rules that read ĝ run as `zotune.fused` has them, one pass a parameter. What a step decides from its losses is
+written twice here, for the host and (`…_on_device`) for a captured graph, to the same bits.
 """
 
 # Q queries, G parameter groups, n elements of a tile.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from zotune.trajectory import coefficient, float32, shrinkage
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from zotune.directions import Directions, Displacement, HeldDisplacement
 
 TILE = 1 << 22  # elements of ĝ at a time
+NUMBERS = 8  # the most that a rule's `numbers` are
+DECAY = "decay"  # the kernel of θ ← (1 − lr·decay)·θ alone, before an update that is a displacement
 STATE_DTYPES = ("float32", "bfloat16", "parameter")
 ROUNDINGS = ("nearest", "compensated")
 
@@ -55,8 +61,9 @@ class Rule:
     rounding: str = "nearest"
 
     buffers = ()  # type: tuple[str, ...]
+    kernel = ""  # in `zotune.fused`, which does what `move` does; without one, tile by tile everywhere
     linear = False
-    capturable = False  # as part of a CUDA graph
+    capturable = False  # as part of a CUDA graph: what it decides can be decided on the device
     extra_forwards = 0
     state_copies = 0  # of the trainable parameters
 
@@ -64,20 +71,68 @@ class Rule:
         """The new weights of a tile, in the dtype of the arithmetic; `state` is changed in place. steps: from 1."""
         raise NotImplementedError
 
+    def numbers(self, lr: float, decay: float, steps: int) -> tuple[float, ...]:
+        """What the kernel reads beside ĝ: what decay multiplies with, lr as `move` uses it, and the rule's own. steps: from 1."""
+        return shrinkage(lr, decay), float32(lr)
+
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         """About how far a weight may move, in units of |z|: a step is skipped where 16 bits could not hold it."""
         raise NotImplementedError
 
+    def reach_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """The same numbers to the bit, 1-D, from (Q,) and 0-d float64 tensors."""
+        raise NotImplementedError
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """The tensors that a parameter's state has: the buffers, and what rounding takes."""
+        return (*self.buffers, "residual") if self.rounding == "compensated" else self.buffers
+
+    def reserve(self, params: Sequence[Any], state: State) -> None:
+        """The tensors of the parameters' state, zeros where there are none yet."""
+        import torch
+
+        for param in params:
+            own, wide = state[param], torch.float64 if param.dtype == torch.float64 else torch.float32
+            kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
+            for name in self.kept_names:
+                if name not in own:
+                    dtype = param.dtype if name == "residual" else kept
+                    own[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+
+    def count(self, params: Sequence[Any], state: State) -> None:
+        """One more update of these parameters, where the rule counts them."""
+        for param in () if self.linear else params:
+            state[param]["steps"] = state[param].get("steps", 0) + 1
+
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
         """One step's update of the parameters of the directions; weights and state change, nothing else."""
+        import torch
+
         from zotune.directions import Displacement
 
         g_GQ = tuple(tuple(float32(float32(g) / len(g_Q)) for g in g_Q) for g_Q in by.g_GQ)
         mean = Displacement(by.seeds_Q, g_GQ)
+        passes = fused(directions) if self.kernel else None
+        if passes is not None and (steps_G := steps_of(directions, state)) is not None:
+            device = directions.params[0].device
+            seeds_Q, _ = mean.on(0, device)
+            mean_GQ = torch.tensor(g_GQ, dtype=torch.float32, device=device)
+            numbers_GN = self.table(by.lr_G, by.decay_G, steps_G).to(device)
+            passes.update_of(self, directions, state).run(seeds_Q, mean_GQ, numbers_GN)
+            self.count(directions.params, state)
+            return
         for param in directions.params:
             group = directions.slots[id(param)].group
             tiles = directions.gradient_tiles(param, mean, TILE)
             self._update(param, tiles, state[param], by.lr_G[group], by.decay_G[group])
+
+    def table(self, lr_G: Sequence[float], decay_G: Sequence[float], steps_G: Sequence[int]) -> Tensor:
+        """The `numbers` of each parameter group's next update, (G, NUMBERS) float64. steps_G: of those before."""
+        import torch
+
+        rows = [self.numbers(lr, decay, steps + 1) for lr, decay, steps in zip(lr_G, decay_G, steps_G, strict=True)]
+        return torch.tensor([[*row, *[0.0] * (NUMBERS - len(row))] for row in rows], dtype=torch.float64)
 
     def descend(self, params: Sequence[Any], gradients: Sequence[Any], lr: float, decay: float, state: State) -> None:
         """The same rule on gradients that back-propagation gave, dense and of the parameters' shape."""
@@ -91,12 +146,9 @@ class Rule:
         import torch
 
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
-        for name in self.buffers:
-            if name not in own:
-                own[name] = torch.zeros(param.shape, dtype=kept, device=param.device)
+        self.reserve([param], {param: own})
         own["steps"] = own.get("steps", 0) + 1
-        lost = residual(param, own).view(-1) if self.rounding == "compensated" else None
+        lost = own["residual"].view(-1) if self.rounding == "compensated" else None
         lr, shrink = float32(lr), shrinkage(lr, decay)
         flat = param.data.reshape(-1)  # a copy only where the parameter is a permuted view
         for first, gradient in tiles:
@@ -111,7 +163,7 @@ class Rule:
                 if lost is not None:
                     lost[part] = (w_n - flat[part].to(wide)).to(param.dtype)
             for name, value in state.items():
-                own[name].view(-1)[part] = value.to(kept)
+                own[name].view(-1)[part] = value.to(own[name].dtype)
         if not param.data.is_contiguous():
             param.data.copy_(flat.view(param.shape))
 
@@ -124,6 +176,13 @@ class Linear(Rule):
 
     def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
         raise NotImplementedError
+
+    def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
+        raise NotImplementedError
+
+    def reach_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return self.coefficients_on_device(g_Q, lr)
 
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return self.coefficients(g_Q, lr)
@@ -146,23 +205,34 @@ class Linear(Rule):
             self.displace(directions, self.displacement(by), state)
 
     def displace(
-        self, directions: Any, by: Displacement | HeldDisplacement, state: State, factors: Sequence[float] = ()
+        self, directions: Any, by: Displacement | HeldDisplacement, state: State, factors: Sequence[float | Tensor] = ()
     ) -> None:
         """θ ← factor·θ + displacement, rounded as the rule rounds; factors by parameter group where rounding is compensated."""
         if self.rounding == "compensated":
-            kept = [residual(param, state[param]) for param in directions.params]
-            directions.apply_compensated(by, kept, factors)
+            self.reserve(directions.params, state)
+            directions.apply_compensated(by, [state[param]["residual"] for param in directions.params], factors)
         else:
             directions.apply(by)
 
 
-def residual(param: Any, own: MutableMapping[str, Any]) -> Tensor:
-    """What rounding has taken from a parameter so far."""
-    import torch
+def fused(directions: Directions) -> Any:
+    """`zotune.fused` where Triton draws the noise of all these parameters, on one device; else None."""
+    from zotune import noise
 
-    if "residual" not in own:
-        own["residual"] = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
-    return own["residual"]
+    devices = {param.device for param in directions.params}
+    if len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
+        return None
+    return import_module("zotune.fused")
+
+
+def steps_of(directions: Directions, state: State) -> list[int] | None:
+    """How many updates the parameters of each group have had; None where those of one group differ."""
+    found_G: list[set[int]] = [set() for _ in range(directions.groups)]
+    for param in directions.params:
+        found_G[directions.slots[id(param)].group].add(state[param].get("steps", 0))
+    if any(len(found) > 1 for found in found_G):
+        return None
+    return [found.pop() if found else 0 for found in found_G]
 
 
 def shrink(directions: Directions, by: Scalars) -> None:
@@ -188,7 +258,6 @@ class Sgd(Linear):
         return [coefficient(lr, g, 1 / len(g_Q)) for g in g_Q]
 
     def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
         return (-(lr.float().double() * g_Q.float().double()) * (1 / g_Q.numel())).float()
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
@@ -202,10 +271,9 @@ class ScalarSign(Linear):
     capturable = True
 
     def coefficients(self, g_Q: Sequence[float], lr: float) -> list[float]:
-        return [coefficient(lr, _sign(g), 1 / len(g_Q)) for g in g_Q]
+        return [coefficient(lr, _sign(float32(g)), 1 / len(g_Q)) for g in g_Q]
 
     def coefficients_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        """The same numbers to the bit, (Q,) float32, from (Q,) and 0-d float64 tensors."""
         return (-(lr.float().double() * g_Q.float().sign().double()) * (1 / g_Q.numel())).float()
 
 
@@ -216,7 +284,6 @@ class Conservative(Sgd):
     The choice is 0, 1 or 2, in that order. No decay: it would move θ where the choice is to stay.
     """
 
-    capturable = False
     extra_forwards = 3
 
     def displacement(self, by: Scalars) -> Displacement:
@@ -233,6 +300,17 @@ class Conservative(Sgd):
                 best = choice
         return best
 
+    def choose_on_device(self, losses_3: Tensor) -> Tensor:
+        """The same choice, 0-d, in the losses' dtype."""
+        import torch
+
+        best, choice = losses_3[0], torch.zeros_like(losses_3[0])
+        for other in (1, 2):
+            better = losses_3[other] < best
+            best = torch.where(better, losses_3[other], best)
+            choice = torch.where(better, other, choice)
+        return choice
+
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
         if by.choice:
             self.displace(directions, self.displacement(by), state)
@@ -242,11 +320,17 @@ class Conservative(Sgd):
 class Sign(Rule):
     """θ ← θ − lr·sign(ĝ), element by element; sign(0) = 0. Source: arXiv 1810.03737 (ZO-signSGD), 2402.11592."""
 
+    kernel = "sign"
+    capturable = True
+
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         return w_n - lr * g_n.sign()
 
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [*g_Q, lr]
+
+    def reach_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return _with(g_Q, lr)
 
 
 @dataclass(frozen=True)
@@ -256,7 +340,12 @@ class Momentum(Rule):
     beta: float = 0.9
 
     buffers = ("m",)
+    kernel = "momentum"
+    capturable = True
     state_copies = 1
+
+    def numbers(self, lr: float, decay: float, steps: int) -> tuple[float, ...]:
+        return *super().numbers(lr, decay, steps), self.beta
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         m_n = state["m"].mul_(self.beta).add_(g_n)
@@ -264,6 +353,9 @@ class Momentum(Rule):
 
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [lr * g for g in g_Q]
+
+    def reach_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return lr * g_Q
 
 
 @dataclass(frozen=True)
@@ -278,7 +370,14 @@ class Adam(Rule):
     epsilon: float = 1e-8
 
     buffers = ("m", "v")
+    kernel = "adam"
+    capturable = True
     state_copies = 2
+
+    def numbers(self, lr: float, decay: float, steps: int) -> tuple[float, ...]:
+        shrink, lr = super().numbers(lr, decay, steps)
+        by_beta1, by_beta2 = 1 - self.beta1**steps, 1 - self.beta2**steps
+        return shrink, lr / by_beta1, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, by_beta2, self.epsilon
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         m_n = state["m"].mul_(self.beta1).add_(g_n, alpha=1 - self.beta1)
@@ -289,12 +388,21 @@ class Adam(Rule):
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [*g_Q, lr]
 
+    def reach_on_device(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return _with(g_Q, lr)
+
 
 def clip(g_GQ: Sequence[Sequence[float]], most: float | None) -> tuple[tuple[float, ...], ...]:
     """Each g brought into [−most, most]; NaN stays."""
     if most is None:
         return tuple(map(tuple, g_GQ))
     return tuple(tuple(g if g != g else min(max(g, -most), most) for g in g_Q) for g_Q in g_GQ)
+
+
+def _with(g_Q: Tensor, lr: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([g_Q, lr.view(1)])
 
 
 def _sign(x: float) -> float:

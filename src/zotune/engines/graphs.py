@@ -1,27 +1,28 @@
 """A whole step as one CUDA graph: probes, estimate, update, without the host in between.
 
 A graph is captured for each shape of batch and replayed with new numbers in the same places: the batch, the step's seeds, the
-learning rates. What a step computes is what the host would: the same kernels, and scalars in the same precision.
+learning rates and what a rule makes of them. What a step computes is what the host would: the same kernels, and scalars in the same
+precision. Whether it is skipped, and a conservative step's choice, are decided on the device.
 """
 
-# Q queries (directions), P probes, G parameter groups.
+# Q queries (directions), P probes, G parameter groups, N numbers of a rule.
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, signed
-from zotune.engines.probing import probe, spread
+from zotune.engines.probing import loss_at, probe, spread
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.estimators import Estimator
-from zotune.updates import ScalarSign, Sgd
+from zotune.updates import DECAY, NUMBERS, Conservative, Linear, Rule, fused
 
 logger = logging.getLogger(__name__)
 
@@ -29,63 +30,102 @@ MOST_GRAPHS = 24  # shapes of batch; further ones run without
 _ONE_AT_A_TIME = threading.Lock()  # captures: runs may share a process, each on a thread and a stream of its own
 
 
+class Taken(NamedTuple):
+    """What a captured step found. choice: a conservative step's."""
+
+    losses_P: list[float]
+    choice: int
+
+
+def projected(
+    estimator: Estimator, losses_P: Tensor, eps_G: Tensor, shares: Sequence[int], pairs: int, most: float | None
+) -> Tensor:
+    """The projected gradients (G, Q) as the host has them, to the bit; float64, as losses and eps are. most: bound on |g|."""
+    d_Q = torch.stack(spread(estimator, list(losses_P), shares, pairs))
+    g_GQ = d_Q / eps_G[:, None]  # by a tensor: CUDA multiplies with the reciprocal of a number
+    return g_GQ if most is None else g_GQ.clamp(-most, most)
+
+
+def applicable(rule: Rule, losses_P: Tensor, g_GQ: Tensor, lr_G: Tensor, room: float) -> Tensor:
+    """0-d bool: whether losses and update are finite, the update in the weights' own dtype too."""
+    goes = torch.isfinite(losses_P).all()
+    for g_Q, lr in zip(g_GQ, lr_G, strict=True):
+        goes = goes & (rule.reach_on_device(g_Q, lr).abs() < room).all()  # NaN compares false
+    return goes
+
+
 class StepGraphs:
     """The captured steps of one optimizer.
 
     loss: batch → the loss, a function of the batch's tensors and the model's weights that needs no host.
-    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`).
-    state: the optimizer's. applies: whether a step ends with its update, or updates wait for `fold`.
+    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`). most: bound on |g|.
+    state: the optimizer's; graphs hold its tensors. applies: whether a step ends with its update, or updates wait for `fold`.
     """
 
     def __init__(
         self,
         engine: SequentialEngine,
         estimator: Estimator,
-        rule: Sgd | ScalarSign,
+        rule: Rule,
         eps_G: Sequence[float],
         room: float,
+        most: float | None,
         state: Any,
         applies: bool = True,
     ) -> None:
         self.engine, self.estimator, self.rule, self.eps_G, self.room = engine, estimator, rule, tuple(eps_G), room
-        self.state, self.applies = state, applies
+        self.most, self.state, self.applies = most, state, applies
         self.usable = True
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
+        self._updates: dict[str, Any] = {}
 
     def step(
         self,
         loss: Callable[[Any], Tensor],
-        batch: Mapping[str, Tensor],
+        batches: Sequence[Mapping[str, Tensor]],
         seeds_Q: Sequence[int],
         lr_G: Sequence[float],
+        numbers_GN: Tensor,
         shares: tuple[int, ...] = (1,),
         pairs: int = 1,
-    ) -> list[float] | None:
-        """The probes' losses of a step that has been taken (but for its update, where those wait), or None where it has to be
-        taken without a graph.
+    ) -> Taken | None:
+        """What a step found that has been taken (but for its update, where those wait), or None where it has to be taken
+        without a graph. numbers_GN: as `Rule.table` has them.
         """
         if not self.usable:
             return None
-        key = (loss, pairs, *((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())))
+        decays = self.rule.linear and bool((numbers_GN[:, 0] != 1).any())
+        shapes = (tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())) for batch in batches)
+        key = (loss, pairs, decays, *shapes)
         captured = self._graphs.get(key)
         if captured is None:
             if len(self._graphs) >= MOST_GRAPHS:
                 return None
-            captured = self._capture(loss, batch, shares, pairs)
-            if captured is None:
+            captured = _Captured(self, loss, batches, shares, pairs, decays)
+            if not self._captured(captured, captured.device):
                 return None
             self._graphs[key] = captured
-        captured.load(batch, seeds_Q, lr_G)
+        captured.load(batches, seeds_Q, lr_G, numbers_GN)
         captured.graph.replay()
-        return captured.losses_P.tolist()
+        *losses_P, choice = captured.found.tolist()
+        return Taken(losses_P, int(choice))
 
-    def apply(self, by: Displacement | HeldDisplacement, at_once: int) -> None:
-        """Through the engine, which may have a way of its own; rounded as the rule rounds."""
+    def update(self, kernel: str) -> Any:
+        """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
+        if kernel not in self._updates:
+            directions, names = self.engine.directions, self.rule.kept_names if kernel == self.rule.kernel else ()
+            self.rule.reserve(directions.params, self.state)
+            self._updates[kernel] = fused(directions).Update(kernel, directions, self.state, names)
+        return self._updates[kernel]
+
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int, factors: Sequence[Tensor] = ()) -> None:
+        """Through the engine, which may have a way of its own; rounded as the rule rounds. factors: if that is compensated."""
         if self.rule.rounding == "nearest":
             self.engine.apply(by, at_once)
         else:
-            self.rule.displace(self.engine.directions, by, self.state)
+            assert isinstance(self.rule, Linear)
+            self.rule.displace(self.engine.directions, by, self.state, factors)
 
     def fold(self, by: Displacement, pairs: int) -> bool:
         """Updates that waited, applied together; False where they have to be without a graph. pairs: directions of a step."""
@@ -102,13 +142,6 @@ class StepGraphs:
         held.graph.replay()
         return True
 
-    def _capture(
-        self, loss: Callable[[Any], Tensor], batch: Mapping[str, Tensor], shares: tuple[int, ...], pairs: int
-    ) -> _Captured | None:
-        device = next(iter(batch.values())).device
-        captured = _Captured(self, loss, batch, device, shares, pairs)
-        return captured if self._captured(captured, device) else None
-
     def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
         own, forwards = self.engine.scratch, self.engine.forwards
         with _ONE_AT_A_TIME:
@@ -118,13 +151,14 @@ class StepGraphs:
                 draws = torch.cuda.get_rng_state(device)
                 side = torch.cuda.Stream(device)
                 side.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(side):  # every kernel once; coefficients are 0 still, so that no weight changes
+                with torch.cuda.stream(side):  # every kernel once; nothing is armed yet, so that no weight changes
                     captured.run()
                 torch.cuda.current_stream(device).wait_stream(side)
                 if not torch.equal(draws, torch.cuda.get_rng_state(device)):
                     torch.cuda.set_rng_state(draws, device)
                     raise RuntimeError("the loss draws from torch's generator (dropout?)")
                 torch.cuda.synchronize(device)
+                captured.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"):
                     captured.run()
             except Exception as error:  # anything a model does may be what a graph cannot hold
@@ -138,34 +172,55 @@ class StepGraphs:
 
 
 class _Captured:
+    """A step on batches of certain shapes: `run` is what the graph holds, plain functions of the tensors that `load` fills."""
+
     def __init__(
         self,
         graphs: StepGraphs,
         loss: Callable[[Any], Tensor],
-        batch: Mapping[str, Tensor],
-        device: torch.device,
+        batches: Sequence[Mapping[str, Tensor]],
         shares: tuple[int, ...],
         pairs: int,
+        decays: bool,
     ) -> None:
-        self.graphs, self.loss, self.shares, self.pairs = graphs, loss, shares, pairs
-        self.graph = torch.cuda.CUDAGraph()
+        self.graphs, self.loss, self.shares, self.pairs, self.decays = graphs, loss, shares, pairs, decays
+        self.graph: Any = None
         self.scratch: Scratch | None = None
-        self.batch = {name: t.clone() for name, t in batch.items()}
-        self.seeds_Q = torch.arange(graphs.estimator.queries * pairs, dtype=torch.int64, device=device)
-        self.lr_G = torch.zeros(len(graphs.eps_G), dtype=torch.float64, device=device)
+        self.batches = [{name: t.clone() for name, t in batch.items()} for batch in batches]
+        self.device = device = next(iter(self.batches[0].values())).device
+        groups, queries = len(graphs.eps_G), graphs.estimator.queries * pairs
+        self.seeds_Q = torch.arange(queries, dtype=torch.int64, device=device)
+        self.queries = torch.tensor(float(queries), dtype=torch.float64, device=device)
+        self.eps_G = torch.tensor(graphs.eps_G, dtype=torch.float64, device=device)
         self.eps_GQ = [torch.full((pairs,), eps, dtype=torch.float32, device=device) for eps in graphs.eps_G]
+        # one copy to the device a step: whether anything may change yet, lr and the rule's numbers
+        self.given = torch.zeros(1 + groups + groups * NUMBERS, dtype=torch.float64, device=device)
+        self.armed, self.lr_G = self.given[0], self.given[1 : 1 + groups]
+        self.numbers_GN = self.given[1 + groups :].view(groups, NUMBERS)
         probes = len(graphs.estimator.probes) * len(shares)
-        self.losses_P = torch.zeros(probes, dtype=torch.float64, device=device)
+        self.found = torch.zeros(probes + 1, dtype=torch.float64, device=device)  # the losses, and a choice
+        if graphs.applies and not graphs.rule.linear:
+            graphs.update(graphs.rule.kernel)  # its tables are no part of a graph's memory
+        if decays and graphs.rule.rounding == "nearest":
+            graphs.update(DECAY)
 
-    def load(self, batch: Mapping[str, Tensor], seeds_Q: Sequence[int], lr_G: Sequence[float]) -> None:
-        for name, tensor in batch.items():
-            self.batch[name].copy_(tensor, non_blocking=True)
+    def load(
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        seeds_Q: Sequence[int],
+        lr_G: Sequence[float],
+        numbers_GN: Tensor,
+    ) -> None:
+        for mine, batch in zip(self.batches, batches, strict=True):
+            for name, tensor in batch.items():
+                mine[name].copy_(tensor, non_blocking=True)
         self.seeds_Q.copy_(torch.tensor([signed(seed) for seed in seeds_Q]), non_blocking=True)
-        self.lr_G.copy_(torch.tensor(lr_G, dtype=torch.float64), non_blocking=True)
+        given = torch.cat([torch.tensor([1.0, *lr_G], dtype=torch.float64), numbers_GN.view(-1)])
+        self.given.copy_(given, non_blocking=True)
 
     @torch.no_grad()
     def run(self) -> None:
-        engine, estimator = self.graphs.engine, self.graphs.estimator
+        graphs = self.graphs
 
         def at(query: int, sign: int) -> HeldDisplacement | Displacement:
             if sign == 0:
@@ -173,19 +228,41 @@ class _Captured:
             own = self.seeds_Q[query * self.pairs : (query + 1) * self.pairs]
             return HeldDisplacement(own, self.eps_GQ)
 
-        losses = probe(engine, estimator, self.loss, [self.batch], at, self.shares)
-        self.losses_P.copy_(torch.stack(losses))
-        if not self.graphs.applies:
+        losses_P = torch.stack(probe(graphs.engine, graphs.estimator, self.loss, self.batches, at, self.shares))
+        self.found[:-1].copy_(losses_P)
+        if not graphs.applies:
             return
-        differences_Q = torch.stack(spread(estimator, list(self.losses_P), self.shares, self.pairs))
-        coefs_GQ = []
-        for lr, eps in zip(self.lr_G, self.graphs.eps_G, strict=True):
-            coefs_GQ.append(self.graphs.rule.coefficients_on_device(differences_Q / eps, lr))
-        finite = torch.isfinite(self.losses_P).all()
-        for coefs_Q in coefs_GQ:
-            finite = finite & (coefs_Q.abs() < self.graphs.room).all()
-        applied = [torch.where(finite, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
-        self.graphs.apply(HeldDisplacement(self.seeds_Q, applied), self.pairs)
+        g_GQ = projected(graphs.estimator, losses_P, self.eps_G, self.shares, self.pairs, graphs.most)
+        goes = applicable(graphs.rule, losses_P, g_GQ, self.lr_G, graphs.room) & (self.armed != 0)
+        if isinstance(graphs.rule, Linear):
+            self._displace(graphs.rule, losses_P, g_GQ, goes)
+        else:
+            mean_GQ = (g_GQ.float().double() / self.queries).float()
+            graphs.update(graphs.rule.kernel).run(self.seeds_Q, mean_GQ, self.numbers_GN, goes.int())
+
+    def _displace(self, rule: Linear, losses_P: Tensor, g_GQ: Tensor, goes: Tensor) -> None:
+        """The update of a rule that is a list of coefficients, zeros where it does not go."""
+        graphs = self.graphs
+        coefs_GQ = [rule.coefficients_on_device(g_Q, lr) for g_Q, lr in zip(g_GQ, self.lr_G, strict=True)]
+        coefs_GQ = [torch.where(goes, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
+        by = HeldDisplacement(self.seeds_Q, coefs_GQ)
+        if isinstance(rule, Conservative):
+            choice = torch.where(goes, self._choice(rule, losses_P, by), 0)
+            self.found[-1].copy_(choice)
+            sign = (choice == 1).float() - (choice == 2).float()
+            by = HeldDisplacement(self.seeds_Q, [sign * coefs_Q for coefs_Q in coefs_GQ])
+        factor_G = torch.where(goes, self.numbers_GN[:, 0], 1.0).float() if self.decays else torch.empty(0)
+        if self.decays and rule.rounding == "nearest":
+            graphs.update(DECAY).run(self.seeds_Q[:0], g_GQ[:, :0].float(), self.numbers_GN, goes.int())
+        graphs.apply(by, self.pairs, list(factor_G))
+
+    def _choice(self, rule: Conservative, losses_P: Tensor, by: HeldDisplacement) -> Tensor:
+        """Which of θ and its two neighbours has the least loss on the step's batches."""
+        probes = self.graphs.estimator.probes
+        here = [loss for loss, asked in zip(losses_P, probes, strict=True) if asked.sign == 0][:1]
+        places: list[Displacement | HeldDisplacement] = [Displacement(), by, by.negated()]
+        found = [loss_at(self.graphs.engine, self.loss, self.batches, place) for place in places[len(here) :]]
+        return rule.choose_on_device(torch.stack([*here, *found]))
 
 
 class _CapturedFold:
@@ -193,7 +270,7 @@ class _CapturedFold:
 
     def __init__(self, graphs: StepGraphs, by: Displacement, at_once: int) -> None:
         self.graphs, self.at_once = graphs, at_once
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph: Any = None
         self.scratch: Scratch | None = None
         self.device = graphs.engine.directions.params[0].device
         self.seeds_Q = torch.zeros(len(by.seeds_Q), dtype=torch.int64, device=self.device)

@@ -160,12 +160,12 @@ def add_noise_compensated(
     coefs_Q: Tensor,
     pid: int,
     direction: str,
-    factor: float = 1.0,
+    factor: float | Tensor = 1.0,
 ) -> None:
     """t = factor·(w + residual) + Σ_q coefs_Q[q]·z(seeds_Q[q]), then w ← t rounded and residual ← t − w, rounded; in place.
 
     residual: as w in shape and dtype. Sums in float32 (float64 for float64 weights). Nothing changes where all coefficients are
-    zero and factor is 1.
+    zero and factor is 1. factor: a number, or 0-d float32 on w's device, where kernels read it.
     """
     import torch
 

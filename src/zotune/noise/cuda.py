@@ -192,11 +192,12 @@ def _steps_kernel(
     tl.store(w + at_GE, w_GE, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pid", "factor"])
+@triton.jit(do_not_specialize=["pid"])
 def _compensated_kernel(
-    w, lost, n, seeds, coefs, factor, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+    w, lost, n, seeds, coefs, factor_at, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
 ):
     """w + lost ← factor·(w + lost) + Σ_q coefs[q]·z(seeds[q]): w rounded, lost what that took."""
+    factor = tl.load(factor_at)
     step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
     inside = at_GE < n
@@ -343,14 +344,16 @@ def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, dir
 
 
 def add_noise_compensated(
-    w: Tensor, residual: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, factor: float
+    w: Tensor, residual: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str, factor: float | Tensor
 ) -> None:
     """See `zotune.noise.add_noise_compensated`. w and residual are contiguous."""
     if w.numel() == 0:
         return
+    if not isinstance(factor, Tensor):
+        factor = torch.full((), factor, dtype=torch.float32, device=w.device)
     grid = (triton.cdiv(w.numel(), TILE),)
     _compensated_kernel[grid](
-        w, residual, w.numel(), seeds_Q, coefs_Q, float(factor), len(seeds_Q), _signed(pid), **_shape(direction)
+        w, residual, w.numel(), seeds_Q, coefs_Q, factor, len(seeds_Q), _signed(pid), **_shape(direction)
     )
 
 

@@ -1,0 +1,224 @@
+# mypy: disable-error-code="no-untyped-def,attr-defined"
+"""The rules that read ĝ element by element as one pass over the weights, on CUDA, by Triton.
+
+What `Rule.move` in `zotune.updates` does to a tile, under the same names: ĝ is drawn where it is used, all queries at once, and
+weight and state are read and written once. Seeds, ĝ's coefficients, lr and all that follows from it are read from memory, so
+that a captured graph can be replayed with new ones.
+"""
+
+# Q pairs, A parameter groups, N numbers of a rule. A tile is (G, E), as in `zotune.noise.cuda`.
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zotune.directions import FEW, Directions
+from zotune.noise.cuda import _TL_DTYPE, _draw, _shape, _signed
+
+if TYPE_CHECKING:
+    from zotune.updates import Rule
+
+TILE = 1024  # elements a program: four tensors of them, and the noise, are in registers
+SPAN = 1 << 22  # elements of a masked parameter a launch: its mask is made that far
+
+
+@triton.jit
+def _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE: tl.constexpr):
+    """`move` of the rule, after decay: weights and moments. numbers: the rule's `numbers`."""
+    wide: tl.constexpr = w_GE.dtype
+    w_GE = w_GE * tl.load(numbers).to(wide)
+    lr = tl.load(numbers + 1).to(wide)
+    if RULE == "sign":
+        sign_GE = (g_GE > 0).to(wide) - (g_GE < 0).to(wide)
+        w_GE = w_GE - lr * sign_GE
+    if RULE == "momentum":
+        m_GE = m_GE * tl.load(numbers + 2).to(wide) + g_GE
+        w_GE = w_GE - lr * m_GE
+    if RULE == "adam":
+        m_GE = m_GE * tl.load(numbers + 2).to(wide) + g_GE * tl.load(numbers + 3).to(wide)
+        v_GE = v_GE * tl.load(numbers + 4).to(wide) + g_GE * g_GE * tl.load(numbers + 5).to(wide)
+        correction = tl.load(numbers + 6).to(wide)
+        epsilon = tl.load(numbers + 7).to(wide)
+        if wide == tl.float64:
+            w_GE = w_GE - lr * (m_GE / (tl.sqrt(v_GE / correction) + epsilon))
+        else:
+            root_GE = tl.sqrt_rn(tl.div_rn(v_GE, correction)) + epsilon
+            w_GE = w_GE - lr * tl.div_rn(m_GE, root_GE)
+    return w_GE, m_GE, v_GE
+
+
+@triton.jit
+def _update(
+    w, m, v, lost, keep, at_GE, inside, group_G, seeds, g, Q: tl.constexpr, numbers, pid,
+    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """A tile's weights, moments, and what rounding has taken, read, moved and written. keep: where ĝ is not zero."""
+    old_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    wide: tl.constexpr = tl.float64 if old_GE.dtype == tl.float64 else tl.float32
+    g_GE = tl.zeros((G, E), dtype=wide)
+    for q in range(Q):
+        z_GE = _draw(tl.load(seeds + q), pid, group_G, GAUSSIAN, E, G)
+        g_GE += tl.load(g + q).to(wide) * z_GE.to(wide)
+    if MASKED:
+        g_GE = tl.where(tl.load(keep + at_GE, mask=inside, other=0) != 0, g_GE, 0.0)
+    w_GE = old_GE.to(wide)
+    if COMPENSATED:
+        lost_GE = tl.load(lost + at_GE, mask=inside, other=0.0)
+        w_GE += lost_GE.to(wide)
+    m_GE = g_GE
+    v_GE = g_GE
+    if MOMENTS > 0:
+        m_GE = tl.load(m + at_GE, mask=inside, other=0.0).to(wide)
+    if MOMENTS > 1:
+        v_GE = tl.load(v + at_GE, mask=inside, other=0.0).to(wide)
+    w_GE, m_GE, v_GE = _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE)
+    moves = inside & ((tl.load(numbers) != 1) | (tl.load(numbers + 1) != 0))  # else not even a zero's sign changes
+    new_GE = w_GE.to(old_GE.dtype)
+    tl.store(w + at_GE, new_GE, mask=moves)
+    if COMPENSATED:
+        tl.store(lost + at_GE, (w_GE - new_GE.to(wide)).to(old_GE.dtype), mask=moves)
+    if MOMENTS > 0:
+        tl.store(m + at_GE, m_GE.to(m.dtype.element_ty), mask=inside)
+    if MOMENTS > 1:
+        tl.store(v + at_GE, v_GE.to(v.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pid"])
+def _one_kernel(
+    w, m, v, lost, keep, n, group, seeds, g, Q: tl.constexpr, numbers, goes, pid,
+    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Element i of w is element E·group + i of the parameter."""
+    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    inside = (at_GE < n) & (tl.load(goes) != 0)
+    _update(
+        w, m, v, lost, keep, at_GE, inside, group + step_G, seeds, g, Q, numbers, pid,
+        RULE, MOMENTS, COMPENSATED, MASKED, GAUSSIAN, E, G,
+    )  # fmt: skip
+
+
+@triton.jit
+def _many_kernel(
+    tile_item, tile_first, ws, ms, vs, losts, sizes, pids, groups, seeds, g, Q: tl.constexpr, numbers, N: tl.constexpr,
+    goes, RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, DTYPE: tl.constexpr,
+    KEPT: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Tile t: elements tile_first[t]·E, … of item tile_item[t]."""
+    item = tl.load(tile_item + tl.program_id(0))
+    step_G = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, G)
+    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    inside = (at_GE < tl.load(sizes + item)) & (tl.load(goes) != 0)
+    group = tl.load(groups + item)
+    w = tl.load(ws + item).to(tl.pointer_type(DTYPE))
+    m = tl.load(ms + item).to(tl.pointer_type(KEPT))
+    v = tl.load(vs + item).to(tl.pointer_type(KEPT))
+    lost = tl.load(losts + item).to(tl.pointer_type(DTYPE))
+    _update(
+        w, m, v, lost, w, at_GE, inside, step_G, seeds, g + group * Q, Q, numbers + group * N, tl.load(pids + item),
+        RULE, MOMENTS, COMPENSATED, False, GAUSSIAN, E, G,
+    )  # fmt: skip
+
+
+class Update:
+    """A rule's pass over the parameters of some directions, in place; small parameters share a launch.
+
+    Parameters and their buffers stay where they are in memory as long as this object, or a graph that holds its launches, is used.
+    """
+
+    def __init__(self, kernel: str, directions: Directions, state: MutableMapping[Any, Any], buffers: Sequence[str]):
+        """kernel: the rule's, or that of decay alone. buffers: names in a parameter's state, the moments first, then
+        "residual" if rounding is compensated.
+        """
+        self.directions, self.buffers = directions, tuple(buffers)
+        compensated = "residual" in self.buffers
+        moments = len(self.buffers) - compensated
+        self.kind: dict[str, Any] = {"RULE": kernel, "MOMENTS": moments, "COMPENSATED": compensated}
+        shape = _shape(directions.distribution)
+        self.tile = shape | {"G": TILE // shape["E"]}
+        self.alone: list[tuple[Any, list[Tensor]]] = []
+        few: dict[Any, list[tuple[Any, list[Tensor]]]] = {}
+        for param in directions.params:
+            own = [state[param][name] for name in self.buffers]
+            dtypes = (param.dtype, own[0].dtype if moments else param.dtype)
+            if param.numel() <= FEW and param.is_contiguous() and not directions.masked:
+                few.setdefault(dtypes, []).append((param, own))
+            elif param.numel():
+                self.alone.append((param, own))
+        self.together = [(dtypes, self._tables(items)) for dtypes, items in few.items()]
+        device = directions.params[0].device
+        self.goes = torch.ones((), dtype=torch.int32, device=device)
+
+    def run(self, seeds_Q: Tensor, g_AQ: Tensor, numbers_AN: Tensor, goes: Tensor | None = None) -> None:
+        """ĝ = Σ_q g_AQ[group][q]·z(seeds_Q[q]), g_AQ float32; numbers_AN float64, the rule's for each group; all contiguous,
+        on the device. goes: 0-d int32; where it is zero nothing changes.
+        """
+        goes = self.goes if goes is None else goes
+        for param, own in self.alone:
+            self._alone(param, own, seeds_Q, g_AQ, numbers_AN, goes)
+        for (dtype, kept), tables in self.together:
+            _many_kernel[(len(tables[0]),)](
+                *tables, seeds_Q, g_AQ, len(seeds_Q), numbers_AN, numbers_AN.shape[1], goes,
+                DTYPE=_TL_DTYPE[dtype], KEPT=_TL_DTYPE[kept], **self.kind, **self.tile,
+            )  # fmt: skip
+
+    def _alone(
+        self, param: Any, own: list[Tensor], seeds_Q: Tensor, g_AQ: Tensor, numbers_AN: Tensor, goes: Tensor
+    ) -> None:
+        slot, flat = self.directions.slots[id(param)], param.data.reshape(-1)  # a copy only of a permuted view
+        size: int = SPAN if self.directions.masked else flat.numel()
+        for first in range(0, flat.numel(), size):
+            w, *rest = (t.view(-1)[first : first + size] for t in (flat, *own))
+            n = w.numel()
+            keep = self.directions.kept(param, first, n)
+            m, v, lost = self._placed(rest, w)
+            _one_kernel[(triton.cdiv(n, TILE),)](
+                w, m, v, lost, w if keep is None else keep.view(torch.uint8), n, first // self.tile["E"],
+                seeds_Q, g_AQ[slot.group], len(seeds_Q), numbers_AN[slot.group], goes, _signed(slot.id),
+                MASKED=keep is not None, **self.kind, **self.tile,
+            )  # fmt: skip
+        if not param.data.is_contiguous():
+            param.data.copy_(flat.view(param.shape))
+
+    def _placed(self, own: list[Any], absent: Any) -> tuple[Any, Any, Any]:
+        """m, v and what rounding took, of a parameter's buffers."""
+        moments = [*own[: self.kind["MOMENTS"]], absent, absent]
+        return moments[0], moments[1], own[-1] if self.kind["COMPENSATED"] else absent
+
+    def _tables(self, items: Sequence[tuple[Any, list[Tensor]]]) -> tuple[Tensor, ...]:
+        device, groups_a_tile = items[0][0].device, self.tile["G"]
+        tile_item, tile_first, places, sizes, slots = [], [], [], [], []
+        for i, (param, own) in enumerate(items):
+            for first in range(0, triton.cdiv(param.numel(), self.tile["E"]), groups_a_tile):
+                tile_item.append(i)
+                tile_first.append(first)
+            places.append((param.data_ptr(), *self._placed([t.data_ptr() for t in own], 0)))
+            sizes.append(param.numel())
+            slots.append(self.directions.slots[id(param)])
+        return (
+            torch.tensor(tile_item, dtype=torch.int32, device=device),
+            torch.tensor(tile_first, dtype=torch.int64, device=device),
+            *torch.tensor(places, dtype=torch.int64, device=device).t().contiguous(),
+            torch.tensor(sizes, dtype=torch.int64, device=device),
+            torch.tensor([_signed(slot.id) for slot in slots], dtype=torch.int32, device=device),
+            torch.tensor([slot.group for slot in slots], dtype=torch.int32, device=device),
+        )
+
+
+def update_of(rule: Rule, directions: Directions, state: MutableMapping[Any, Any]) -> Update:
+    """The rule's pass over the parameters of the directions; the last one again where nothing has moved in memory."""
+    rule.reserve(directions.params, state)
+    names = rule.kept_names
+    key = (rule.kernel, *((p.data_ptr(), *(state[p][name].data_ptr() for name in names)) for p in directions.params))
+    if directions.update is None or directions.update[0] != key:
+        directions.update = key, Update(rule.kernel, directions, state, names)
+    update: Update = directions.update[1]
+    return update
