@@ -33,7 +33,8 @@ class StepGraphs:
     """The captured steps of one optimizer.
 
     loss: batch → the loss, a function of the batch's tensors and the model's weights that needs no host.
-    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`).
+    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`). Where the engine holds updates back, a step begins
+    by those of the one before, whichever graph that was: all read the same places on the device, which the engine owns.
     state: the optimizer's. applies: whether a step ends with its update, or updates wait for `fold`.
     """
 
@@ -76,14 +77,18 @@ class StepGraphs:
             if captured is None:
                 return None
             self._graphs[key] = captured
+        if captured.holds:
+            self.engine.arm(len(seeds_Q))
+        else:
+            self.engine.settle()
         captured.load(batch, seeds_Q, lr_G)
         captured.graph.replay()
         return captured.losses_P.tolist()
 
-    def apply(self, by: Displacement | HeldDisplacement, at_once: int) -> None:
-        """Through the engine, which may have a way of its own; rounded as the rule rounds."""
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int, hold: bool = False) -> None:
+        """Through the engine, which may have a way of its own; rounded as the rule rounds. hold: it may wait."""
         if self.rule.rounding == "nearest":
-            self.engine.apply(by, at_once)
+            (self.engine.hold if hold else self.engine.apply)(by, at_once)
         else:
             self.rule.displace(self.engine.directions, by, self.state)
 
@@ -107,7 +112,14 @@ class StepGraphs:
     ) -> _Captured | None:
         device = next(iter(batch.values())).device
         captured = _Captured(self, loss, batch, device, shares, pairs)
-        return captured if self._captured(captured, device) else None
+        self.engine.settle()  # what a first use applies is zeros
+        if self.engine.holds and self.applies:
+            self.engine.arm(len(captured.seeds_Q))
+        done = self._captured(captured, device)
+        captured.holds = done and self.engine.holds and self.applies
+        if not done:
+            self.engine.drop()  # zeros
+        return captured if done else None
 
     def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
         own, forwards = self.engine.scratch, self.engine.forwards
@@ -150,6 +162,7 @@ class _Captured:
         self.graphs, self.loss, self.shares, self.pairs = graphs, loss, shares, pairs
         self.graph = torch.cuda.CUDAGraph()
         self.scratch: Scratch | None = None
+        self.holds = False  # its update is left to the next step
         self.batch = {name: t.clone() for name, t in batch.items()}
         self.seeds_Q = torch.arange(graphs.estimator.queries * pairs, dtype=torch.int64, device=device)
         self.lr_G = torch.zeros(len(graphs.eps_G), dtype=torch.float64, device=device)
@@ -185,7 +198,7 @@ class _Captured:
         for coefs_Q in coefs_GQ:
             finite = finite & (coefs_Q.abs() < self.graphs.room).all()
         applied = [torch.where(finite, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
-        self.graphs.apply(HeldDisplacement(self.seeds_Q, applied), self.pairs)
+        self.graphs.apply(HeldDisplacement(self.seeds_Q, applied), self.pairs, hold=True)
 
 
 class _CapturedFold:
