@@ -165,20 +165,34 @@ class Directions:
         by: Displacement | HeldDisplacement,
         plus: Tensor,
         minus: Tensor,
+        update: Displacement | HeldDisplacement | None = None,
     ) -> None:
-        """plus, minus ← the rows first to last (exclusive) of param ± a displacement of one direction."""
+        """plus, minus ← the rows first to last (exclusive) of param ± a displacement of one direction.
+
+        update: a displacement that these rows take first, on the same read of them; param is contiguous then.
+        """
         slot = self.slots[id(param)]
         seeds, coefs = by.on(slot.group, param.device)
         start = first * math.prod(param.shape[1:])
-        noise.add_noise_both(plus, minus, param.data[first:last], seeds, coefs, slot.id, self.distribution, start)
+        own = None if update is None else update.on(slot.group, param.device)
+        noise.add_noise_both(plus, minus, param.data[first:last], seeds, coefs, slot.id, self.distribution, start, own)
 
     def displaced_rows(
-        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement | HeldDisplacement, out: Tensor
+        self,
+        param: torch.nn.Parameter,
+        rows_K: Tensor,
+        by: Displacement | HeldDisplacement,
+        out: Tensor,
+        update: Displacement | HeldDisplacement | None = None,
     ) -> Tensor:
-        """out (K, D…) ← the named rows of param + displacement; nothing else of param is read."""
+        """out (K, D…) ← the named rows of param + displacement; nothing else of param is read.
+
+        update: a displacement that param is still to take; the rows are those of after it, param stays.
+        """
         slot = self.slots[id(param)]
         seeds, coefs = by.on(slot.group, param.device)
-        noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution)
+        own = None if update is None else update.on(slot.group, param.device)
+        noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution, own)
         return out
 
     def kept(self, param: torch.nn.Parameter, first: int, count: int) -> Tensor | None:

@@ -349,8 +349,14 @@ class MaskedDirections(Directions):
         return self._masked(param, param.data[first:last], first * param[0].numel(), by, out)
 
     def displaced_rows(
-        self, param: torch.nn.Parameter, rows_K: Tensor, by: Displacement | HeldDisplacement, out: Tensor
+        self,
+        param: torch.nn.Parameter,
+        rows_K: Tensor,
+        by: Displacement | HeldDisplacement,
+        out: Tensor,
+        update: Displacement | HeldDisplacement | None = None,
     ) -> Tensor:
+        assert update is None
         for k, row in enumerate(rows_K.tolist()):
             self._masked(param, param.data[row], row * param[0].numel(), by, out[k])
         return out

@@ -68,7 +68,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         With mask "wanda" the attribute `calibrate` may be a function that evaluates the model on some rows and returns how many
         forward passes it took; without it a mask is made from its step's own batch. The norms that make each mask are
         kept by step in `norms`, which a replay needs.
-    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`.
+    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`. With "dual" the update of a step
+        with a batch is written when the next step reads the weights: call `settle` or `flush` before you read or replace
+        them; `state_dict` does. With all others, "auto" too, weights are current after each step.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.
     rounding: "nearest", or "compensated", see `zotune.updates.Rule`.
@@ -149,6 +151,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.calibrate: Callable[[], int] | None = None
         self.norms: MutableMapping[int, Norms] = {}
         self._graphs: StepGraphs | None = None
+        self._version = 0  # of the weights after the last step, by others' writes alone
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(self._by_order(_groups(params)), defaults)
         self.engine  # noqa: B018  # built now, so that a wrong name or a collision is an error of the constructor
@@ -255,6 +258,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         group = dict(param_group)
         if "names" not in group:
             group = _named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
+        self.settle()
         super().add_param_group(group)
         self._engine = None
 
@@ -313,7 +317,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                     scalars = replace(scalars, choice=choice)
                 late.append((engine, scalars))
             if self.enhancements.block_update != "jacobi":
-                self._apply(late)
+                self._apply(late, hold=batch is not None)
             losses_P += losses
             g_BGQ.append(_nan(scalars.g_GQ) if skipped and len(self.blocks) > 1 else scalars.g_GQ)
             skipped_B.append(skipped)
@@ -321,7 +325,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             assert first is not None
             losses_P, g_BGQ = [first], [((0.0,),) * len(self.param_groups)]
             skipped_B = [not math.isfinite(first)]
-        self._apply(late)
+        self._apply(late, hold=batch is not None)
         self._fold_at(step)
         if gradients and not skipped_B[0]:
             self._descend(gradients)
@@ -406,8 +410,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             found.append(loss_at(engine, loss_of, batches, rule.displacement(replace(scalars, choice=choice))))
         return rule.choose(here[:1] + _numbers(found))
 
-    def _apply(self, late: list[tuple[Any, Scalars]]) -> None:
-        """The updates that wait, in order: through the engine where they are displacements."""
+    def _apply(self, late: list[tuple[Any, Scalars]], hold: bool = False) -> None:
+        """The updates that wait, in order: through the engine where they are displacements. hold: which may wait further."""
         rule = self.method.rule
         for engine, scalars in late:
             if self.fold_every > 1:
@@ -415,7 +419,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 self._pending.append(rule.displacement(scalars))
                 continue
             direct = rule.linear and rule.rounding == "nearest"
-            weights: Any = _Through(engine, self.pairs) if direct else engine.directions
+            weights: Any = _Through(engine, self.pairs, hold) if direct else engine.directions
             rule.apply(weights, scalars, self.state)
         late.clear()
 
@@ -464,6 +468,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         for group in groups:
             group["step"] += 1
+        self._version = self._weights_version
         self.last = StepRecord(
             step=step,
             losses_P=tuple(losses_P),
@@ -486,6 +491,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
         if record.step != self.steps:
             raise ValueError(f"the record of step {record.step}: step {self.steps} comes next")
+        self.settle()
         self._draw_mask(record.step, self._recorded_norms)
         late: list[tuple[Any, Scalars]] = []
         queries = len(record.g) // len(self.blocks)
@@ -555,7 +561,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""
+        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting. The weights are current after it."""
+        self.settle()
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
         return super().state_dict() | {
             "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
@@ -563,6 +570,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's. An update that is held back is written first, or given up where the weights were loaded since the last step."""
+        for engine in self._blocks:
+            (engine.settle if self._version == self._weights_version else engine.drop)()
         super().load_state_dict(state_dict)
         self._graphs = None  # they hold the tensors of the state before
         # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
@@ -581,9 +591,24 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             for seeds_Q, coefs_GQ in state_dict.get("pending", ())
         ]
 
+    @property
+    def _weights_version(self) -> int:
+        """Grows when a weight is written by torch's operations, as loading does; a step's own writes go past it."""
+        return self.param_groups[0]["params"][0]._version
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write the update that an engine holds back (see `engine`): the weights are then those after the last step.
+
+        It changes no bit of a run, so it may be called at any time. Updates that wait for a fold go on waiting.
+        """
+        for engine in self._blocks:
+            engine.settle()
+
     @torch.no_grad()
     def flush(self) -> None:
-        """Apply the updates that wait: those since the last step whose number `fold_every` divides."""
+        """Apply all updates that wait: what `settle` writes, and those since the last step whose number `fold_every` divides."""
+        self.settle()
         waiting, self._pending = self._pending, []
         if not waiting:
             return
@@ -625,12 +650,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 class _Through:
     """Directions whose displacements are applied by an engine, which may have a faster way, or directions of its own."""
 
-    def __init__(self, engine: Any, pairs: int) -> None:
-        self.engine, self.pairs = engine, pairs
+    def __init__(self, engine: Any, pairs: int, hold: bool) -> None:
+        self.engine, self.pairs, self.hold = engine, pairs, hold
         self.params, self.slots = engine.directions.params, engine.directions.slots
 
     def apply(self, by: Displacement) -> None:
-        self.engine.apply(by, self.pairs)
+        (self.engine.hold if self.hold else self.engine.apply)(by, self.pairs)
 
 
 def _on_cuda(value: Any) -> bool:

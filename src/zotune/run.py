@@ -576,6 +576,7 @@ class _TaskTrainer(ZOTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._settle()
         ready = self.run.ready
         metrics = {self._metric: ready.score(ready.validation, self.run.listener, "validation")}
         self.log(dict(metrics))

@@ -169,7 +169,42 @@ class ZOTrainer(transformers.Trainer):
                 loss = self.zo_optimizer.step(lambda: self._loss(model, batches, num_items_in_batch))
         if self.state.global_step + 1 >= self.state.max_steps:
             self.zo_optimizer.flush()  # the run's last update waits for no other
+        elif self._watched():
+            self._settle()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
+
+    # An engine that was named may hold a step's update back (see `ZeroOrderOptimizer`). Whoever reads the weights finds them current.
+
+    def _settle(self) -> None:
+        if isinstance(self.zo_optimizer, ZeroOrderOptimizer):
+            self.zo_optimizer.settle()
+
+    def _watched(self) -> bool:
+        """Whether somebody's callback may read the weights after each step: transformers' and zotune's do not."""
+        known = ("transformers", "zotune")
+        return any(type(c).__module__.split(".")[0] not in known for c in self.callback_handler.callbacks)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._settle()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._settle()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._settle()
+        super().save_model(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._settle()
+        super()._load_best_model()
 
     def _rows_of(self, model: nn.Module) -> Callable[[Any], Tensor]:
         """The row loss of the model, the same object each time: captured steps are found by it."""

@@ -47,7 +47,9 @@ def test_the_norms_of_a_family_are_found_in_a_forward(family):
     assert {n.offset for n in norms._found.values()} == {1.0 if "gemma" in family else 0.0}
 
 
-@pytest.mark.parametrize("engine", [{"engine": "dual"}, {"engine": "lowrank"}, {"engine": "lowrank", "groups": "batch"}])
+@pytest.mark.parametrize(
+    "engine", [{"engine": "dual"}, {"engine": "lowrank"}, {"engine": "lowrank", "groups": "batch"}]
+)
 @pytest.mark.parametrize("family", ["qwen3", "opt", "gpt2", "gemma"])
 def test_kernels_give_the_losses_that_torch_gives(family, engine, monkeypatch):
     """The engines' whole forward by kernels, in the interpreter where there is no GPU."""

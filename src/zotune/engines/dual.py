@@ -1,11 +1,14 @@
 """One forward over the doubled batch: the first half of the rows reads θ + εz, the second θ − εz.
 
-Each weight is read once; both copies are made in scratch, small enough to stay in cache, and multiplied at once. Vectors and
-other small parameters are drawn in one launch before the forward.
+Each weight is read once; both copies are made in scratch, small enough to stay in cache, and multiplied at once. On the same read the
+weight takes the update of the step before. Vectors and other small parameters are drawn in one launch before the forward.
 """
+
+# n rows of a half, D inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,24 +18,78 @@ from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
 from zotune.engines.stacks import SMALL_BYTES, Stacks
+from zotune.engines.waiting import Waiting
 
 ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
 TILE_BYTES = 16 << 20  # of a copy: both stay in a GPU's second cache
 
+# A product adds a bias on its way out only where it is one half's, by a whole copy, since cuBLAS has no such end for batches of
+# products nor for outputs with gaps. Else the bias is a pass over the outputs, 2·2n·O elements read and written. Two products in
+# turn must each fill a GPU, and copies over TILE_BYTES cost writing 2·O·D elements to memory: so only where 2n is at least D.
+BIAS_IN_PRODUCT = True
+FILLS_GPU = 1 << 22  # outputs of a product: two of 128 × 128 for each of 132 processors
+WHOLE_BYTES = 64 << 20  # of a copy, so that scratch stays an eighth of a GiB
+
 
 class DualEngine(FollowingEngine):
-    """L(θ + displacement) and L(θ − displacement) of every row of a batch, for one direction."""
+    """L(θ + displacement) and L(θ − displacement) of every row of a batch, for one direction.
+
+    may_hold: updates given to `hold` are written on the next doubled forward's read of each weight. Whoever else reads the
+    weights calls `settle` first.
+    """
 
     name = "dual"
 
-    def __init__(self, directions: Directions) -> None:
+    def __init__(self, directions: Directions, may_hold: bool = False) -> None:
         super().__init__(directions)
-        small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES]
+        self.may_hold = may_hold
+        self.waiting = Waiting(directions)
+        small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES and p.is_contiguous()]
         self.stacks = Stacks(directions, small, parts=2)
+
+    @property
+    def holds(self) -> bool:  # type: ignore[override]
+        return self.may_hold and self.usable
+
+    def hold(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        self.settle()
+        if self.holds:
+            self.waiting.hold(by)
+        else:
+            self.apply(by, at_once)
+
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        self.settle()
+        super().apply(by, at_once)
+
+    def settle(self) -> None:
+        self.waiting.settle()
+
+    def arm(self, count: int) -> None:
+        self.waiting.arm(count)
+
+    def drop(self) -> None:
+        self.waiting.drop()
+
+    def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
+        self.settle()
+        return super().loss(closure, at)
+
+    def _doubled(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Mapping[str, Any],
+        at: Displacement | HeldDisplacement,
+        shares: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        found = super()._doubled(loss, batch, at, shares)
+        self.settle()  # tables of which only rows were read
+        return found
 
     def _reads(self, at: Displacement | HeldDisplacement, shares: tuple[int, ...], copies: int) -> PartedReads:
         assert copies == 2
         assert len(at.seeds_Q) == 1
+        self.waiting.take_small(self.stacks)
         self.stacks.draw(at, signs=(1, -1))
         return _DualReads(self, at, shares[0])
 
@@ -40,31 +97,60 @@ class DualEngine(FollowingEngine):
 class _DualReads(PartedReads):
     def __init__(self, engine: DualEngine, at: Displacement | HeldDisplacement, rows: int) -> None:
         super().__init__(Parts((rows, rows)), engine.directions.params, engine.stacks.of)
-        self.engine, self.at = engine, at
+        self.engine, self.at, self.waiting = engine, at, engine.waiting
 
     def copy(self, param: Any, part: int) -> Tensor:
+        self.waiting.take(param)
         by = self.at if part == 0 else self.at.negated()
         return self.engine.directions.displaced(param, by, torch.empty_like(param))
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        width, scratch = weight.shape[1], self.engine.scratch
+        (outputs, width), scratch = weight.shape, self.engine.scratch
         halves = x.reshape(2, -1, width)
-        out = x.new_empty(2, halves.shape[1], weight.shape[0])
-        size = weight.numel() * weight.element_size()
-        rows = min(weight.shape[0], -(-weight.shape[0] // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
+        out = x.new_empty(2, halves.shape[1], outputs)
+        rows = _rows_at_once(weight, halves.shape[1], bias is not None)
+        with_bias = bias is not None and rows == outputs and _bias_in_product(halves, outputs)
         copies = scratch.take(weight.data[:rows].expand(2, rows, width))
-        for first in range(0, weight.shape[0], rows):
-            last = min(first + rows, weight.shape[0])
+        if not weight.is_contiguous() or self.waiting.row(weight):
+            self.waiting.take(weight)
+        for first in range(0, outputs, rows):
+            last = min(first + rows, outputs)
             tiles = copies.view(-1)[: 2 * (last - first) * width].view(2, last - first, width)
-            self.engine.directions.displaced_both(weight, first, last, self.at, tiles[0], tiles[1])
-            torch.bmm(halves, tiles.transpose(1, 2), out=out[:, :, first:last])
+            update = self.waiting.of(weight)
+            self.engine.directions.displaced_both(weight, first, last, self.at, tiles[0], tiles[1], update)
+            if update is not None:
+                self.waiting.taken(weight, last)
+            if with_bias:
+                assert bias is not None
+                for half in range(2):
+                    own = bias if bias.dim() == 1 else bias[half]
+                    torch.addmm(own, halves[half], tiles[half].t(), out=out[half])
+            else:
+                torch.bmm(halves, tiles.transpose(1, 2), out=out[:, :, first:last])
         scratch.give(copies)
-        out = out.view(*x.shape[:-1], weight.shape[0])
-        return out if bias is None else self.plus_bias(out, bias)
+        out = out.view(*x.shape[:-1], outputs)
+        return out if bias is None or with_bias else self.plus_bias(out, bias)
 
     def rows(self, ids: Tensor, weight: Any) -> Any:
-        halves = ids.reshape(2, -1)
+        """Where the weight lacks an update, these rows have it and the weight waits: a head may read it whole."""
+        if self.waiting.row(weight):
+            self.waiting.take(weight)
+        halves, update = ids.reshape(2, -1), self.waiting.of(weight)
         out = torch.empty((2, halves.shape[1], *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
         for half, by in enumerate((self.at, self.at.negated())):
-            self.engine.directions.displaced_rows(weight, halves[half].long(), by, out[half])
+            self.engine.directions.displaced_rows(weight, halves[half].long(), by, out[half], update)
         return out.view(*ids.shape, *weight.shape[1:])
+
+
+def _rows_at_once(weight: Tensor, n: int, has_bias: bool) -> int:
+    """Rows of a weight that are copied and multiplied at once."""
+    outputs, width = weight.shape
+    size = weight.numel() * weight.element_size()
+    whole = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and size <= WHOLE_BYTES
+    if whole and 2 * n >= width and n * outputs >= FILLS_GPU:
+        return outputs
+    return min(outputs, -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
+
+
+def _bias_in_product(halves: Tensor, outputs: int) -> bool:
+    return BIAS_IN_PRODUCT and halves.is_cuda and halves.shape[1] * outputs >= FILLS_GPU

@@ -58,7 +58,8 @@ class StepGraphs:
     """The captured steps of one optimizer.
 
     loss: batch → the loss, a function of the batch's tensors and the model's weights that needs no host.
-    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`). most: bound on |g|.
+    room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`). most: bound on |g|. Where the engine holds updates
+    back, a step begins by those of the one before, whichever graph that was: all read the same places on the device.
     state: the optimizer's; graphs hold its tensors. applies: whether a step ends with its update, or updates wait for `fold`.
     """
 
@@ -103,9 +104,13 @@ class StepGraphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 return None
             captured = _Captured(self, loss, batches, shares, pairs, decays)
-            if not self._captured(captured, captured.device):
+            if not self._capture(captured):
                 return None
             self._graphs[key] = captured
+        if captured.holds:
+            self.engine.arm(len(seeds_Q))
+        else:
+            self.engine.settle()
         captured.load(batches, seeds_Q, lr_G, numbers_GN)
         captured.graph.replay()
         *losses_P, choice = captured.found.tolist()
@@ -119,10 +124,15 @@ class StepGraphs:
             self._updates[kernel] = fused(directions).Update(kernel, directions, self.state, names)
         return self._updates[kernel]
 
-    def apply(self, by: Displacement | HeldDisplacement, at_once: int, factors: Sequence[Tensor] = ()) -> None:
-        """Through the engine, which may have a way of its own; rounded as the rule rounds. factors: if that is compensated."""
+    def apply(
+        self, by: Displacement | HeldDisplacement, at_once: int, factors: Sequence[Tensor] = (), hold: bool = False
+    ) -> None:
+        """Through the engine, which may have a way of its own; rounded as the rule rounds. factors: if that is compensated.
+
+        hold: it may wait for the next read of the weights.
+        """
         if self.rule.rounding == "nearest":
-            self.engine.apply(by, at_once)
+            (self.engine.hold if hold else self.engine.apply)(by, at_once)
         else:
             assert isinstance(self.rule, Linear)
             self.rule.displace(self.engine.directions, by, self.state, factors)
@@ -141,6 +151,16 @@ class StepGraphs:
         held.load(by)
         held.graph.replay()
         return True
+
+    def _capture(self, captured: _Captured) -> bool:
+        self.engine.settle()  # what a first use applies is zeros
+        if captured.holds:
+            self.engine.arm(len(captured.seeds_Q))
+        done = self._captured(captured, captured.device)
+        if not done:
+            self.engine.drop()  # zeros
+        captured.holds = captured.holds and self.engine.holds
+        return done
 
     def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
         own, forwards = self.engine.scratch, self.engine.forwards
@@ -192,6 +212,9 @@ class _Captured:
         self.seeds_Q = torch.arange(queries, dtype=torch.int64, device=device)
         self.queries = torch.tensor(float(queries), dtype=torch.float64, device=device)
         self.eps_G = torch.tensor(graphs.eps_G, dtype=torch.float64, device=device)
+        # whether its update is left to the next step: only a plain list of coefficients can be
+        plain = graphs.rule.linear and graphs.rule.rounding == "nearest" and not isinstance(graphs.rule, Conservative)
+        self.holds = graphs.engine.holds and graphs.applies and plain and not decays
         self.eps_GQ = [torch.full((pairs,), eps, dtype=torch.float32, device=device) for eps in graphs.eps_G]
         # one copy to the device a step: whether anything may change yet, lr and the rule's numbers
         self.given = torch.zeros(1 + groups + groups * NUMBERS, dtype=torch.float64, device=device)
@@ -254,7 +277,7 @@ class _Captured:
         factor_G = torch.where(goes, self.numbers_GN[:, 0], 1.0).float() if self.decays else torch.empty(0)
         if self.decays and rule.rounding == "nearest":
             graphs.update(DECAY).run(self.seeds_Q[:0], g_GQ[:, :0].float(), self.numbers_GN, goes.int())
-        graphs.apply(by, self.pairs, list(factor_G))
+        graphs.apply(by, self.pairs, list(factor_G), hold=self.holds)
 
     def _choice(self, rule: Conservative, losses_P: Tensor, by: HeldDisplacement) -> Tensor:
         """Which of θ and its two neighbours has the least loss on the step's batches."""

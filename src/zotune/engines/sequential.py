@@ -111,6 +111,23 @@ class SequentialEngine:
         """θ ← θ + displacement. at_once: as `lowrank` has it."""
         self.directions.apply(by)
 
+    # Updates that wait for the next read of the weights, where an engine has such.
+
+    holds = False
+
+    def hold(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        """`apply`, at the latest when the weights are next read by this engine, or by `settle`."""
+        self.apply(by, at_once)
+
+    def settle(self) -> None:
+        """Apply what `hold` left."""
+
+    def arm(self, count: int) -> None:
+        """Before a captured step, which takes what `hold` left of `count` directions from where it is on the device."""
+
+    def drop(self) -> None:
+        """Give up what `hold` or `arm` left."""
+
     def _run(self, closure: Callable[[], Any]) -> Any:
         self.forwards += 1
         return closure()

@@ -18,21 +18,41 @@ class Stacks:
         self.directions, self.params, self.parts = directions, params, parts
         self.of: dict[int, Tensor] = {}
         self._many: noise.Many | None = None
+        self._moves: noise.Many | None = None
         self._where: list[int] = []
 
     def draw(self, at: Displacement | HeldDisplacement, signs: tuple[int, ...]) -> None:
         """Part p ← w + signs[p // G]·Σ c·z of the p % G-th direction, G = P/len(signs) directions."""
         if not self.params:
             return
-        where = [p.data_ptr() for p in self.params]
-        if self._many is None or where != self._where:
-            self._where = where
-            slots = self.directions.slots
-            self.of = {id(p): p.data.new_empty(self.parts, *p.shape) for p in self.params}
-            items = [
-                noise.Item(self.of[id(p)], p.data.contiguous(), slots[id(p)].id, slots[id(p)].group)
-                for p in self.params
-            ]
-            self._many = noise.Many(items, self.directions.distribution)
+        self._locate()
         seeds_PQ, coefs_GPQ = at.by_part(self.params[0].device, signs, self.directions.groups)
+        assert self._many is not None
         self._many.draw(seeds_PQ, coefs_GPQ)
+
+    def move(self, by: Displacement | HeldDisplacement) -> None:
+        """The parameters themselves, which are contiguous: w ← w + Σ c·z."""
+        if not self.params:
+            return
+        self._locate()
+        assert self._moves is not None
+        self._moves.draw(*by.by_part(self.params[0].device, (1,), self.directions.groups, together=True))
+
+    def _locate(self) -> None:
+        """The launches know addresses: anew where a parameter has moved in memory."""
+        where = [p.data_ptr() for p in self.params]
+        if self._many is not None and where == self._where:
+            return
+        self._where = where
+        slots = self.directions.slots
+        self.of = {id(p): p.data.new_empty(self.parts, *p.shape) for p in self.params}
+
+        def many(outs: list[Tensor]) -> noise.Many:
+            items = [
+                noise.Item(out, p.data.contiguous(), slots[id(p)].id, slots[id(p)].group)
+                for out, p in zip(outs, self.params, strict=True)
+            ]
+            return noise.Many(items, self.directions.distribution)
+
+        self._many = many([self.of[id(p)] for p in self.params])
+        self._moves = many([p.data for p in self.params])

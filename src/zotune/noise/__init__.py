@@ -188,17 +188,39 @@ def add_noise_compensated(
 
 
 def add_noise_rows(
-    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+    out: Tensor,
+    w: Tensor,
+    rows_K: Tensor,
+    seeds_Q: Tensor,
+    coefs_Q: Tensor,
+    pid: int,
+    direction: str,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """out (K, D…) ← the rows rows_K (int64) of w + Σ_q coefs_Q[q]·z(seeds_Q[q]), for w (R, D…); no other row is read."""
-    backend_for(w.device).add_noise_rows(out, w, rows_K, seeds_Q, coefs_Q, pid, direction)
+    """out (K, D…) ← the rows rows_K (int64) of w + Σ_q coefs_Q[q]·z(seeds_Q[q]), for w (R, D…); no other row is read.
+
+    update: seeds and coefficients of an `add_noise` that w is still to have; the rows are those of after it, w stays.
+    """
+    backend_for(w.device).add_noise_rows(out, w, rows_K, seeds_Q, coefs_Q, pid, direction, update)
 
 
 def add_noise_both(
-    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+    plus: Tensor,
+    minus: Tensor,
+    w: Tensor,
+    seed_1: Tensor,
+    coef_1: Tensor,
+    pid: int,
+    direction: str,
+    start: int = 0,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """plus, minus ← w ± coef_1·z(seed_1)[start : start + n]: the two copies of `add_noise`, w read once, z drawn once."""
-    backend_for(w.device).add_noise_both(plus, minus, w, seed_1, coef_1, pid, direction, start)
+    """plus, minus ← w ± coef_1·z(seed_1)[start : start + n]: the two copies of `add_noise`, w read once, z drawn once.
+
+    update: seeds and coefficients of an `add_noise` that w takes first, in place and rounded, on the same read; the copies are
+    of what is stored. w is contiguous then.
+    """
+    backend_for(w.device).add_noise_both(plus, minus, w, seed_1, coef_1, pid, direction, start, update)
 
 
 @dataclass(frozen=True)

@@ -228,13 +228,18 @@ def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):
 
 
 @njit(nogil=True, cache=True)
-def _both_float32(plus, minus, w, first, last, start, seeds, coefs, pid, gaussian):
+def _both_float32(plus, minus, w, first, last, start, update_seeds, update_coefs, seeds, coefs, pid, gaussian):
+    """The update first, in place, where it has pairs."""
     buffers, total = _buffers(), np.empty(CHUNK, np.float32)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
-        _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start
         low, high = max(0, first - shift), min(CHUNK, last - shift)
         here, part = w[shift + low : shift + high], total[low:high]
+        if update_seeds.size:
+            _sum(total, chunk, update_seeds, update_coefs, pid, gaussian, buffers)
+            for j in range(part.size):
+                here[j] += part[j]
+        _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         up, down = plus[shift + low : shift + high], minus[shift + low : shift + high]
         for j in range(part.size):
             up[j] = here[j] + part[j]
@@ -243,9 +248,10 @@ def _both_float32(plus, minus, w, first, last, start, seeds, coefs, pid, gaussia
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _both_over_threads(cuts, plus, minus, w, start, seeds, coefs, pid, gaussian):
+def _both_over_threads(cuts, plus, minus, w, start, update_seeds, update_coefs, seeds, coefs, pid, gaussian):
     for k in prange(cuts.size - 1):
-        _both_float32(plus, minus, w, cuts[k], cuts[k + 1], start, seeds, coefs, pid, gaussian)
+        first, last = cuts[k], cuts[k + 1]
+        _both_float32(plus, minus, w, first, last, start, update_seeds, update_coefs, seeds, coefs, pid, gaussian)
 
 
 @njit(nogil=True, cache=True)
@@ -258,6 +264,9 @@ def _kept(out, start, seed, pid, stream, edge):
         shift = chunk * CHUNK - start
         for j in range(max(0, -shift), min(CHUNK, out.size - shift)):
             out[shift + j] = words[j & 3, j >> 2] >= edge
+
+
+_NONE = torch.empty(0, dtype=torch.int64), torch.empty(0)  # no pairs
 
 
 def _parallel(kernel: Any) -> Any:
@@ -343,16 +352,30 @@ def add_noise(
 
 
 def add_noise_both(
-    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+    plus: Tensor,
+    minus: Tensor,
+    w: Tensor,
+    seed_1: Tensor,
+    coef_1: Tensor,
+    pid: int,
+    direction: str,
+    start: int = 0,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_both`."""
+    assert update is None or w.is_contiguous()
+    if update is not None and not bool(update[1].any()):
+        update = None
     if w.dtype != torch.float32:
+        if update is not None:
+            add_noise(w, w, *update, pid, direction, start)
         add_noise(plus, w, seed_1, coef_1, pid, direction, start)
         add_noise(minus, w, seed_1, -coef_1, pid, direction, start)
         return
     n = w.numel()
     arrays = [t.detach().reshape(-1).numpy() for t in (plus, minus, w)]
-    tail = (start, seed_1.numpy().view(np.uint64), coef_1.numpy(), np.uint32(pid), direction == "gaussian")
+    pairs = [(seeds.numpy().view(np.uint64), coefs.numpy()) for seeds, coefs in (update or _NONE, (seed_1, coef_1))]
+    tail = (start, *pairs[0], *pairs[1], np.uint32(pid), direction == "gaussian")
     cuts = _cuts(n, start)
     if len(cuts) == 2:
         _both_float32(*arrays, 0, n, *tail)  # type: ignore[call-arg]
@@ -362,13 +385,21 @@ def add_noise_both(
 
 
 def add_noise_rows(
-    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+    out: Tensor,
+    w: Tensor,
+    rows_K: Tensor,
+    seeds_Q: Tensor,
+    coefs_Q: Tensor,
+    pid: int,
+    direction: str,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_rows`."""
     width = prod(w.shape[1:])
     picked_KD = w.detach()[rows_K].reshape(-1, width)
-    seeds, coefs = seeds_Q.numpy().view(np.uint64), coefs_Q.numpy()
-    if coefs.any():
-        for picked_D, row in zip(picked_KD, rows_K.tolist(), strict=True):
-            _add_flat(picked_D, picked_D, seeds, coefs, pid, direction, row * width)
+    for some_seeds, some_coefs in (update or _NONE, (seeds_Q, coefs_Q)):
+        seeds, coefs = some_seeds.numpy().view(np.uint64), some_coefs.numpy()
+        if coefs.any():
+            for picked_D, row in zip(picked_KD, rows_K.tolist(), strict=True):
+                _add_flat(picked_D, picked_D, seeds, coefs, pid, direction, row * width)
     out.copy_(picked_KD.view(out.shape))

@@ -150,26 +150,35 @@ def _add_kernel(
 
 @triton.jit(do_not_specialize=["pid"])
 def _rows_kernel(
-    out, w, rows, D, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
-):
+    out, w, rows, D, seeds, coefs, Q: tl.constexpr, update_seeds, update_coefs, U: tl.constexpr, pid,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """U: pairs of the update that the rows take first; 0 for none."""
     start = tl.load(rows + tl.program_id(0)) * D
     group = start // E
     step_G = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - (start - group * E)
     inside = (at_GE >= 0) & (at_GE < D)
     w_GE = tl.load(w + start + at_GE, mask=inside, other=0.0)
+    if U > 0:
+        w_GE = _displaced(w_GE, group + step_G, update_seeds, update_coefs, U, pid, GAUSSIAN, E, G)
     into = out + tl.program_id(0).to(tl.int64) * D + at_GE
     tl.store(into, _displaced(w_GE, group + step_G, seeds, coefs, Q, pid, GAUSSIAN, E, G), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pid"])
 def _both_kernel(
-    plus, minus, w, n, group, shift, seed, coef, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
-):
+    plus, minus, w, n, group, shift, seed, coef, update_seeds, update_coefs, U: tl.constexpr, pid,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """U: pairs of the update that w takes first, in place; 0 for none."""
     step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - shift
     inside = (at_GE >= 0) & (at_GE < n)
     w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    if U > 0:
+        w_GE = _displaced(w_GE, group + step_G, update_seeds, update_coefs, U, pid, GAUSSIAN, E, G)
+        tl.store(w + at_GE, w_GE, mask=inside)
     wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
     z_GE = _draw(tl.load(seed), pid, group + step_G, GAUSSIAN, E, G).to(wide)
     moved_GE = tl.load(coef).to(wide) * z_GE
@@ -308,7 +317,14 @@ def add_noise(
 
 
 def add_noise_rows(
-    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+    out: Tensor,
+    w: Tensor,
+    rows_K: Tensor,
+    seeds_Q: Tensor,
+    coefs_Q: Tensor,
+    pid: int,
+    direction: str,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_rows`. out is contiguous."""
     width, tile = prod(w.shape[1:]), _shape(direction)
@@ -316,22 +332,55 @@ def add_noise_rows(
         return
     grid = (len(rows_K), triton.cdiv(width + tile["E"] - 1, TILE))
     _rows_kernel[grid](
-        out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), _signed(pid), **tile
+        out,
+        w.detach().contiguous(),
+        rows_K,
+        width,
+        seeds_Q,
+        coefs_Q,
+        len(seeds_Q),
+        *_first(update),
+        _signed(pid),
+        **tile,
     )
 
 
 def add_noise_both(
-    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+    plus: Tensor,
+    minus: Tensor,
+    w: Tensor,
+    seed_1: Tensor,
+    coef_1: Tensor,
+    pid: int,
+    direction: str,
+    start: int = 0,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_both`. plus and minus are contiguous."""
     if w.numel() == 0:
         return
+    assert update is None or w.is_contiguous()
     w_flat, tile = w.detach().reshape(-1).contiguous(), _shape(direction)
     shift = start % tile["E"]
     grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
     _both_kernel[grid](
-        plus, minus, w_flat, w_flat.numel(), start // tile["E"], shift, seed_1, coef_1, _signed(pid), **tile
+        plus,
+        minus,
+        w_flat,
+        w_flat.numel(),
+        start // tile["E"],
+        shift,
+        seed_1,
+        coef_1,
+        *_first(update),
+        _signed(pid),
+        **tile,
     )
+
+
+def _first(update: tuple[Tensor, Tensor] | None) -> tuple[Any, Any, int]:
+    """Of an update that comes first: what the kernels take, none as no pairs."""
+    return (None, None, 0) if update is None else (*update, len(update[0]))
 
 
 def add_noise_steps(w: Tensor, seeds_SQ: Tensor, coefs_SQ: Tensor, pid: int, direction: str) -> None:

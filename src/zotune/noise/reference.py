@@ -91,18 +91,37 @@ def add_noise(
 
 
 def add_noise_rows(
-    out: Tensor, w: Tensor, rows_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+    out: Tensor,
+    w: Tensor,
+    rows_K: Tensor,
+    seeds_Q: Tensor,
+    coefs_Q: Tensor,
+    pid: int,
+    direction: str,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_rows`."""
     width = math.prod(w.shape[1:])
     index_KD = rows_K[:, None] * width + torch.arange(width, device=w.device)
     picked_KD = w[rows_K].reshape(len(rows_K), width)
+    if update is not None:
+        picked_KD = _displaced(picked_KD, index_KD, *update, pid, direction)
     out.copy_(_displaced(picked_KD, index_KD, seeds_Q, coefs_Q, pid, direction).view(out.shape))
 
 
 def add_noise_both(
-    plus: Tensor, minus: Tensor, w: Tensor, seed_1: Tensor, coef_1: Tensor, pid: int, direction: str, start: int = 0
+    plus: Tensor,
+    minus: Tensor,
+    w: Tensor,
+    seed_1: Tensor,
+    coef_1: Tensor,
+    pid: int,
+    direction: str,
+    start: int = 0,
+    update: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `zotune.noise.add_noise_both`."""
+    if update is not None:
+        add_noise(w, w, *update, pid, direction, start)
     add_noise(plus, w, seed_1, coef_1, pid, direction, start)
     add_noise(minus, w, seed_1, -coef_1, pid, direction, start)
