@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from zotune.directions import Directions, Displacement
 from zotune.engines import make_engine
 from zotune.engines.following import rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
-from zotune.engines.graphs import StepGraphs, Taken
+from zotune.engines.graphs import Flight, StepGraphs
 from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
 from zotune.engines.sequential import SequentialEngine, same_draws
 from zotune.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
@@ -47,6 +48,7 @@ class StepRecord:
     decay_G: tuple[float, ...]
     skipped: bool
     choice: int = 0
+    shares: tuple[int, ...] = (1,)  # rows of each direction, where there are several
 
     @property
     def loss(self) -> float:
@@ -142,8 +144,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._refuse(method, weight_decay)
         self.max_skipped = max_skipped
         self.forward_passes = 0
-        self.skipped_steps = 0
-        self.last: StepRecord | None = None
+        self.watch: Callable[[StepRecord], None] | None = None
+        self._last: StepRecord | None = None
+        self._flying: deque[_Flying] = deque()
+        self._skipped_steps = 0
         self._skipped_in_a_row = 0
         self._engine: Any = None
         self._blocks: list[Any] = []
@@ -267,6 +271,17 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Steps taken, skipped ones included."""
         return self.param_groups[0]["step"]
 
+    @property
+    def last(self) -> StepRecord | None:
+        """The last step, for which it waits."""
+        self.land()
+        return self._last
+
+    @property
+    def skipped_steps(self) -> int:
+        self.land()
+        return self._skipped_steps
+
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, *, batch: Any = None) -> Any:
         """One step. closure: () → the loss, a number, a 0-d tensor, or a vector of per-row losses (their mean is taken).
@@ -277,13 +292,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
-        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths.
+        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; it returns
+        when the device has been given it: the loss is a tensor there, and the step is one of the past (in `last`, for `watch`, as
+        a skipped one of those that end in `NonFiniteLoss`) with the next one, or when somebody asks.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shares, step = self._shares(closure, batch, batches), self.steps
+        if batch is not None and (near := self._captured_step(loss_of, batches, shares)) is not None:
+            return near
+        self.land()
         self._draw_mask(step, lambda drawn: self._calibrate(drawn, loss_of, batches))
         losses_P: list[float] = []
         g_BGQ: list[tuple[tuple[float, ...], ...]] = []
@@ -300,18 +320,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         late: list[tuple[Any, Scalars]] = []
         for block, engine in enumerate(() if self.method.first_order else self.blocks):
             seeds_Q = self._seeds(step, block)
-            taken = self._captured_step(loss_of, batches, seeds_Q, shares) if batch is not None else None
-            if taken is None:
-                raw_P, losses, d_Q = self._estimate(engine, loss_of, batches, seeds_Q, shares)
-                raw = raw_P[0]
-            else:
-                raw, losses, choice = torch.empty(()), *taken
-                d_Q = spread(self.method.estimator, losses, shares, self.pairs)
-            scalars = self._scalars(seeds_Q, d_Q)
+            raw_P, losses, d_Q = self._estimate(engine, loss_of, batches, seeds_Q, shares)
+            raw = raw_P[0]
+            scalars = self._scalars(seeds_Q, d_Q, *self._settings())
             skipped = not self._applicable(losses if first is None else [*losses, first], scalars)
-            if not skipped and taken is not None and self.fold_every == 1:
-                self.method.rule.count(engine.directions.params, self.state)
-            elif not skipped:
+            if not skipped:
                 if isinstance(self.method.rule, Conservative):
                     choice = self._choose(engine, loss_of, batches, losses, scalars)
                     scalars = replace(scalars, choice=choice)
@@ -329,8 +342,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._fold_at(step)
         if gradients and not skipped_B[0]:
             self._descend(gradients)
-        self.forward_passes += self.forwards_a_step * len(batches)
-        self._record(step, losses_P, g_BGQ, all(skipped_B), choice)
+        lr_G, decay_G, _ = self._settings()
+        self._advance(len(batches))
+        g_GQ = tuple(tuple(g for block in g_BGQ for g in block[k]) for k in range(len(self.param_groups)))
+        self.took(StepRecord(step, tuple(losses_P), g_GQ, lr_G, decay_G, all(skipped_B), choice, shares))
         loss = losses_P[0] if self.method.first_order else centre(self.method.estimator, losses_P, shares)
         return torch.tensor(loss) if isinstance(raw, Tensor) else loss
 
@@ -340,14 +355,23 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         queries, seed = self.method.estimator.queries, self.param_groups[0]["seed"]
         return tuple(noise.step_seed(seed, step, q, k) for q in range(queries) for k in rows)
 
-    def _scalars(self, seeds_Q: tuple[int, ...], d_Q: Sequence[float]) -> Scalars:
+    def _settings(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+        """lr, decay and eps by parameter group, as they are now."""
+        lr_G, decay_G, eps_G = (tuple(float(g[k]) for g in self.param_groups) for k in ("lr", "weight_decay", "eps"))
+        return lr_G, decay_G, eps_G
+
+    def _scalars(
+        self,
+        seeds_Q: tuple[int, ...],
+        d_Q: Sequence[float],
+        lr_G: tuple[float, ...],
+        decay_G: tuple[float, ...],
+        eps_G: tuple[float, ...],
+    ) -> Scalars:
         """g = d/eps, clipped; a derivative is g itself."""
-        groups = self.param_groups
         exact = self.method.forward_mode
-        g_GQ = clip([[d if exact else d / g["eps"] for d in d_Q] for g in groups], self.enhancements.g_clip)
-        return Scalars(
-            seeds_Q, g_GQ, tuple(float(g["lr"]) for g in groups), tuple(float(g["weight_decay"]) for g in groups)
-        )
+        g_GQ = clip([[d if exact else d / eps for d in d_Q] for eps in eps_G], self.enhancements.g_clip)
+        return Scalars(seeds_Q, g_GQ, lr_G, decay_G)
 
     def _estimate(
         self, engine: Any, loss_of: Any, batches: list[Any], seeds_Q: tuple[int, ...], shares: tuple[int, ...]
@@ -457,28 +481,37 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             )
         return found
 
-    def _record(
-        self,
-        step: int,
-        losses_P: Sequence[float],
-        g_BGQ: Sequence[Sequence[Sequence[float]]],
-        skipped: bool,
-        choice: int,
-    ) -> None:
-        groups = self.param_groups
-        for group in groups:
+    def _advance(self, batches: int) -> None:
+        """One step more, on so many batches."""
+        self.forward_passes += self.forwards_a_step * batches
+        for group in self.param_groups:
             group["step"] += 1
         self._version = self._weights_version
-        self.last = StepRecord(
-            step=step,
-            losses_P=tuple(losses_P),
-            g_GQ=tuple(tuple(g for block in g_BGQ for g in block[k]) for k in range(len(groups))),
-            lr_G=tuple(float(g["lr"]) for g in groups),
-            decay_G=tuple(float(g["weight_decay"]) for g in groups),
-            skipped=skipped,
-            choice=choice,
-        )
-        self._count(skipped)
+
+    def took(self, record: StepRecord) -> None:
+        """A step is one of the past. Raises NonFiniteLoss where it was one skipped too many."""
+        self._last = record
+        if self.watch is not None:
+            self.watch(record)
+        self._count(record.skipped)
+
+    def land(self, but: int = 0) -> None:
+        """Wait for all steps that the device has been given, but so many, and see what they found."""
+        while len(self._flying) > but:
+            flying = self._flying.popleft()
+            (losses_P, choice), rule = flying.flight.taken(), self.method.rule
+            d_Q = spread(self.method.estimator, losses_P, flying.shares, flying.pairs)
+            scalars = self._scalars(flying.seeds_Q, d_Q, *flying.settings)
+            skipped = not self._applicable(losses_P, scalars)
+            if not skipped and self.fold_every == 1:
+                rule.count(self.engine.directions.params, self.state)
+            elif not skipped:
+                assert isinstance(rule, Linear)
+                self._pending.append(rule.displacement(scalars))
+            lr_G, decay_G, _ = flying.settings
+            self.took(
+                StepRecord(flying.step, tuple(losses_P), scalars.g_GQ, lr_G, decay_G, skipped, choice, flying.shares)
+            )
 
     @torch.no_grad()
     def apply_record(self, record: Record) -> None:
@@ -489,6 +522,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """
         if any(g.get("first_order") for g in self.param_groups):
             raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
+        self.land()
         if record.step != self.steps:
             raise ValueError(f"the record of step {record.step}: step {self.steps} comes next")
         self.settle()
@@ -534,9 +568,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return shares(rows, directions)
 
     def _captured_step(
-        self, loss_of: Callable[[Any], Any], batches: Sequence[Any], seeds_Q: Sequence[int], shares: tuple[int, ...]
-    ) -> Taken | None:
-        """What the step found where it could be taken as a CUDA graph, else None."""
+        self, loss_of: Callable[[Any], Any], batches: Sequence[Any], shares: tuple[int, ...]
+    ) -> Tensor | None:
+        """The loss near θ where the step can be taken as a CUDA graph, else None. The device may still be at it, and at the
+        step before: what the host has to do meets with what the device does.
+        """
         groups, rule, more = self.param_groups, self.method.rule, self.enhancements
         if not rule.capturable or self.method.forward_mode or more.sequential:
             return None
@@ -544,24 +580,32 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches
         ):
             return None
-        lr_G, decay_G = ([float(g[name]) for g in groups] for name in ("lr", "weight_decay"))
+        settings = lr_G, decay_G, eps_G = self._settings()
         steps_G = [0] * len(groups)
         if not rule.linear or any(decay_G):
+            self.land()  # how many steps were applied decides what Adam does next
             counted = None if fused(self.engine.directions) is None else steps_of(self.engine.directions, self.state)
             if counted is None:
                 return None
             steps_G = counted
-        eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
             estimator, applies = self.method.estimator, self.fold_every == 1
             self._graphs = StepGraphs(
                 self.engine, estimator, rule, eps_G, self._room(), more.g_clip, self.state, applies
             )
-        numbers_GN = rule.table(lr_G, decay_G, steps_G)
-        return self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
+        step, seeds_Q, numbers_GN = self.steps, self._seeds(self.steps, 0), rule.table(lr_G, decay_G, steps_G)
+        flight = self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
+        if flight is None:
+            return None
+        self._flying.append(_Flying(flight, step, seeds_Q, shares, self.pairs, settings))
+        self._advance(len(batches))
+        self.land(but=1)
+        self._fold_at(step)
+        return flight.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting. The weights are current after it."""
+        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting. After it weights are current."""
+        self.land()
         self.settle()
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
         return super().state_dict() | {
@@ -571,6 +615,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's. An update that is held back is written first, or given up where the weights were loaded since the last step."""
+        self.land()
         for engine in self._blocks:
             (engine.settle if self._version == self._weights_version else engine.drop)()
         super().load_state_dict(state_dict)
@@ -583,7 +628,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                     self.state[param][name] = value.to(param.device, copy=True)
         counts = state_dict.get("counts", {})
         self.forward_passes = counts.get("forward_passes", 0)
-        self.skipped_steps = counts.get("skipped_steps", 0)
+        self._skipped_steps = counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.pairs = counts.get("pairs", self.pairs)
         self._pending = [
@@ -608,6 +653,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def flush(self) -> None:
         """Apply all updates that wait: what `settle` writes, and those since the last step whose number `fold_every` divides."""
+        self.land()
         self.settle()
         waiting, self._pending = self._pending, []
         if not waiting:
@@ -638,13 +684,25 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"]) / 16
 
     def _count(self, skipped: bool) -> None:
-        self.skipped_steps += skipped
+        self._skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= self.max_skipped:
             raise NonFiniteLoss(
                 f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {self.steps}); "
                 "nothing of them was applied: try a smaller lr or eps, or look at the data of these batches"
             )
+
+
+@dataclass(frozen=True)
+class _Flying:
+    """A step that the device has been given, and what it takes to know what became of it. settings: lr, decay and eps by group."""
+
+    flight: Flight
+    step: int
+    seeds_Q: tuple[int, ...]
+    shares: tuple[int, ...]
+    pairs: int
+    settings: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 class _Through:

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.calibration import NormsFolder
 from zotune.config import DataOptions, ModelOptions, TrainConfig
-from zotune.engines.following import rows_in
-from zotune.engines.probing import shares, sides
+from zotune.engines.probing import sides
 from zotune.errors import InputError
 from zotune.estimators import TwoSided
 from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
@@ -546,14 +545,10 @@ class _TaskTrainer(ZOTrainer):
         super().__init__(*args, **kwargs)
         self.run, self._metric, self._unpadded = run, f"eval_{run.ready.task.metric}", unpadded
         self.recorded: Records | None = None  # steps that were taken before a kill
-        self.rows = 0  # of the step that is taken
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A step that the trajectory has already is applied from there, with no forward pass."""
         optimizer, step = self.zo_optimizer, self.zo_optimizer.steps
-        if not self._micro_batches:
-            self.rows = 0
-        self.rows += rows_in(inputs)
         if self.recorded is None or step >= len(self.recorded) or not self.accelerator.sync_gradients:
             return super().training_step(model, inputs, num_items_in_batch)
         batches, self._micro_batches = len(self._micro_batches) + 1, []
@@ -561,9 +556,8 @@ class _TaskTrainer(ZOTrainer):
         optimizer.apply_record(record)
         optimizer.forward_passes += optimizer.forwards_a_step * batches
         losses_P, g_GQ = (record.loss_plus, record.loss_minus), (record.g,) * len(record.lr)
-        optimizer.last = StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice)
-        optimizer._count(record.skipped)
-        return torch.tensor(optimizer.last.loss, device=self.args.device)
+        optimizer.took(StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
+        return torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device)
 
     def calibration_batch(self, row: Any) -> Any:
         return self._unpadded([row])
@@ -661,13 +655,13 @@ class _Recorder(transformers.TrainerCallback):
             run.listener.say(f"going on after step {reached} of {state.max_steps}{again}")
             run.progress["resumed_at"].append(reached)
             run.folder.write_json("progress.json", run.progress)
+        self.trainer.zo_optimizer.watch = self.see
         run.listener.begin("train", state.max_steps)
         run.listener.advance("train", step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run, last = self.run, self.trainer.zo_optimizer.last
-        assert last is not None
-        loss, skipped = last.loss, last.skipped
+    def see(self, last: StepRecord) -> None:
+        """A step that was taken; on CUDA the next one may be under way."""
+        run, step, loss = self.run, last.step + 1, last.loss
         if run.trajectory is not None:
             record, written = self._record(last), self.trainer.recorded
             if written is None or last.step >= len(written):
@@ -677,33 +671,34 @@ class _Recorder(transformers.TrainerCallback):
             g_Q = tuple(map(float32, record.g))
             self.g = sum(g_Q) / len(g_Q)
             loss = (plus + minus) / 2 if isinstance(self.trainer.zo_optimizer.method.estimator, TwoSided) else minus
-            if not skipped:
-                self.guards.see(state.global_step, plus, minus, g_Q)
+            if not last.skipped:
+                self.guards.see(step, plus, minus, g_Q)
         self.losses.append(loss)
         run.listener.advance("train", 1, loss=loss, **self.validation)
+        if last.skipped:
+            run.listener.say(f"step {step}: the loss is not finite; the step is skipped")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.run
         run.peak = peak_bytes(run.ready.device)  # before a checkpoint is mapped to load the best from
-        if skipped:
-            run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
         last_one = state.global_step == state.max_steps
         if state.global_step % args.eval_steps == 0 or last_one:
             control.should_log = control.should_evaluate = True
         control.should_save = state.global_step % args.save_steps == 0 or last_one
         if run.stop is not None:
             control.should_save = control.should_training_stop = True
+        if state.global_step % args.logging_steps == 0 or control.should_log or control.should_save:
+            self.trainer.zo_optimizer.land()
 
     def _record(self, last: StepRecord) -> Record:
-        optimizer, rows = self.trainer.zo_optimizer, self.trainer.rows
-        written = self.trainer.recorded
+        optimizer, written = self.trainer.zo_optimizer, self.trainer.recorded
         if written is not None and last.step < len(written):
             return written[last.step]
         plus, other = sides(optimizer.method.estimator, last.losses_P)
-        groups = (
-            1 if optimizer.groups == 1 else rows if optimizer.groups == "batch" else min(int(optimizer.groups), rows)
-        )
         return Record(
             step=last.step,
-            loss_plus=_over_rows(plus or other, rows, groups),  # forward mode: both are L(θ)
-            loss_minus=_over_rows(other, rows, groups),
+            loss_plus=_over_rows(plus or other, last.shares),  # forward mode: both are L(θ)
+            loss_minus=_over_rows(other, last.shares),
             g=last.g_GQ[0],
             lr=last.lr_G,
             decay=last.decay_G,
@@ -762,11 +757,11 @@ class _Recorder(transformers.TrainerCallback):
             self.line = {}
 
 
-def _over_rows(losses: list[float], rows: int, groups: int) -> float:
-    """The mean over the batch of the losses of its groups of rows, query by query."""
-    if groups == 1:
+def _over_rows(losses: list[float], shares: Sequence[int]) -> float:
+    """The mean over the batch of the losses of its directions' rows, query by query."""
+    if len(shares) == 1:
         return sum(losses) / len(losses)
-    weights = shares(rows, groups) * (len(losses) // groups)
+    weights = list(shares) * (len(losses) // len(shares))
     return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, signed
-from zotune.engines.probing import loss_at, probe, spread
+from zotune.engines.probing import centre, loss_at, probe, spread_on_device
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.estimators import Estimator
@@ -37,11 +37,31 @@ class Taken(NamedTuple):
     choice: int
 
 
+class Flight:
+    """A captured step that the device has been given: its numbers come to the host when it has taken it.
+
+    loss: the loss near θ, a 0-d float32 tensor on the device.
+    """
+
+    def __init__(self, found: Tensor, loss: Tensor) -> None:
+        self.loss = loss
+        self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        self._numbers.copy_(found, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def taken(self) -> Taken:
+        """Waits for the step, not for what the device was given after it."""
+        self._done.synchronize()
+        *losses_P, choice = self._numbers.tolist()
+        return Taken(losses_P, int(choice))
+
+
 def projected(
     estimator: Estimator, losses_P: Tensor, eps_G: Tensor, shares: Sequence[int], pairs: int, most: float | None
 ) -> Tensor:
     """The projected gradients (G, Q) as the host has them, to the bit; float64, as losses and eps are. most: bound on |g|."""
-    d_Q = torch.stack(spread(estimator, list(losses_P), shares, pairs))
+    d_Q = spread_on_device(estimator, losses_P, shares, pairs)
     g_GQ = d_Q / eps_G[:, None]  # by a tensor: CUDA multiplies with the reciprocal of a number
     return g_GQ if most is None else g_GQ.clamp(-most, most)
 
@@ -90,9 +110,9 @@ class StepGraphs:
         numbers_GN: Tensor,
         shares: tuple[int, ...] = (1,),
         pairs: int = 1,
-    ) -> Taken | None:
-        """What a step found that has been taken (but for its update, where those wait), or None where it has to be taken
-        without a graph. numbers_GN: as `Rule.table` has them.
+    ) -> Flight | None:
+        """A step that the device takes (but for its update, where those wait), or None where it has to be taken without a
+        graph. numbers_GN: as `Rule.table` has them.
         """
         if not self.usable:
             return None
@@ -113,8 +133,7 @@ class StepGraphs:
             self.engine.settle()
         captured.load(batches, seeds_Q, lr_G, numbers_GN)
         captured.graph.replay()
-        *losses_P, choice = captured.found.tolist()
-        return Taken(losses_P, int(choice))
+        return Flight(captured.found, captured.loss_near.clone())
 
     def update(self, kernel: str) -> Any:
         """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
@@ -222,6 +241,10 @@ class _Captured:
         self.numbers_GN = self.given[1 + groups :].view(groups, NUMBERS)
         probes = len(graphs.estimator.probes) * len(shares)
         self.found = torch.zeros(probes + 1, dtype=torch.float64, device=device)  # the losses, and a choice
+        one_each = torch.eye(probes, dtype=torch.float64).tolist()  # the loss near θ is linear in those of the probes
+        weights = [centre(graphs.estimator, losses_P, shares) for losses_P in one_each]
+        self.weights_P = torch.tensor(weights, dtype=torch.float64, device=device)
+        self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
         if graphs.applies and not graphs.rule.linear:
             graphs.update(graphs.rule.kernel)  # its tables are no part of a graph's memory
         if decays and graphs.rule.rounding == "nearest":
@@ -253,6 +276,7 @@ class _Captured:
 
         losses_P = torch.stack(probe(graphs.engine, graphs.estimator, self.loss, self.batches, at, self.shares))
         self.found[:-1].copy_(losses_P)
+        self.loss_near.copy_((self.weights_P * losses_P).sum())
         if not graphs.applies:
             return
         g_GQ = projected(graphs.estimator, losses_P, self.eps_G, self.shares, self.pairs, graphs.most)

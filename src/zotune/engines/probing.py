@@ -56,7 +56,7 @@ def probe(
                 raise ValueError(
                     f"groups: the loss gives {size} numbers for {sum(shares_G)} rows; return one a row, in their order"
                 )
-        means = [[part.double().mean() for part in side.view(-1).split(list(shares_G))] for side in (plus, minus)]
+        means = [_means(side.view(-1).double(), shares_G) for side in (plus, minus)]
         found += [loss for both in zip(*means, strict=True) for loss in both]
     return found
 
@@ -92,6 +92,13 @@ def _joined(losses: list[Any]) -> Any:
     if all(isinstance(loss, Tensor) for loss in losses):
         return torch.cat([loss.view(-1) for loss in losses])
     return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+
+
+def _means(losses_B: Tensor, shares_G: Sequence[int]) -> list[Tensor]:
+    """The mean over each direction's rows."""
+    if len({*shares_G}) == 1:
+        return list(losses_B.view(len(shares_G), -1).mean(1).unbind())
+    return [part.mean() for part in losses_B.split(list(shares_G))]
 
 
 def _mean(loss: Any) -> Any:
@@ -143,6 +150,19 @@ def spread(estimator: Estimator, losses_P: Sequence[Any], shares_G: Sequence[int
         found += [d if weight == 1 else d * weight for d, weight in zip(own, weights, strict=True)]
         found += [own[0] * 0.0] * (pairs - directions)
     return found
+
+
+def spread_on_device(estimator: Estimator, losses_P: Tensor, shares_G: Sequence[int], pairs: int) -> Tensor:
+    """`spread`, to the bit, as a tensor: a few operations for any number of directions."""
+    if len(shares_G) == 1 and pairs == 1:
+        return torch.stack(spread(estimator, list(losses_P), shares_G, pairs))
+    rows = sum(shares_G)
+    weights = [share * pairs / rows for share in shares_G]
+    plus_QG, minus_QG = losses_P.view(-1, len(shares_G), 2).unbind(-1)
+    d_QG = (plus_QG - minus_QG) / 2
+    if any(weight != 1 for weight in weights):
+        d_QG = d_QG * torch.tensor(weights, dtype=d_QG.dtype).to(d_QG.device)
+    return torch.nn.functional.pad(d_QG, (0, pairs - len(shares_G))).flatten()
 
 
 def sides(estimator: Estimator, losses_P: Sequence[float]) -> tuple[list[float], list[float]]:
