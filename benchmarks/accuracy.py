@@ -1,49 +1,176 @@
-"""Accuracy over seeds: `zotune train` once for each cell of a grid and each seed, many at once, and paired differences.
+"""Accuracy over seeds: the steps of `zotune train` for each cell of a grid and each seed, many at once, and paired differences.
 
-    python benchmarks/accuracy.py --model MODEL --data-dir DIR --output results.json \
-        --vary scheme=full,lora dtype=float32,bfloat16 --seeds 8 --processes 2 --threads 8 --against dtype=float32
+    python benchmarks/accuracy.py --model MODEL --task sst2 --data-dir DIR --steps 2000 --output results.json \
+        --vary scheme=full,lora dtype=float32,bfloat16 --seeds 8 --at-once 8 --against dtype=float32
 
-What is left of the flags goes to every run. Runs of one seed draw the same directions and see the same rows in the same
-order, so a difference between two cells is paired; --against takes it to the cell that differs in that value alone.
+What is left of the flags are options of `zotune train`, for every run. Runs of one seed draw the same directions and see the
+same rows in the same order, so a difference between two cells is paired; --against takes it to the cell that differs in that
+value alone.
 `--cells FILE` takes a JSON list of cells (options by name) instead of, or times, the grid.
 
-A small model leaves a GPU idle, and processes take turns on it: runs of one process, each on a thread and a stream of its own,
-overlap. Peaks of memory are not those of one run then. Finished runs are kept in RUNS and not run again. A cell with
-`method=in-place` is the MeZO step on the weights themselves, for comparison.
+A small model leaves a GPU idle: its kernels are short, and processes take turns. So one thread gives the device a step of each run
+in turn, each run on a stream of its own. Model, rows, loss, optimizer and captured steps are those of `zotune train`; checkpoints,
+trajectories and the Trainer are not here, the order of rows is drawn by the seed, and a last batch that is not full is left out.
+The weights that are best on validation are kept on the device, and scored on test at the end. What OUTPUT has is not run again.
+A cell with `method=in-place` is the MeZO step on the weights themselves, for comparison.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
-import random
+import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams that a GPU really keeps apart
+
+import torch
+import transformers as tf
+from mezo import InPlaceMeZO
+
+from zotune import run as runs
+from zotune.config import TrainConfig, resolve
+from zotune.errors import NonFiniteLoss
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.tasks.objectives import objective
+from zotune.trainer import parameter_groups
+
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t for n differences, two-sided
+SCORED_AT_ONCE = 256  # rows
 
 Cell = dict[str, str]
+
+
+class Run:
+    """One run, a step at a time."""
+
+    def __init__(self, name: str, options: Cell) -> None:
+        self.name, self.in_place = name, options.get("method") == "in-place"
+        if self.in_place:
+            options = options | {"method": "zo-sgd"}
+        self.ready = ready = runs.prepare(resolve(TrainConfig, options | {"output": "unused"}, None))
+        ready.config = self.config = config = runs.resolved(ready.config, ready.model)
+        self.cuda = ready.device.type == "cuda"
+        self.stream: Any = torch.cuda.stream(torch.cuda.Stream()) if self.cuda else nullcontext()
+        multiple = runs.LENGTHS if self.cuda else 1
+        asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
+        self.collate, self.row_loss = asked.collate, asked.row_loss
+        self.optimizer: Any = InPlaceMeZO(ready.model, config.lr, config.eps, config.seed, config.direction)
+        if not self.in_place:
+            self.optimizer = ZeroOrderOptimizer(
+                parameter_groups(ready.model, config.weight_decay), config.method, lr=config.lr, eps=config.eps,
+                seed=config.seed, direction=config.direction, queries=config.queries, groups=config.groups, rank=config.rank,
+                fold_every=config.fold_every, rounding=config.rounding, engine=config.engine, **config.step_options,
+            )  # fmt: skip
+            self.optimizer.pairs = config.pairs // config.queries
+        ready.model.eval()
+        self.batches = self._batches()
+        self.taken, self.passes, self.began = 0, 0, time.perf_counter()
+        self.validation: list[tuple[int, int, float, float]] = []  # step, forward passes, seconds, metric
+        self.best: dict[str, torch.Tensor] = {}
+        self.before = self._score(ready.test)
+        self.failed = ""
+
+    def _batches(self) -> Iterator[Any]:
+        draw, rows, size = torch.Generator().manual_seed(self.config.seed), self.ready.train, self.config.batch_size
+        for _ in itertools.count():
+            order = torch.randperm(len(rows), generator=draw).tolist()
+            for first in range(0, len(rows) - size + 1, size):
+                batch = self.collate([rows[i] for i in order[first : first + size]])
+                if self.cuda:  # pinned, so that the copy waits for nothing
+                    batch = {k: v.pin_memory().to("cuda", non_blocking=True) for k, v in batch.items()}
+                yield batch
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.row_loss(self.ready.model, batch)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.failed) or self.taken >= self.config.steps
+
+    def step(self) -> None:
+        with self.stream:
+            try:
+                self._step()
+            except NonFiniteLoss as error:
+                self.failed = str(error)
+            if self.taken % self.config.evaluates_every == 0 or self.done:
+                self._evaluate()
+
+    def _step(self) -> None:
+        config = self.config
+        if self.in_place:
+            batch = next(self.batches)
+            self.optimizer.step(lambda: self.loss(batch))
+            self.passes += 2
+        else:
+            left = 1 - self.taken / config.steps if config.lr_schedule == "linear" else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = left * (config.fo_lr if config.hybrid and group.get("first_order") else config.lr)
+            some = [next(self.batches) for _ in range(config.accumulate)]
+            self.optimizer.step(self.loss, batch=some[0] if len(some) == 1 else some)
+            self.passes = self.optimizer.forward_passes
+        self.taken += 1
+
+    def _evaluate(self) -> None:
+        if not self.in_place:
+            self.optimizer.flush()
+        found = self._score(self.ready.validation)
+        if not self.validation or found >= max(v[-1] for v in self.validation):
+            for name, param in self.ready.model.named_parameters():
+                if param.requires_grad:
+                    self.best.setdefault(name, torch.empty_like(param)).copy_(param.detach())
+        self.validation.append((self.taken, self.passes, round(time.perf_counter() - self.began, 2), found))
+
+    def _score(self, rows: Any) -> float:
+        ready = self.ready
+        made = runs.outcome(
+            ready.model, ready.tokenizer, ready.task, rows, batch_size=SCORED_AT_ONCE, pad_id=ready.pad_id
+        )
+        return made.metric(ready.task.metric, rows)
+
+    @torch.no_grad()
+    def outcome(self) -> dict[str, Any]:
+        with self.stream:
+            last = self._score(self.ready.test)
+            for name, param in self.ready.model.named_parameters():
+                if name in self.best:
+                    param.copy_(self.best[name])
+            after = self._score(self.ready.test)
+        graphs = getattr(self.optimizer, "_graphs", None)
+        return {
+            "test_before": self.before,
+            "test_after": after,
+            "test_of_last": last,
+            "validation_best": max(v[-1] for v in self.validation),
+            "validation": self.validation,
+            "steps": self.taken,
+            "forward_passes": self.passes,
+            "engine": "in place" if self.in_place else self.optimizer.engine.name,
+            "captured": graphs is not None and graphs.usable,
+            "skipped": 0 if self.in_place else self.optimizer.skipped_steps,
+            "seconds_beside_others": round(time.perf_counter() - self.began, 1),
+        } | ({"failed": self.failed} if self.failed else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--vary", nargs="+", default=[], metavar="OPTION=VALUE,VALUE")
     parser.add_argument("--cells", type=Path)
     parser.add_argument("--against", metavar="OPTION=VALUE")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="runs at once in each process")
-    parser.add_argument("--until", type=float, default=float("inf"), help="start no run after so many seconds")
+    parser.add_argument("--at-once", type=int, default=8, help="runs at one time")
+    parser.add_argument("--until", type=float, default=float("inf"), help="begin no run after so many seconds")
     args, flags = parser.parse_known_args()
     common = {
         flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)
@@ -51,159 +178,47 @@ def main() -> None:
     axes = [[(name, value) for value in values.split(",")] for name, _, values in (v.partition("=") for v in args.vary)]
     listed: list[Cell] = json.loads(args.cells.read_text()) if args.cells else [{}]
     cells = [cell | dict(chosen) for cell in listed for chosen in itertools.product(*axes)]
-    began, results, queue = time.time(), dict[str, Any](), list[Cell]()
-    for seed in range(args.seeds):
-        queue += [common | cell | {"seed": str(seed), "output": str(args.runs / name_of(cell, seed))} for cell in cells]
-    lock = threading.Lock()
-
-    def work(_: int) -> None:
-        """One process after the other; each takes runs from the queue until it is empty."""
-        child = subprocess.Popen(
-            [sys.executable, __file__, "together", str(args.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-
-        def give() -> None:
-            with lock:
-                late = time.time() - began > args.until
-                print(json.dumps(queue.pop(0)) if queue and not late else "", file=child.stdin, flush=True)
-
-        for _ in range(args.threads):
-            give()
-        for line in child.stdout:
-            name, found = json.loads(line)
-            with lock:
-                results[name] = found
+    results: dict[str, Any] = json.loads(args.output.read_text())["runs"] if args.output.exists() else {}
+    queue = [(name_of(cell, seed), common | cell | {"seed": str(seed)}) for seed in range(args.seeds) for cell in cells]
+    queue = [(name, options) for name, options in queue if name not in results]
+    began, going = time.perf_counter(), list[Run]()
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    while going or (queue and time.perf_counter() - began < args.until):
+        while len(going) < args.at_once and queue and time.perf_counter() - began < args.until:
+            name, options = queue.pop(0)
+            try:
+                going.append(Run(name, options))
+            except Exception as error:  # of this cell alone
+                results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+                print(name, results[name], flush=True)
+        for run in list(going):
+            run.step()
+            if run.done:
+                results[run.name] = run.outcome()
+                going.remove(run)
                 write(args, results)
-            print(name, found.get("test_after", found.get("error")), f"{time.time() - began:.0f} s", flush=True)
-            give()
-        child.wait()
-
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(work, range(args.processes)))
+                print(run.name, results[run.name]["test_after"], f"{time.perf_counter() - began:.0f} s", flush=True)
+                del run
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    write(args, results)
     print(json.dumps(summary(results, args.against), indent=1))
 
 
 def name_of(cell: Cell, seed: int) -> str:
-    return ",".join([*(f"{name}={value}" for name, value in cell.items()), str(seed)]).replace("/", "-")
-
-
-def together(threads: int) -> None:
-    """Runs from stdin, a JSON object a line, so many at once; an empty line ends a thread."""
-    import torch
-    import transformers
-    from accelerate.state import AcceleratorState
-
-    from zotune import run as runs
-    from zotune.engines import graphs
-
-    taking, giving, loading = threading.Lock(), threading.Lock(), threading.Lock()
-    prepare = runs.prepare
-
-    def one_at_a_time(config: Any) -> runs.Prepared:
-        """An adapter's first values come from torch's generator."""
-        with loading:
-            return prepare(config)
-
-    runs.prepare = one_at_a_time
-    # a new Trainer resets the state that all threads share; it is the same for all of them
-    AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
-    seed = transformers.set_seed
-
-    def between_captures(*args: Any) -> None:
-        """A loss that moves torch's generator is not captured; another thread's seed must not look like one."""
-        with graphs._ONE_AT_A_TIME:
-            seed(*args)
-
-    transformers.set_seed = transformers.trainer.set_seed = between_captures
-    sys.setswitchinterval(1e-4)  # a thread that comes back from the device waits for the interpreter
-    said, sys.stdout = sys.stdout, sys.stderr
-
-    def work() -> None:
-        cuda = torch.cuda.is_available()
-        with torch.cuda.stream(torch.cuda.Stream() if cuda else None):
-            while True:
-                with taking:
-                    line = sys.stdin.readline().strip()
-                if not line:
-                    return
-                options = json.loads(line)
-                try:
-                    found = one(options, loading)
-                except Exception as error:
-                    found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-                with giving:
-                    print(json.dumps([Path(options["output"]).name, found]), file=said, flush=True)
-
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-
-
-def one(options: Cell, loading: threading.Lock) -> dict[str, Any]:
-    """A run, new or gone on with."""
-    from zotune import run as runs
-    from zotune.config import TrainConfig, resolve
-
-    folder = Path(options["output"])
-    if (folder / "result.json").exists():
-        return outcome(folder)
-    if options.get("method") == "in-place":
-        in_place(resolve(TrainConfig, options | {"method": "zo-sgd"}, None), loading)
-        return outcome(folder)
-    runs.train(resolve(TrainConfig, options | {"resume": "true"}, None))
-    return outcome(folder)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    if (folder / "metrics.jsonl").exists():
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        found["validation"] = [
-            (m["step"], m["seconds"], m["validation_accuracy"]) for m in lines if "validation_accuracy" in m
-        ]
-    return found
-
-
-def in_place(config: Any, loading: threading.Lock) -> None:
-    """One run with the reference step: the same rows, batches drawn by seed; torch's generator, so one at a time."""
-    from mezo import InPlaceMeZO
-
-    from zotune import run as runs
-    from zotune.tasks.encoding import Collator
-    from zotune.tasks.scoring import ROW_LOSSES
-
-    ready = runs.prepare(config)
-    ready.config = config = runs.resolved(config, ready.model)
-    with loading:
-        before = ready.score(ready.test, runs.Listener(), "")
-        optimizer = InPlaceMeZO(ready.model, config.lr or 0, config.eps or 1e-3, config.seed, config.direction)
-        order, collate = random.Random(config.seed), Collator(config.loss, ready.pad_id)
-        best: tuple[float, float] = (-1.0, 0.0)
-        for step in range(1, config.steps + 1):
-            rows = order.sample(ready.train, config.batch_size)
-            batch = {k: v.to(ready.device) for k, v in collate(rows).items()}
-            optimizer.step(lambda batch=batch: ROW_LOSSES[config.loss](ready.model, batch))
-            if step % config.evaluates_every == 0:
-                validation = ready.score(ready.validation, runs.Listener(), "")
-                best = max(best, (validation, ready.score(ready.test, runs.Listener(), "")))
-        last = ready.score(ready.test, runs.Listener(), "")
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    result = {"test_before": before, "test_after": best[1], "test_of_last": last, "validation_best": best[0]}
-    (Path(config.output) / "result.json").write_text(json.dumps(result))
+    return ",".join([*(f"{name}={value}" for name, value in cell.items()), str(seed)])
 
 
 def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     args.output.write_text(
         json.dumps(
             {
                 "command": "python benchmarks/accuracy.py " + " ".join(sys.argv[1:]),
+                "device": device,
+                "versions": {"torch": torch.__version__, "transformers": tf.__version__},
                 "date": datetime.date.today().isoformat(),
                 "summary": summary(results, args.against),
                 "runs": results,
@@ -226,6 +241,7 @@ def summary(results: dict[str, Any], against: str | None) -> dict[str, Any]:
         said[cell] = {
             "mean": round(statistics.mean(values), 2),
             "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+            "of the last step": round(statistics.mean(r["test_of_last"] for r in by_seed.values()), 2),
             "validation": round(statistics.mean(r["validation_best"] for r in by_seed.values()), 2),
             "seeds": {seed: round(r["test_after"], 2) for seed, r in sorted(by_seed.items())},
         }
@@ -245,7 +261,4 @@ def summary(results: dict[str, Any], against: str | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["together"]:
-        together(int(sys.argv[2]))
-    else:
-        main()
+    main()
