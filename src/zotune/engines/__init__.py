@@ -43,4 +43,6 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         return SequentialEngine(directions)
     from zotune.engines.dual import DualEngine
 
-    return DualEngine(directions, may_hold=True)  # only where it was named: with `auto` weights are current after each step
+    return DualEngine(
+        directions, may_hold=True
+    )  # only where it was named: with `auto` weights are current after each step

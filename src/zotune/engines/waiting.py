@@ -34,9 +34,7 @@ class Waiting:
                 mine.copy_(coefs_Q)
             by = self._places
         self.by = by
-        self._lacking = {
-            id(p): 0 for p in self.directions.params if not by.is_zero(self.directions.slots[id(p)].group)
-        }
+        self._lacking = {id(p): 0 for p in self.directions.params if not by.is_zero(self.directions.slots[id(p)].group)}
 
     def arm(self, count: int) -> None:
         """Before a captured step, which takes `count` pairs from their places for all parameters: what waits, or zeros."""

@@ -331,7 +331,16 @@ def add_noise_rows(
         return
     grid = (len(rows_K), triton.cdiv(width + tile["E"] - 1, TILE))
     _rows_kernel[grid](
-        out, w.detach().contiguous(), rows_K, width, seeds_Q, coefs_Q, len(seeds_Q), *_first(update), _signed(pid), **tile
+        out,
+        w.detach().contiguous(),
+        rows_K,
+        width,
+        seeds_Q,
+        coefs_Q,
+        len(seeds_Q),
+        *_first(update),
+        _signed(pid),
+        **tile,
     )
 
 
@@ -354,7 +363,17 @@ def add_noise_both(
     shift = start % tile["E"]
     grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
     _both_kernel[grid](
-        plus, minus, w_flat, w_flat.numel(), start // tile["E"], shift, seed_1, coef_1, *_first(update), _signed(pid), **tile
+        plus,
+        minus,
+        w_flat,
+        w_flat.numel(),
+        start // tile["E"],
+        shift,
+        seed_1,
+        coef_1,
+        *_first(update),
+        _signed(pid),
+        **tile,
     )
 
 
