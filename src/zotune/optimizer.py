@@ -555,7 +555,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return self._graphs.step(loss_of, batches[0], seeds_Q, [float(g["lr"]) for g in groups], shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting. The weights are current after it."""
+        """torch's, with the counts of passes and skipped steps: a resumed run goes on counting. Weights are current after it."""
         self.settle()
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
         return super().state_dict() | {

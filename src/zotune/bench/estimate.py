@@ -328,7 +328,7 @@ class _Still(Directions):
     def displaced_span(self, param: Any, first: int, last: int, by: Any, out: Tensor) -> Tensor:
         return out
 
-    def displaced_rows(self, param: Any, rows_K: Tensor, by: Any, out: Tensor) -> Tensor:
+    def displaced_rows(self, param: Any, rows_K: Tensor, by: Any, out: Tensor, update: Any = None) -> Tensor:
         return out
 
 
