@@ -32,6 +32,7 @@ RUNS = [
     {"sparsity": 0.5, "accumulate": 2},
     {"groups": "batch", "lr": "1e-3", "fold_every": 2},
     {"dtype": "bfloat16", "rounding": "compensated"},
+    {"dtype": "bfloat16", "engine": "dual", "lr": "1e-3"},
 ]
 
 

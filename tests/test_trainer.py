@@ -83,6 +83,53 @@ def test_a_checkpoint_resumes_to_the_same_bits(tmp_path):
     assert resumed.zo_optimizer.forward_passes == 16
 
 
+def row_loss(model, inputs):
+    logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), inputs["labels"][:, 1:], ignore_index=-100, reduction="none"
+    ).mean(1)
+
+
+class Watching(tf.TrainerCallback):
+    """Keeps the weights after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append([p.detach().clone() for p in model.parameters()])
+
+
+def test_whoever_reads_the_weights_finds_an_update_that_was_held_back(tmp_path, monkeypatch):
+    """The engine that holds updates back, and the same that does not: evaluations, checkpoints, callbacks and the end."""
+    held = {"zo": {"engine": "dual", "row_loss": row_loss}, "save_strategy": "steps", "save_steps": 3}
+    held |= {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
+    ours = train(tmp_path / "ours", **held)
+    assert ours.zo_optimizer.engine.holds
+    holding = []
+    monkeypatch.setattr("zotune.engines.dual.DualEngine.holds", property(lambda self: holding.append(1)))
+    theirs = train(tmp_path / "theirs", **held)
+    watched = Watching()
+    train(tmp_path / "watched", zo=held["zo"] | {"callbacks": [watched]})
+    monkeypatch.undo()
+    assert holding
+    assert same(ours.model, theirs.model)
+    assert not same(ours.model, model())
+    evaluations = [[line["eval_loss"] for line in t.state.log_history if "eval_loss" in line] for t in (ours, theirs)]
+    assert evaluations[0] == evaluations[1]
+    for step in (3, 6):
+        saved = [tf.LlamaForCausalLM.from_pretrained(tmp_path / n / f"checkpoint-{step}") for n in ("ours", "theirs")]
+        assert same(*saved)
+    again = Watching()
+    trainer = train(tmp_path / "again", zo=held["zo"] | {"callbacks": [again]})
+    assert trainer.zo_optimizer.engine.holds
+    assert len(again.seen) == len(watched.seen) == 8
+    for ours_P, theirs_P in zip(again.seen, watched.seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours_P, theirs_P, strict=True))
+    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "ours" / "checkpoint-3"), **held)
+    assert same(resumed.model, ours.model)
+
+
 def test_what_makes_no_sense_without_a_gradient_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no gradient to clip"):
         train(tmp_path, max_grad_norm=1.0)

@@ -54,6 +54,14 @@ def _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE: tl.constexpr):
 
 
 @triton.jit
+def _narrowed(x_GE, DTYPE: tl.constexpr):
+    """To 16 bits by way of float32, as torch does from float64."""
+    if DTYPE == tl.float64:
+        return x_GE
+    return x_GE.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
 def _update(
     w, m, v, lost, keep, at_GE, inside, group_G, seeds, g, Q: tl.constexpr, numbers, pid,
     RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
@@ -79,15 +87,16 @@ def _update(
     if MOMENTS > 1:
         v_GE = tl.load(v + at_GE, mask=inside, other=0.0).to(wide)
     w_GE, m_GE, v_GE = _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE)
-    moves = inside & ((tl.load(numbers) != 1) | (tl.load(numbers + 1) != 0))  # else not even a zero's sign changes
+    changes = (tl.load(numbers) != 1.0).to(tl.int32) + (tl.load(numbers + 1) != 0.0).to(tl.int32)
+    moves = inside & (changes != 0)  # else not even a zero's sign changes
     new_GE = w_GE.to(old_GE.dtype)
     tl.store(w + at_GE, new_GE, mask=moves)
     if COMPENSATED:
         tl.store(lost + at_GE, (w_GE - new_GE.to(wide)).to(old_GE.dtype), mask=moves)
     if MOMENTS > 0:
-        tl.store(m + at_GE, m_GE.to(m.dtype.element_ty), mask=inside)
+        tl.store(m + at_GE, _narrowed(m_GE, m.dtype.element_ty), mask=inside)
     if MOMENTS > 1:
-        tl.store(v + at_GE, v_GE.to(v.dtype.element_ty), mask=inside)
+        tl.store(v + at_GE, _narrowed(v_GE, v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pid"])

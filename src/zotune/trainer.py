@@ -173,7 +173,7 @@ class ZOTrainer(transformers.Trainer):
             self._settle()
         return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
 
-    # An engine that was named may hold a step's update back (see `ZeroOrderOptimizer`): readers of the weights find them current.
+    # An engine that was named may hold a step's update back (see `ZeroOrderOptimizer`); whoever reads the weights finds it written.
 
     def _settle(self) -> None:
         if isinstance(self.zo_optimizer, ZeroOrderOptimizer):

@@ -29,6 +29,41 @@ def test_both_copies_are_the_two_displacements(backend, direction, dtype, n, sta
     close(minus, backend.add(w, [3 << 62], [-0.37], 99, direction, start), backend)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("direction", noise.DIRECTIONS)
+@pytest.mark.parametrize(("n", "start", "pairs"), [(5000, 0, 1), (777, 333, 3), (1, 2049, 1)])
+def test_both_copies_are_of_the_weights_after_the_update_that_comes_first(backend, direction, dtype, n, start, pairs):
+    w = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype).to(backend.device)
+    update = backend.pairs(range(5, 5 + pairs), [0.21, -1.5, 0.33][:pairs])
+    wanted, ours = w.clone(), w.clone()
+    backend.module.add_noise(wanted, wanted, *update, 99, direction, start)
+    assert not torch.equal(wanted, w)
+    seed, coef = backend.pairs([3 << 62], [0.37])
+    copies = [torch.full((2, n), torch.nan, dtype=dtype, device=backend.device) for _ in range(2)]
+    backend.module.add_noise_both(*copies[0], ours, seed, coef, 99, direction, start, update)
+    assert torch.equal(ours, wanted)
+    backend.module.add_noise_both(*copies[1], wanted, seed, coef, 99, direction, start)
+    assert torch.equal(*copies)
+    zeros = update[0], torch.zeros_like(update[1])
+    backend.module.add_noise_both(*copies[0], ours, seed, coef, 99, direction, start, zeros)
+    assert torch.equal(ours, wanted)
+    assert torch.equal(*copies)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("direction", noise.DIRECTIONS)
+def test_rows_are_of_the_weights_after_the_update_and_the_weights_stay(backend, direction, dtype):
+    w = torch.randn(9, 130, generator=torch.Generator().manual_seed(0)).to(dtype).to(backend.device)
+    before, wanted, rows = w.clone(), w.clone(), torch.tensor([7, 0, 7], device=backend.device)
+    update, pair = backend.pairs([5, 6], [0.21, -0.4]), backend.pairs([8], [0.1])
+    backend.module.add_noise(wanted, wanted, *update, 99, direction)
+    ours, theirs = (torch.full((3, 130), torch.nan, dtype=dtype, device=backend.device) for _ in range(2))
+    backend.module.add_noise_rows(ours, w, rows, *pair, 99, direction, update)
+    backend.module.add_noise_rows(theirs, wanted, rows, *pair, 99, direction)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(w, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", noise.DIRECTIONS)
 def test_many_tensors_are_each_tensor_alone(backend, direction, dtype, monkeypatch):

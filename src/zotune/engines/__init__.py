@@ -23,9 +23,9 @@ ENGINES = {
 def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
     """The named engine; `auto` takes the fastest that draws the directions as the method has them.
 
-    That is `lowrank` where the rows of a batch are to have directions of their own, else `sequential`, which needs the least
-    memory and has not been beaten by enough (docs/performance.md). Unknown names, and groups with another engine, raise
-    ValueError.
+    That is `lowrank` where the rows of a batch are to have directions of their own, else `dual` on CUDA and `sequential` on
+    the CPU, where dual is no faster and needs more memory (docs/performance.md). Unknown names, and groups with another
+    engine, raise ValueError.
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
@@ -37,12 +37,10 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         raise ValueError(
             f"groups={groups!r}: engine {name!r} gives a batch one direction; use engine='lowrank' or 'auto'"
         )
-    if name in ("auto", "sequential"):
+    if name == "sequential" or (name == "auto" and not all(p.is_cuda for p in directions.params)):
         from zotune.engines.sequential import SequentialEngine
 
         return SequentialEngine(directions)
     from zotune.engines.dual import DualEngine
 
-    return DualEngine(
-        directions, may_hold=True
-    )  # only where it was named: with `auto` weights are current after each step
+    return DualEngine(directions, may_hold=name == "dual")  # with `auto` weights are current after each step

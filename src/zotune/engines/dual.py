@@ -1,7 +1,7 @@
 """One forward over the doubled batch: the first half of the rows reads θ + εz, the second θ − εz.
 
-Each weight is read once; both copies are made in scratch, small enough to stay in cache, and multiplied at once. On the same read
-the weight takes the update of the step before. Vectors and other small parameters are drawn in one launch before the forward.
+Each weight is read once; both copies are made in scratch, small enough to stay in cache, and multiplied at once. On the same
+read the weight takes the update of the step before. Vectors and other small parameters are drawn in one launch before the forward.
 """
 
 # n rows of a half, D inputs, O outputs.
