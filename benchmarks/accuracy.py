@@ -75,7 +75,9 @@ class Run:
         ready.model.eval()
         self.batches = self._batches()
         self.taken, self.passes, self.began = 0, 0, time.perf_counter()
-        self.validation: list[tuple[int, int, float, float]] = []  # step, forward passes, seconds, metric
+        self.validation: list[
+            tuple[int, int, float, float, float]
+        ] = []  # step, forward passes, seconds, validation, test
         self.best: dict[str, torch.Tensor] = {}
         self.before = self._score(ready.test)
         self.failed = ""
@@ -125,11 +127,12 @@ class Run:
         if not self.in_place:
             self.optimizer.flush()
         found = self._score(self.ready.validation)
-        if not self.validation or found >= max(v[-1] for v in self.validation):
+        if not self.validation or found >= max(v[3] for v in self.validation):
             for name, param in self.ready.model.named_parameters():
                 if param.requires_grad:
                     self.best.setdefault(name, torch.empty_like(param)).copy_(param.detach())
-        self.validation.append((self.taken, self.passes, round(time.perf_counter() - self.began, 2), found))
+        test = self._score(self.ready.test)  # to show the way; nothing is chosen by it
+        self.validation.append((self.taken, self.passes, round(time.perf_counter() - self.began, 2), found, test))
 
     def _score(self, rows: Any) -> float:
         ready = self.ready
@@ -151,7 +154,7 @@ class Run:
             "test_before": self.before,
             "test_after": after,
             "test_of_last": last,
-            "validation_best": max(v[-1] for v in self.validation),
+            "validation_best": max(v[3] for v in self.validation),
             "validation": self.validation,
             "steps": self.taken,
             "forward_passes": self.passes,
@@ -228,6 +231,13 @@ def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
     )
 
 
+def halfway(result: dict[str, Any]) -> float:
+    """Test at what was best on validation in the first half of the steps."""
+    early = [v for v in result["validation"] if v[0] <= result["steps"] / 2] or result["validation"][:1]
+    best = max(v[3] for v in early)
+    return float([v for v in early if v[3] == best][-1][4])
+
+
 def summary(results: dict[str, Any], against: str | None) -> dict[str, Any]:
     """Mean and spread of each cell, and the paired differences to the cell it is compared with, with their 95 % interval."""
     cells: dict[str, dict[int, dict[str, Any]]] = {}
@@ -241,6 +251,7 @@ def summary(results: dict[str, Any], against: str | None) -> dict[str, Any]:
         said[cell] = {
             "mean": round(statistics.mean(values), 2),
             "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+            "after half the steps": round(statistics.mean(halfway(r) for r in by_seed.values()), 2),
             "of the last step": round(statistics.mean(r["test_of_last"] for r in by_seed.values()), 2),
             "validation": round(statistics.mean(r["validation_best"] for r in by_seed.values()), 2),
             "seeds": {seed: round(r["test_after"], 2) for seed, r in sorted(by_seed.items())},
