@@ -539,12 +539,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         ):
             return None
         lr_G, decay_G = ([float(g[name]) for g in groups] for name in ("lr", "weight_decay"))
-        steps_G = [0] * len(groups)
-        if not rule.linear or any(decay_G):
-            counted = None if fused(self.engine.directions) is None else steps_of(self.engine.directions, self.state)
-            if counted is None:
-                return None
-            steps_G = counted
+        steps_G = [0] * len(groups) if rule.linear else steps_of(self.engine.directions, self.state)
+        if steps_G is None or ((not rule.linear or any(decay_G)) and fused(self.engine.directions) is None):
+            return None
         eps_G = tuple(g["eps"] for g in groups)
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
             estimator, applies = self.method.estimator, self.fold_every == 1

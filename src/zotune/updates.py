@@ -92,7 +92,7 @@ class Rule:
         """The tensors of the parameters' state, zeros where there are none yet."""
         import torch
 
-        for param in params:
+        for param in params if self.kept_names else ():
             own, wide = state[param], torch.float64 if param.dtype == torch.float64 else torch.float32
             kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
             for name in self.kept_names:
@@ -229,7 +229,7 @@ def steps_of(directions: Directions, state: State) -> list[int] | None:
     """How many updates the parameters of each group have had; None where those of one group differ."""
     found_G: list[set[int]] = [set() for _ in range(directions.groups)]
     for param in directions.params:
-        found_G[directions.slots[id(param)].group].add(state[param].get("steps", 0))
+        found_G[directions.slots[id(param)].group].add(state.get(param, {}).get("steps", 0))
     if any(len(found) > 1 for found in found_G):
         return None
     return [found.pop() if found else 0 for found in found_G]
