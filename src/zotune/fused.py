@@ -56,9 +56,8 @@ def _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE: tl.constexpr):
 @triton.jit
 def _narrowed(x_GE, dtype: tl.constexpr):
     """To 16 bits by way of float32, as torch does from float64."""
-    if dtype == tl.float64:
-        return x_GE
-    return x_GE.to(tl.float32).to(dtype)
+    narrow_GE = x_GE if dtype == tl.float64 else x_GE.to(tl.float32).to(dtype)
+    return narrow_GE
 
 
 @triton.jit

@@ -549,7 +549,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 self.engine, estimator, rule, eps_G, self._room(), more.g_clip, self.state, applies
             )
         numbers_GN = rule.table(lr_G, decay_G, steps_G)
-        return self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
+        return self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, any(decay_G), shares, self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the counts of passes and skipped steps: a resumed run goes on counting."""

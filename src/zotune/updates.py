@@ -301,14 +301,14 @@ class Conservative(Sgd):
         return best
 
     def choose_on_device(self, losses_3: Tensor) -> Tensor:
-        """The same choice, 0-d, in the losses' dtype."""
+        """The same choice, 0-d, in the losses' dtype. No number from the host: a capture could not copy it."""
         import torch
 
         best, choice = losses_3[0], torch.zeros_like(losses_3[0])
         for other in (1, 2):
             better = losses_3[other] < best
             best = torch.where(better, losses_3[other], best)
-            choice = torch.where(better, other, choice)
+            choice = torch.where(better, torch.full_like(choice, other), choice)
         return choice
 
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:
