@@ -4,8 +4,8 @@
         --vary scheme=full,lora dtype=float32,bfloat16 --seeds 8 --at-once 8 --against dtype=float32
 
 What is left of the flags are options of `zotune train`, for every run. Runs of one seed draw the same directions and see the
-same rows in the same order, so a difference between two cells is paired; --against takes it to the cell that differs in that
-value alone.
+same rows in the same order, so a difference between two cells is paired; --against takes it to the cell that is the same but
+for the options named.
 `--cells FILE` takes a JSON list of cells (options by name) instead of, or times, the grid.
 
 A small model leaves a GPU idle: its kernels are short, and processes take turns. So one thread gives the device a step of each run
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--vary", nargs="+", default=[], metavar="OPTION=VALUE,VALUE")
     parser.add_argument("--cells", type=Path)
-    parser.add_argument("--against", metavar="OPTION=VALUE")
+    parser.add_argument("--against", metavar="OPTION=VALUE[,OPTION=VALUE]")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--at-once", type=int, default=8, help="runs at one time")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin no run after so many seconds")
@@ -258,8 +258,10 @@ def summary(results: dict[str, Any], against: str | None) -> dict[str, Any]:
         }
         if against is None:
             continue
-        option = against.partition("=")[0]
-        base = cells.get(",".join(against if part.startswith(f"{option}=") else part for part in cell.split(",")), {})
+        wanted = dict(part.split("=", 1) for part in against.split(","))
+        own = [(part.partition("=")[0], part) for part in cell.split(",")]
+        other = ",".join(f"{name}={wanted[name]}" if name in wanted else part for name, part in own)
+        base = cells.get(other, {})
         pairs = [by_seed[s]["test_after"] - base[s]["test_after"] for s in by_seed if s in base]
         if base is not by_seed and len(pairs) > 1:
             mean = statistics.mean(pairs)

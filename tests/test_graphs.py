@@ -1,17 +1,26 @@
-"""A captured step does what the host would. Needs a CUDA device."""
+"""A captured step does what the host would: on a CUDA device, and without one what a graph would hold, run as plain functions."""
 
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from zotune import ZeroOrderOptimizer
-
-pytestmark = pytest.mark.gpu
+from zotune import ZeroOrderOptimizer, optimizer, updates
+from zotune.engines import graphs
+from zotune.engines.graphs import StepGraphs, applicable, projected
+from zotune.estimators import OneSided, TwoSided
+from zotune.trajectory import Record, float32
+from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
 
 CONFIG = tf.LlamaConfig(
     vocab_size=64,
@@ -23,6 +32,7 @@ CONFIG = tf.LlamaConfig(
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("engine", ["sequential", "dual", "lowrank", "batch"])
@@ -58,6 +68,7 @@ def test_captured_steps_give_the_weights_of_steps_without(dtype, direction, engi
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -97,6 +108,7 @@ def test_captured_folds_give_the_weights_of_folds_without(dtype, options):
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.gpu
 def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).cuda().train()
     optimizer = ZeroOrderOptimizer(model, lr=1e-3)
@@ -105,3 +117,209 @@ def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
         optimizer.step(lambda batch: model(batch["x"]).square().mean(), batch=batch)
     assert not optimizer._graphs.usable
     assert optimizer.steps == 2
+
+
+class Toy(nn.Module):
+    """A weight and a bias; a row's loss has curvature in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(6, 5)
+
+    def losses(self, batch):
+        return torch.tanh(self.map(batch["x"])).square().sum(1).float() * batch["scale"]
+
+
+class Llama(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tf.LlamaForCausalLM(CONFIG)
+
+    def losses(self, batch):
+        ids = batch["x"]
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        return (
+            nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1) * batch["scale"]
+        )
+
+
+def batches_of(device: str, dtype: torch.dtype, micro: int) -> list:
+    """Six steps' batches of two shapes; the loss of the third is not a number."""
+    draw, found = torch.Generator().manual_seed(1), []
+    for step in range(6):
+        some = []
+        for _ in range(micro):
+            rows = 2 + step % 2
+            x = torch.randn(rows, 6, generator=draw).to(dtype)
+            if device == "cuda":
+                x = torch.randint(0, 64, (4, 8 * rows), generator=draw)
+            scale = torch.full((len(x),), math.nan if step == 2 else 1.0)
+            some.append({"x": x.to(device), "scale": scale.to(device)})
+        found.append(some[0] if micro == 1 else some)
+    return found
+
+
+def pretend(monkeypatch) -> None:
+    """On the CPU: a graph is the function that it would hold, and the passes of CUDA run in Triton's interpreter."""
+    pytest.importorskip("triton")
+
+    def captured(self, held, device):
+        held.run()  # as a capture does, before anything may change
+        held.graph = SimpleNamespace(replay=held.run)
+        return True
+
+    monkeypatch.setattr(StepGraphs, "_captured", captured)
+    monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
+    for module in (updates, graphs, optimizer):
+        monkeypatch.setattr(module, "fused", lambda directions: import_module("zotune.fused"))
+
+
+def optimizer_of(model: nn.Module, captured: bool = True, **options) -> ZeroOrderOptimizer:
+    """Matrices decay, if anything does."""
+    decay = options.pop("weight_decay", 0.0)
+    named = list(model.named_parameters())
+    params = [
+        {"params": [(n, p) for n, p in named if p.dim() > 1], "weight_decay": decay},
+        {"params": [(n, p) for n, p in named if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    made = ZeroOrderOptimizer(params, **({"eps": 1e-2, "seed": 1} | options))
+    if not captured:
+        made._captured_step = lambda *args: None
+    return made
+
+
+def take(made: ZeroOrderOptimizer, loss, batch, step: int):
+    for group in made.param_groups:
+        group["lr"] = 0.03 / (1 + step)
+    made.step(loss, batch=batch)
+    return made.last
+
+
+def same(ours: nn.Module, theirs: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLACES = [
+    ("cpu", torch.float32),
+    ("cpu", torch.float16),  # Triton's interpreter truncates to bfloat16
+    *(pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (torch.float32, torch.bfloat16, torch.float16)),
+]
+STEPS = [
+    {"method": "zo-sgd", "weight_decay": 0.3, "estimator": "one-sided"},
+    {"method": "zo-sgd", "weight_decay": 0.3, "g_clip": 0.5, "queries": 3},
+    {"method": "zo-sgd", "weight_decay": 0.3, "rounding": "compensated", "micro": 2},
+    {"method": "zo-sgd", "weight_decay": 0.3, "engine": "dual", "micro": 2},
+    {"method": "zo-sgd", "weight_decay": 0.3, "groups": "batch", "micro": 2},
+    {"method": "zo-sgd-sign", "weight_decay": 0.3, "sign_mode": "scalar", "queries": 2},
+    {"method": "zo-sgd-sign", "weight_decay": 0.3, "queries": 2, "direction": "rademacher"},
+    {"method": "zo-sgd-sign", "rounding": "compensated", "micro": 2},
+    {"method": "zo-sgd-mmt", "weight_decay": 0.3, "state_dtype": "bfloat16", "micro": 2},
+    {"method": "zo-sgd-mmt", "rounding": "compensated", "estimator": "one-sided", "queries": 2},
+    {"method": "zo-adam", "weight_decay": 0.3, "g_clip": 0.5, "queries": 3},
+    {"method": "zo-adam", "rounding": "compensated", "state_dtype": "parameter", "engine": "dual", "micro": 2},
+    {"method": "zo-sgd-cons", "queries": 2, "micro": 2},
+    {"method": "zo-sgd-cons", "estimator": "one-sided", "rounding": "compensated", "g_clip": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
+def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(device, dtype, options, monkeypatch):
+    """lr changes from step to step, the third is skipped, and after the fourth another optimizer goes on from the state."""
+    if device == "cpu":
+        pretend(monkeypatch)
+    options = dict(options)
+    batches = batches_of(device, dtype, options.pop("micro", 1))
+    torch.manual_seed(0)
+    host = (Llama() if device == "cuda" else Toy()).to(device, dtype).eval().requires_grad_(True)
+    captured, replayed, start = (copy.deepcopy(host) for _ in range(3))
+    first, second = optimizer_of(host, captured=False, **options), optimizer_of(captured, **options)
+    again = optimizer_of(replayed, **options)
+    f, g = host.losses, captured.losses
+    for step, batch in enumerate(batches):
+        before, saved = copy.deepcopy(captured), copy.deepcopy(second.state_dict()["state"])
+        wanted, got = take(first, f, batch, step), take(second, g, batch, step)
+        assert second._graphs is not None
+        assert second._graphs.usable
+        assert repr(got) == repr(wanted)
+        assert got.skipped == (step == 2)
+        if got.skipped:
+            assert same(captured, before)
+            torch.testing.assert_close(second.state_dict()["state"], saved, rtol=0, atol=0)
+        scalars = ([float32(x) for x in values] for values in (got.g_GQ[0], got.lr_G, got.decay_G))
+        again.pairs = second.pairs
+        again.apply_record(Record(step, 0.0, 0.0, *map(tuple, scalars), got.skipped, choice=got.choice))
+        if step == 3:
+            resumed = optimizer_of(captured, **options)
+            resumed.load_state_dict(copy.deepcopy(second.state_dict()))
+            second = resumed
+    assert same(captured, host)
+    assert same(replayed, captured)
+    assert not same(captured, start)
+    assert second.forward_passes == first.forward_passes
+    assert second.state_bytes == first.state_bytes
+    torch.testing.assert_close(second.state_dict()["state"], first.state_dict()["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"method": "zo-adam"}, {"method": "zo-sgd", "rounding": "compensated"}], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_that_is_loaded_is_what_the_next_captured_step_sees(device, options, monkeypatch):
+    if device == "cpu":
+        pretend(monkeypatch)
+    torch.manual_seed(0)
+    model = (Llama() if device == "cuda" else Toy()).to(device, torch.bfloat16).eval()
+    made, batches, loss = optimizer_of(model, **options), batches_of(device, torch.bfloat16, 1), model.losses
+    for step in range(2):
+        take(made, loss, batches[step], step)
+    weights, state = copy.deepcopy(model), copy.deepcopy(made.state_dict())
+    ends = []
+    for _ in range(2):
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), weights.parameters(), strict=True):
+                p.copy_(q)
+        made.load_state_dict(copy.deepcopy(state))
+        for step in range(3, 6):
+            take(made, loss, batches[step], step)
+        ends.append(copy.deepcopy(model))
+    assert made._graphs is not None
+    assert same(*ends)
+    assert not same(ends[0], weights)
+
+
+numbers = st.floats(-1e5, 1e5) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e-300, 3e38])
+
+
+@settings(max_examples=300)
+@given(
+    losses=st.lists(numbers, min_size=8, max_size=8),
+    queries=st.integers(1, 4),
+    estimator=st.sampled_from([TwoSided, OneSided]),
+    eps=st.floats(1e-6, 1.0),
+    lr=st.floats(0.0, 1e6),
+    most=st.none() | st.floats(1e-3, 1e6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    rule=st.sampled_from([Sgd(), ScalarSign(), Conservative(), Sign(), Momentum(), Adam()]),
+)
+def test_what_a_step_decides_on_the_device_is_what_the_host_decides(
+    losses, queries, estimator, eps, lr, most, dtype, rule
+):
+    more = {} if most is None else {"g_clip": most}
+    host = ZeroOrderOptimizer([nn.Parameter(torch.zeros(1, dtype=dtype))], eps=eps, lr=lr, queries=queries, **more)
+    host.method = replace(host.method, estimator=estimator(queries), rule=rule)
+    losses_P = losses[: len(host.method.estimator.probes)]
+    by = host._scalars((0,) * queries, host.method.estimator.differences(losses_P))
+    held_P, held_eps, held_lr = (torch.tensor(x, dtype=torch.float64) for x in (losses_P, [eps], [lr]))
+    g_GQ = projected(host.method.estimator, held_P, held_eps, (1,), 1, most)
+    torch.testing.assert_close(g_GQ, torch.tensor(by.g_GQ, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
+    goes = applicable(rule, held_P, g_GQ, held_lr, host._room())
+    assert bool(goes) == host._applicable(losses_P, by)
+    if goes and rule.linear:
+        assert rule.coefficients_on_device(g_GQ[0], held_lr[0]).tolist() == rule.coefficients(by.g_GQ[0], lr)
+
+
+@given(losses=st.lists(st.sampled_from([1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]), min_size=3, max_size=3))
+def test_a_choice_on_the_device_is_the_host_s(losses):
+    choice = int(Conservative().choose_on_device(torch.tensor(losses, dtype=torch.float64)))
+    assert choice == Conservative().choose(losses)
+    assert choice == 0 or losses[choice] < losses[0]

@@ -140,14 +140,27 @@ def test_momentum_is_its_option():
         torch.testing.assert_close(p, q, rtol=0, atol=3e-7)
 
 
-def test_state_in_16_bits_takes_half_the_memory():
-    def held(**options) -> int:
-        model = Toy(torch.float32)
-        optimizer = ZeroOrderOptimizer(model, "zo-adam", lr=LR, **options)
-        optimizer.step(model.loss)
-        return optimizer.state_bytes
-
-    assert held() == 2 * held(state_dtype="bfloat16") == held(state_dtype="parameter")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize(
+    ("method", "copies"),
+    [("zo-sgd", 0), ("zo-sgd-sign", 0), ("zo-sgd-cons", 0), ("zo-sgd-mmt", 1), ("zo-adam", 2), ("forward-grad", 0)],
+)
+def test_the_state_that_is_reported_is_what_the_method_keeps(method, copies, rounding, dtype):
+    """A copy in the state's dtype for each moment, and one in the weights' own for what rounding takes."""
+    wide = 8 if dtype == torch.float64 else 4
+    for state_dtype, size in (("float32", wide), ("bfloat16", 2), ("parameter", dtype.itemsize)):
+        model = Toy(dtype)
+        options = {"state_dtype": state_dtype} if copies else {}
+        optimizer = ZeroOrderOptimizer(model, method, lr=LR, eps=1e-2, rounding=rounding, **options)
+        for _ in range(2 if method != "zo-sgd-cons" else 12):  # a conservative one moves, sooner or later
+            optimizer.step(model.loss)
+        trained = sum(p.numel() for p in model.parameters())
+        assert optimizer.state_bytes == trained * (copies * size + (rounding == "compensated") * dtype.itemsize)
+    masked = Toy(dtype)
+    optimizer = ZeroOrderOptimizer(masked, lr=LR, sparsity=0.5, mask="magnitude")
+    optimizer.step(masked.loss)
+    assert optimizer.state_bytes == sum(p.numel() for p in masked.parameters())
 
 
 @pytest.mark.parametrize("tile", [1, 8, 1000])

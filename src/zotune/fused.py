@@ -54,11 +54,10 @@ def _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(x_GE, DTYPE: tl.constexpr):
+def _narrowed(x_GE, dtype: tl.constexpr):
     """To 16 bits by way of float32, as torch does from float64."""
-    if tl.float64 == DTYPE:
-        return x_GE
-    return x_GE.to(tl.float32).to(DTYPE)
+    narrow_GE = x_GE if dtype == tl.float64 else x_GE.to(tl.float32).to(dtype)
+    return narrow_GE
 
 
 @triton.jit

@@ -581,20 +581,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         ):
             return None
         settings = lr_G, decay_G, eps_G = self._settings()
-        steps_G = [0] * len(groups)
-        if not rule.linear or any(decay_G):
+        if not rule.linear:
             self.land()  # how many steps were applied decides what Adam does next
-            counted = None if fused(self.engine.directions) is None else steps_of(self.engine.directions, self.state)
-            if counted is None:
-                return None
-            steps_G = counted
+        steps_G = [0] * len(groups) if rule.linear else steps_of(self.engine.directions, self.state)
+        if steps_G is None or ((not rule.linear or any(decay_G)) and fused(self.engine.directions) is None):
+            return None
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
             estimator, applies = self.method.estimator, self.fold_every == 1
             self._graphs = StepGraphs(
                 self.engine, estimator, rule, eps_G, self._room(), more.g_clip, self.state, applies
             )
         step, seeds_Q, numbers_GN = self.steps, self._seeds(self.steps, 0), rule.table(lr_G, decay_G, steps_G)
-        flight = self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, shares, self.pairs)
+        flight = self._graphs.step(loss_of, batches, seeds_Q, lr_G, numbers_GN, any(decay_G), shares, self.pairs)
         if flight is None:
             return None
         self._flying.append(_Flying(flight, step, seeds_Q, shares, self.pairs, settings))

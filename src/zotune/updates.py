@@ -92,7 +92,7 @@ class Rule:
         """The tensors of the parameters' state, zeros where there are none yet."""
         import torch
 
-        for param in params:
+        for param in params if self.kept_names else ():
             own, wide = state[param], torch.float64 if param.dtype == torch.float64 else torch.float32
             kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
             for name in self.kept_names:
@@ -229,7 +229,7 @@ def steps_of(directions: Directions, state: State) -> list[int] | None:
     """How many updates the parameters of each group have had; None where those of one group differ."""
     found_G: list[set[int]] = [set() for _ in range(directions.groups)]
     for param in directions.params:
-        found_G[directions.slots[id(param)].group].add(state[param].get("steps", 0))
+        found_G[directions.slots[id(param)].group].add(state.get(param, {}).get("steps", 0))
     if any(len(found) > 1 for found in found_G):
         return None
     return [found.pop() if found else 0 for found in found_G]
@@ -301,14 +301,14 @@ class Conservative(Sgd):
         return best
 
     def choose_on_device(self, losses_3: Tensor) -> Tensor:
-        """The same choice, 0-d, in the losses' dtype."""
+        """The same choice, 0-d, in the losses' dtype. No number from the host: a capture could not copy it."""
         import torch
 
         best, choice = losses_3[0], torch.zeros_like(losses_3[0])
         for other in (1, 2):
             better = losses_3[other] < best
             best = torch.where(better, losses_3[other], best)
-            choice = torch.where(better, other, choice)
+            choice = torch.where(better, torch.full_like(choice, other), choice)
         return choice
 
     def apply(self, directions: Directions, by: Scalars, state: State) -> None:

@@ -108,15 +108,15 @@ class StepGraphs:
         seeds_Q: Sequence[int],
         lr_G: Sequence[float],
         numbers_GN: Tensor,
+        decays: bool = False,
         shares: tuple[int, ...] = (1,),
         pairs: int = 1,
     ) -> Flight | None:
         """A step that the device takes (but for its update, where those wait), or None where it has to be taken without a
-        graph. numbers_GN: as `Rule.table` has them.
+        graph. numbers_GN: as `Rule.table` has them. decays: whether any group has weight decay.
         """
         if not self.usable:
             return None
-        decays = self.rule.linear and bool((numbers_GN[:, 0] != 1).any())
         shapes = (tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())) for batch in batches)
         key = (loss, pairs, decays, *shapes)
         captured = self._graphs.get(key)
@@ -138,8 +138,7 @@ class StepGraphs:
     def update(self, kernel: str) -> Any:
         """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
         if kernel not in self._updates:
-            directions, names = self.engine.directions, self.rule.kept_names if kernel == self.rule.kernel else ()
-            self.rule.reserve(directions.params, self.state)
+            directions, names = self.engine.directions, () if kernel == DECAY else self.rule.kept_names
             self._updates[kernel] = fused(directions).Update(kernel, directions, self.state, names)
         return self._updates[kernel]
 
@@ -245,9 +244,11 @@ class _Captured:
         weights = [centre(graphs.estimator, losses_P, shares) for losses_P in one_each]
         self.weights_P = torch.tensor(weights, dtype=torch.float64, device=device)
         self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
+        # state and tables, which other graphs use too, are no part of this one's memory
+        graphs.rule.reserve(graphs.engine.directions.params, graphs.state)
         if graphs.applies and not graphs.rule.linear:
-            graphs.update(graphs.rule.kernel)  # its tables are no part of a graph's memory
-        if decays and graphs.rule.rounding == "nearest":
+            graphs.update(graphs.rule.kernel)
+        elif decays and graphs.rule.rounding == "nearest":
             graphs.update(DECAY)
 
     def load(
@@ -294,11 +295,12 @@ class _Captured:
         coefs_GQ = [torch.where(goes, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
         by = HeldDisplacement(self.seeds_Q, coefs_GQ)
         if isinstance(rule, Conservative):
-            choice = torch.where(goes, self._choice(rule, losses_P, by), 0)
+            choice = goes * self._choice(rule, losses_P, by)
             self.found[-1].copy_(choice)
             sign = (choice == 1).float() - (choice == 2).float()
             by = HeldDisplacement(self.seeds_Q, [sign * coefs_Q for coefs_Q in coefs_GQ])
-        factor_G = torch.where(goes, self.numbers_GN[:, 0], 1.0).float() if self.decays else torch.empty(0)
+        shrink_G = self.numbers_GN[:, 0]
+        factor_G = torch.where(goes, shrink_G, torch.ones_like(shrink_G)).float() if self.decays else ()
         if self.decays and rule.rounding == "nearest":
             graphs.update(DECAY).run(self.seeds_Q[:0], g_GQ[:, :0].float(), self.numbers_GN, goes.int())
         graphs.apply(by, self.pairs, list(factor_G), hold=self.holds)
