@@ -250,6 +250,8 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
         scalars = ([float32(x) for x in values] for values in (got.g_GQ[0], got.lr_G, got.decay_G))
         again.pairs = second.pairs
         again.apply_record(Record(step, 0.0, 0.0, *map(tuple, scalars), got.skipped, choice=got.choice))
+        first.settle()
+        second.settle()
         if step == 3:
             resumed = optimizer_of(captured, **options)
             resumed.load_state_dict(copy.deepcopy(second.state_dict()))
@@ -308,7 +310,7 @@ def test_what_a_step_decides_on_the_device_is_what_the_host_decides(
     host = ZeroOrderOptimizer([nn.Parameter(torch.zeros(1, dtype=dtype))], eps=eps, lr=lr, queries=queries, **more)
     host.method = replace(host.method, estimator=estimator(queries), rule=rule)
     losses_P = losses[: len(host.method.estimator.probes)]
-    by = host._scalars((0,) * queries, host.method.estimator.differences(losses_P))
+    by = host._scalars((0,) * queries, host.method.estimator.differences(losses_P), *host._settings())
     held_P, held_eps, held_lr = (torch.tensor(x, dtype=torch.float64) for x in (losses_P, [eps], [lr]))
     g_GQ = projected(host.method.estimator, held_P, held_eps, (1,), 1, most)
     torch.testing.assert_close(g_GQ, torch.tensor(by.g_GQ, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)

@@ -45,14 +45,16 @@ class Flight:
 
     def __init__(self, found: Tensor, loss: Tensor) -> None:
         self.loss = loss
-        self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         self._numbers.copy_(found, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record()
+        self._done = torch.cuda.Event() if found.is_cuda else None
+        if self._done is not None:
+            self._done.record()
 
     def taken(self) -> Taken:
         """Waits for the step, not for what the device was given after it."""
-        self._done.synchronize()
+        if self._done is not None:
+            self._done.synchronize()
         *losses_P, choice = self._numbers.tolist()
         return Taken(losses_P, int(choice))
 
