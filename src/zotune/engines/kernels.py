@@ -167,6 +167,7 @@ def rms_norm(x_PMN: Tensor, scale_PN: Tensor, eps: float, offset: float) -> Tens
     return y
 
 
+INNER_ROWS, INNER_WIDE, INNER_WARPS = 4, 512, 4  # a program of `_inner_kernel`: rows at once, of x
 MOST_READERS = 3  # weights that take one x: attention's q, k and v
 
 
@@ -175,10 +176,11 @@ def low_rank_inner(x_PMD: Tensor, in_SGDR: Sequence[Tensor], scale_P: Tensor) ->
     parts, rows, wide = x_PMD.shape
     (groups, _, rank), count = in_SGDR[0].shape, len(in_SGDR)
     t = torch.empty(count, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
-    few = 4 if parts * rows < 4096 else 16
+    few = INNER_ROWS if parts * rows < 4096 else 4 * INNER_ROWS
     _inner_kernel[(parts, triton.cdiv(rows, few))](
         t, x_PMD, in_SGDR[0], in_SGDR[min(1, count - 1)], in_SGDR[min(2, count - 1)], scale_P, parts, rows, wide, groups,
-        x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=few, BD=512,
+        x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=few, BD=INNER_WIDE,
+        num_warps=INNER_WARPS,
     )  # fmt: skip
     return t
 

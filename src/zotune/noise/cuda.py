@@ -25,6 +25,7 @@ SIGN_GROUP = (
     16  # elements: two 16-byte accesses of 16-bit weights; the words of 128 signs are drawn by each of 8 groups
 )
 TILE = 2048  # elements a program
+BOTH_TILE, BOTH_WARPS = 2048, 4  # the same, and its warps, where both copies are made
 MANY_TILE = 1024  # the same where many small tensors share a launch
 
 _P0 = tl.constexpr(0.06971611827611923)
@@ -110,6 +111,23 @@ def _draw(seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.con
 
 
 @triton.jit
+def _scaled(coef, seed, pid, group_G, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
+    """(G, E): coef·z in coef's dtype; of signs in float32 by the sign bit of coef alone."""
+    wide: tl.constexpr = coef.dtype
+    if GAUSSIAN or wide == tl.float64:
+        scaled_GE = coef * _draw(seed, pid, group_G, GAUSSIAN, E, G).to(wide)
+    else:
+        element_G = group_G * E
+        x0, x1, x2, x3 = _words(seed, pid, element_G // 128)
+        k = (element_G % 128) // 32
+        word_G = tl.where(k == 0, x0, tl.where(k == 1, x1, tl.where(k == 2, x2, x3)))
+        left_GE = 31 - (element_G % 32).to(tl.int32)[:, None] - tl.arange(0, E)[None, :]  # brings the bit to the front
+        sign_GE = (word_G[:, None] << left_GE.to(tl.uint32)) & 0x80000000
+        scaled_GE = (coef.to(tl.uint32, bitcast=True) ^ sign_GE).to(tl.float32, bitcast=True)
+    return scaled_GE
+
+
+@triton.jit
 def _displaced(
     w_GE, group_G, seeds, coefs, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr
 ):
@@ -119,8 +137,7 @@ def _displaced(
     nonzero = 0
     for q in range(Q):
         coef = tl.load(coefs + q).to(wide)
-        z_GE = _draw(tl.load(seeds + q), pid, group_G, GAUSSIAN, E, G)
-        total_GE += coef * z_GE.to(wide)
+        total_GE += _scaled(coef, tl.load(seeds + q), pid, group_G, GAUSSIAN, E, G)
         nonzero += (coef != 0).to(tl.int32)
     return tl.where(nonzero != 0, (w_GE.to(wide) + total_GE).to(w_GE.dtype), w_GE)
 
@@ -180,8 +197,7 @@ def _both_kernel(
         w_GE = _displaced(w_GE, group + step_G, update_seeds, update_coefs, U, pid, GAUSSIAN, E, G)
         tl.store(w + at_GE, w_GE, mask=inside)
     wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
-    z_GE = _draw(tl.load(seed), pid, group + step_G, GAUSSIAN, E, G).to(wide)
-    moved_GE = tl.load(coef).to(wide) * z_GE
+    moved_GE = _scaled(tl.load(coef).to(wide), tl.load(seed), pid, group + step_G, GAUSSIAN, E, G)
     w_wide = w_GE.to(wide)
     tl.store(plus + at_GE, (w_wide + moved_GE).to(w_GE.dtype), mask=inside)
     tl.store(minus + at_GE, (w_wide - moved_GE).to(w_GE.dtype), mask=inside)
@@ -218,7 +234,7 @@ def _compensated_kernel(
     moves = factor != 1.0
     for q in range(Q):
         coef = tl.load(coefs + q).to(wide)
-        total_GE += coef * _draw(tl.load(seeds + q), pid, step_G, GAUSSIAN, E, G).to(wide)
+        total_GE += _scaled(coef, tl.load(seeds + q), pid, step_G, GAUSSIAN, E, G)
         moves = moves | (coef != 0)
     total_GE += before_GE
     new_GE = tl.where(moves, total_GE.to(w_GE.dtype), w_GE)
@@ -276,10 +292,10 @@ def _kept_kernel(out, n, block, shift, seeds, pid, edge, STREAM: tl.constexpr, G
     tl.store(out + at_GE, word_GE >= edge.to(tl.uint32, bitcast=True), mask=(at_GE >= 0) & (at_GE < n))
 
 
-def _shape(direction: str) -> dict[str, Any]:
+def _shape(direction: str, tile: int = TILE) -> dict[str, Any]:
     gaussian = direction == "gaussian"
     group = NORMAL_GROUP if gaussian else SIGN_GROUP
-    return {"GAUSSIAN": gaussian, "E": group, "G": TILE // group}
+    return {"GAUSSIAN": gaussian, "E": group, "G": tile // group}
 
 
 def _signed(pid: int) -> int:
@@ -360,9 +376,9 @@ def add_noise_both(
     if w.numel() == 0:
         return
     assert update is None or w.is_contiguous()
-    w_flat, tile = w.detach().reshape(-1).contiguous(), _shape(direction)
+    w_flat, tile = w.detach().reshape(-1).contiguous(), _shape(direction, BOTH_TILE)
     shift = start % tile["E"]
-    grid = (triton.cdiv(w_flat.numel() + shift, TILE),)
+    grid = (triton.cdiv(w_flat.numel() + shift, BOTH_TILE),)
     _both_kernel[grid](
         plus,
         minus,
@@ -375,6 +391,7 @@ def add_noise_both(
         *_first(update),
         _signed(pid),
         **tile,
+        num_warps=BOTH_WARPS,
     )
 
 
