@@ -12,6 +12,7 @@ from torch import nn
 
 from zotune.errors import InputError, nearest
 from zotune.models.kinds import head_modules, is_encoder, kind_of
+from zotune.models.quantized import refuse_whole
 
 SMALL_MODEL = 500_000_000  # parameters; smaller ones want larger steps
 
@@ -31,6 +32,7 @@ class Scheme:
 
 
 def _full(model: nn.Module) -> nn.Module:
+    refuse_whole(model, "full")
     return model.requires_grad_(True)
 
 
@@ -86,6 +88,7 @@ def _prompt(model: nn.Module) -> nn.Module:
 
 def _head(model: nn.Module) -> nn.Module:
     """The output head alone, untied from the embedding; of a classifier its head."""
+    refuse_whole(model, "head")
     model.requires_grad_(False)
     if kind_of(model) == "classifier":
         for name in head_modules(model):
