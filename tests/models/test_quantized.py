@@ -10,8 +10,6 @@ import families
 import pytest
 import tiny
 import torch
-import transformers as tf
-from families import V
 
 import zotune
 from zotune import ZeroOrderOptimizer
@@ -38,7 +36,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     tiny.save_data(folder / "data", train=12, validation=6, test=6)
     for name in FAMILIES:
-        families.save(name, folder / name)
+        families.save(name, folder / name, wide=True)
     return folder
 
 
@@ -57,7 +55,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def ids_of(rows: int = 3, tokens: int = 6) -> torch.Tensor:
-    return torch.randint(5, V - 6, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+    return torch.randint(5, 30, (rows, tokens), generator=torch.Generator().manual_seed(rows))
 
 
 # What the quantised model is.
@@ -79,7 +77,7 @@ def test_a_product_is_that_of_the_weights_as_they_were_rounded(material, bits):
             rounded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
         else:
             rounded = weight.dequantize()
-        plain = whole.get_submodule(name).weight
+        plain = whole.get_submodule(name).weight.detach()
         off = max(off, float((rounded - plain).abs().max() / plain.abs().max()))
         with torch.no_grad():
             plain.copy_(rounded)
@@ -180,7 +178,7 @@ def test_a_classifier_s_head_stays_whole_and_trains(material, name, bits):
 
 def flags(material: Path, name: str, **changes: object) -> list[str]:
     given = {"steps": 4, "eval_every": 2, "eps": "1e-2", "loss": "candidates"} | changes
-    return tiny.flags(material / name, material / "data", **given)
+    return tiny.flags(material / name, Path(str(given.pop("data", material / "data"))), **given)
 
 
 class Stop(Listener):
@@ -192,8 +190,7 @@ class Stop(Listener):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("bits", NAMES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "bits"), [("lora", "int8"), ("lora", "nf4"), ("prefix", "int8"), ("prompt", "nf4")])
 def test_an_adapter_on_a_quantised_base_trains_resumes_loads_scores_and_replays(material, tmp_path, scheme, bits):
     out, cut = tmp_path / "run", tmp_path / "cut"
     args = flags(material, "llama", scheme=scheme, quantize=bits)
@@ -246,11 +243,11 @@ def test_first_order_training_goes_through_a_quantised_base(material, tmp_path):
 def test_a_base_that_its_checkpoint_has_quantised_serves_adapters_alone(material, tmp_path, capsys):
     load_model(str(material / "llama"), quantize="nf4", dtype="float32").save_pretrained(tmp_path / "packed")
     families.tokenizer("llama").save_pretrained(tmp_path / "packed")
-    (tmp_path / "data").symlink_to(material / "data")
+    data = {"data": material / "data"}
     out = str(tmp_path / "run")
-    assert run(["train", *flags(tmp_path, "packed", steps=2, scheme="lora"), "--output", out]) == 0
+    assert run(["train", *flags(tmp_path, "packed", steps=2, scheme="lora", **data), "--output", out]) == 0
     for scheme in ("full", "head"):
-        assert run(["train", *flags(tmp_path, "packed", scheme=scheme), "--output", f"{out}-{scheme}"]) == 2
+        assert run(["train", *flags(tmp_path, "packed", scheme=scheme, **data), "--output", f"{out}-{scheme}"]) == 2
         assert "quantised and cannot be trained; use --scheme lora" in capsys.readouterr().err
 
 
@@ -266,7 +263,7 @@ def test_what_cannot_be_on_a_quantised_base_is_said_in_a_line(material, tmp_path
     for scheme in ("full", "head", None):
         line = refused(capsys, "train", *flags(material, "llama", quantize="nf4", scheme=scheme), *out)
         assert "use --scheme lora, prefix or prompt" in line
-    assert "int8, nf4" in refused(capsys, "train", *flags(material, "llama", quantize="int3", scheme="lora"), *out)
+    assert "did you mean 'int8'" in refused(capsys, "train", *flags(material, "llama", quantize="int3", scheme="lora"), *out)
     assert run(["train", *flags(material, "llama", quantize="nf4", scheme="lora", steps=2), *out]) == 0
     capsys.readouterr()
     on = ["--model", str(material / "llama"), "--adapter", str(tmp_path / "run" / "model"), "--quantize", "nf4"]
@@ -277,6 +274,10 @@ def test_what_cannot_be_on_a_quantised_base_is_said_in_a_line(material, tmp_path
     assert "keeps the run's dtype" in refused(capsys, "replay", *steps, *again, "--dtype", "bfloat16")
     steps[1] = str(material / "mistral")
     assert "not the one that the run started from" in refused(capsys, "replay", *steps, *again)
+    families.save("llama", tmp_path / "narrow")
+    line = refused(capsys, "train", *flags(tmp_path, "narrow", quantize="nf4", scheme="lora", data=material / "data"), *out[:1], out[1] + "n")
+    assert "q_proj is 32 wide" in line
+    assert "use --quantize int8" in line
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     line = refused(capsys, "train", *flags(material, "llama", quantize="nf4", scheme="lora"), "--output", str(tmp_path / "x"))
     assert line.endswith("needs bitsandbytes; pip install 'zotune[quant]'")
@@ -312,4 +313,3 @@ def test_engines_on_cuda_see_displaced_copies(material, bits):
         at, batch = Displacement((77,), ((1e-2,),)), {"input_ids": ids_of().cuda()}
         losses[engine] = torch.stack(adapted.both(lambda b: logits(model, b["input_ids"])[:, :, 7].mean(1), batch, at))
     torch.testing.assert_close(losses["dual"], losses["sequential"], rtol=1e-4, atol=1e-5)
-    assert tf.__version__

@@ -48,9 +48,16 @@ def steadied(model: nn.Module, own_dtype: bool) -> nn.Module:
     """Products of 4-bit weights in a dtype that two close losses can be told apart in.
 
     On CPUs that have bfloat16 bitsandbytes packs the weights anew at the first forward and multiplies in it, whatever was
-    asked for. own_dtype: compute in the model's dtype, not in the quantisation's own.
+    asked for. own_dtype: compute in the model's dtype, not in the quantisation's own. Raises InputError where its CPU kernel
+    takes wrong scales: blocks go on from row to row, and it begins one with each row.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise InputError(
+                f"4-bit weights on the CPU: {name} is {state.shape[-1]} wide, and bitsandbytes reads there only multiples of "
+                f"its blocks of {state.blocksize}; use --quantize int8, or CUDA"
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if own_dtype and hasattr(module, "compute_dtype"):
