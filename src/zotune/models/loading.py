@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,12 @@ def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except pickle.UnpicklingError:
+        raise InputError(f"--model {name}: its pickled weights hold more than tensors, which is not read") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--model {name}: it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
+            ) from None
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(f"--model {name}: {lines[0].strip()}") from error
