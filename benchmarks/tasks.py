@@ -30,7 +30,13 @@ from pathlib import Path
 from typing import Any
 
 ALL = "sst2 sst5 rte cb boolq wsc wic multirc copa winogrande record squad drop".split()
-TRAINED = [("sst2", "template"), ("copa", "template"), ("winogrande", "template"), ("rte", "template"), ("boolq", "template")]
+TRAINED = [
+    ("sst2", "template"),
+    ("copa", "template"),
+    ("winogrande", "template"),
+    ("rte", "template"),
+    ("boolq", "template"),
+]
 TRAINED += [("sst2", "none"), ("rte", "none")]
 ROW, ZO, FO, F1 = "direction per row", "zo-sgd", "fo-adam", "zo-sgd on F1"
 FLAGS = {
@@ -96,7 +102,17 @@ class Bench:
         folder = self.out / "runs" / key.replace(", ", "_").replace(" ", "-")
         steps = {FO: args.fo_steps, F1: args.f1_steps}.get(cell.how, args.steps)
         size = args.f1_eval_size if cell.how == F1 else args.eval_size
-        flags = ["train", "--model", args.model, "--task", cell.task, "--data-dir", args.data_dir, "--output", str(folder)]
+        flags = [
+            "train",
+            "--model",
+            args.model,
+            "--task",
+            cell.task,
+            "--data-dir",
+            args.data_dir,
+            "--output",
+            str(folder),
+        ]
         flags += [*FLAGS[cell.how], "--alignment", cell.alignment, "--lr", lr, "--eps", eps, "--seed", str(seed)]
         flags += ["--steps", str(steps), "--eval-every", str(max(1, steps // 8)), "--batch-size", str(args.batch_size)]
         flags += ["--dtype", args.dtype, "--device", args.device, "--log-every", str(max(1, steps // 20)), "--resume"]
@@ -158,7 +174,9 @@ class Bench:
     def one(self, job: Job, gpu: str) -> None:
         job.made.parent.mkdir(parents=True, exist_ok=True)
         env = os.environ | {"OMP_NUM_THREADS": str(self.args.threads), "NUMBA_NUM_THREADS": str(self.args.threads)}
-        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (
+            {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        )
         log = self.out / "logs" / (job.key.replace(", ", "_").replace(" ", "-") + ".txt")
         log.parent.mkdir(exist_ok=True)
         with open(log, "wb") as said:
@@ -216,7 +234,9 @@ class Bench:
         lines = [f"| task | n | one class | before | {ROW} | {ZO} | {FO} |", "|---|---|---|---|---|---|---|"]
         for task, alignment in TRAINED:
             cells = [Cell(task, alignment, how) for how in (ROW, ZO, FO)]
-            done = [run for cell in cells for job in self.grid(cell) if "test_after" in (run := self.runs.get(job.key, {}))]
+            done = [
+                run for cell in cells for job in self.grid(cell) if "test_after" in (run := self.runs.get(job.key, {}))
+            ]
             if done:
                 name = task + ("" if alignment == "template" else ", no alignment")
                 some = done[0]
@@ -237,7 +257,12 @@ class Bench:
                 told = [f"{run['value']:.1f} | {run['n']}" if "value" in run else "– | –" for run in pair]
                 rows.append(f"| {task} | {some['metric']} | {' | '.join(told)} |")
         if rows:
-            lines += ["", f"| task | metric | zero-shot | n | {shots} in context | n |", "|---|---|---|---|---|---|", *rows]
+            lines += [
+                "",
+                f"| task | metric | zero-shot | n | {shots} in context | n |",
+                "|---|---|---|---|---|---|",
+                *rows,
+            ]
         return "\n".join([*lines, "", *self.notes()])
 
     def figure(self, cell: Cell) -> str:
@@ -281,7 +306,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=3, help="processes on each GPU")
     parser.add_argument("--threads", type=int, default=2, help="of each process, on the CPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run later than this")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="stop what runs; it saves, and can go on")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), help="stop what runs; it saves, and can go on"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--fo-steps", type=int, default=500)

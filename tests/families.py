@@ -118,7 +118,9 @@ def tokenizer(name: str) -> tf.PreTrainedTokenizerFast:
 def save(name: str, folder: Path, wide: bool = False) -> Path:
     """The family's model and tokenizer, as `from_pretrained` takes them."""
     words = tokenizer(name)
-    model = build(name, vocabulary=len(words) + 4, wide=wide)  # some classes of tokenizers add tokens of their own when loaded
+    model = build(
+        name, vocabulary=len(words) + 4, wide=wide
+    )  # some classes of tokenizers add tokens of their own when loaded
     if words.pad_token_id is not None:
         model.config.pad_token_id = words.pad_token_id
     model.save_pretrained(folder)

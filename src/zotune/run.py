@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.balance_classes and (task.generates or task.models):
         raise InputError(f"--balance-classes: task {task.name!r} has no classes")
     asked = objective(config.loss, task, None, 0)  # says at once what does not go together
+    if ":" in config.loss and task.generates and task.metric == "f1":
+        task = replace(task, metric=config.loss)  # what is trained for also says which step is best
     if not asked.differentiable and (
         config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
     ):

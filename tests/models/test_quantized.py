@@ -49,7 +49,11 @@ def known(name: str, bits: str) -> bool:
 
 
 def logits(model, ids: torch.Tensor) -> torch.Tensor:
-    extra = {} if model.config.model_type in families.MASKED or "deberta" in model.config.model_type else {"use_cache": False}
+    extra = (
+        {}
+        if model.config.model_type in families.MASKED or "deberta" in model.config.model_type
+        else {"use_cache": False}
+    )
     with torch.no_grad():
         return model(input_ids=ids, **extra).logits
 
@@ -223,7 +227,9 @@ def test_an_adapter_on_a_quantised_base_trains_resumes_loads_scores_and_replays(
 
 def test_a_classifier_on_a_quantised_base_is_loaded_with_its_head(material, tmp_path):
     """The adapter's folder says the kind and the labels, and does not claim to hold quantised weights."""
-    args = flags(material, "roberta", scheme="lora", quantize="nf4", model_kind="classifier", template="{text}", steps=2)
+    args = flags(
+        material, "roberta", scheme="lora", quantize="nf4", model_kind="classifier", template="{text}", steps=2
+    )
     assert run(["train", *args, "--output", str(tmp_path / "run")]) == 0
     saved = tmp_path / "run" / "model"
     assert "quantization_config" not in json.loads((saved / "config.json").read_text())
@@ -263,7 +269,9 @@ def test_what_cannot_be_on_a_quantised_base_is_said_in_a_line(material, tmp_path
     for scheme in ("full", "head", None):
         line = refused(capsys, "train", *flags(material, "llama", quantize="nf4", scheme=scheme), *out)
         assert "use --scheme lora, prefix or prompt" in line
-    assert "did you mean 'int8'" in refused(capsys, "train", *flags(material, "llama", quantize="int3", scheme="lora"), *out)
+    assert "did you mean 'int8'" in refused(
+        capsys, "train", *flags(material, "llama", quantize="int3", scheme="lora"), *out
+    )
     assert run(["train", *flags(material, "llama", quantize="nf4", scheme="lora", steps=2), *out]) == 0
     capsys.readouterr()
     on = ["--model", str(material / "llama"), "--adapter", str(tmp_path / "run" / "model"), "--quantize", "nf4"]
@@ -275,11 +283,19 @@ def test_what_cannot_be_on_a_quantised_base_is_said_in_a_line(material, tmp_path
     steps[1] = str(material / "mistral")
     assert "not the one that the run started from" in refused(capsys, "replay", *steps, *again)
     families.save("llama", tmp_path / "narrow")
-    line = refused(capsys, "train", *flags(tmp_path, "narrow", quantize="nf4", scheme="lora", data=material / "data"), *out[:1], out[1] + "n")
+    line = refused(
+        capsys,
+        "train",
+        *flags(tmp_path, "narrow", quantize="nf4", scheme="lora", data=material / "data"),
+        *out[:1],
+        out[1] + "n",
+    )
     assert "q_proj is 32 wide" in line
     assert "use --quantize int8" in line
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
-    line = refused(capsys, "train", *flags(material, "llama", quantize="nf4", scheme="lora"), "--output", str(tmp_path / "x"))
+    line = refused(
+        capsys, "train", *flags(material, "llama", quantize="nf4", scheme="lora"), "--output", str(tmp_path / "x")
+    )
     assert line.endswith("needs bitsandbytes; pip install 'zotune[quant]'")
 
 

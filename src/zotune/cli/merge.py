@@ -17,7 +17,9 @@ def merge(options: MergeConfig) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
         raise InputError(f"--output {output}: not empty; name another folder, or pass --overwrite")
     if options.quantize is not None:
-        raise InputError(f"--quantize {options.quantize}: an adapter is merged into whole weights; leave the option out")
+        raise InputError(
+            f"--quantize {options.quantize}: an adapter is merged into whole weights; leave the option out"
+        )
     model, tokenizer = load(options)
     adapted = put_adapter(model, options.adapter, options.allow_pickle)
     if adapted.active_peft_config.is_prompt_learning:

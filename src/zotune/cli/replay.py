@@ -44,7 +44,9 @@ def rebuilt(
 
     def base(dtype: str | None) -> Any:
         model, kept["tokenizer"] = load(
-            options.model_copy(update={"dtype": dtype, "model_kind": kind, "quantize": quantize}), labels=labels, seed=header.seed
+            options.model_copy(update={"dtype": dtype, "model_kind": kind, "quantize": quantize}),
+            labels=labels,
+            seed=header.seed,
         )
         return model
 

@@ -65,7 +65,9 @@ def load_model(
             quantized.generation_config = model.generation_config
         return _quantized(quantized, name, quantize)
     kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": None if allow_pickle else True} | packed
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would have a server convert pickled ones
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # transformers would have a server convert pickled ones
     if kind == "classifier" and labels:
         kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         kwargs |= {"label2id": {label: i for i, label in enumerate(labels)}}
