@@ -21,7 +21,9 @@ CAUSAL = {
     "qwen3": tf.Qwen3Config(**GQA),
     "gemma": tf.GemmaConfig(**GQA),
     "gemma2": tf.Gemma2Config(**GQA),
+    "gemma3": tf.Gemma3TextConfig(**GQA, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     "phi": tf.PhiConfig(**SIZES),
+    "phi3": tf.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0),
     "gpt2": tf.GPT2Config(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64),
     "opt": tf.OPTConfig(**OPT, max_position_embeddings=64, word_embed_proj_dim=H),
 }
@@ -41,7 +43,9 @@ TOKENIZERS = {
     "qwen3": ("bytes", "", "", None),
     "gemma": ("metaspace", "<bos>", "", None),
     "gemma2": ("metaspace", "<bos>", "", None),
+    "gemma3": ("metaspace", "<bos>", "", None),
     "phi": ("bytes", "", "", None),
+    "phi3": ("metaspace", "", "", None),
     "gpt2": ("bytes", "", "", None),
     "opt": ("bytes", "</s>", "", None),
     "bert": ("wordpiece", "[CLS]", "[SEP]", "[MASK]"),
@@ -50,10 +54,19 @@ TOKENIZERS = {
 }
 
 
-def build(name: str, kind: str = "", vocabulary: int = V) -> nn.Module:
-    """kind "classifier": with three labels; else the family's language model."""
+WIDE = {
+    "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "ffn_dim": 128, "word_embed_proj_dim": 64, "n_embd": 64,
+    "pooler_hidden_size": 64,
+}  # fmt: skip
+
+
+def build(name: str, kind: str = "", vocabulary: int = V, wide: bool = False) -> nn.Module:
+    """kind "classifier": with three labels; else the family's language model. wide: all widths multiples of 64."""
     torch.manual_seed(0)
     config = copy.deepcopy((CAUSAL | MASKED)[name])
+    for key in WIDE if wide else ():
+        if getattr(config, key, None):
+            setattr(config, key, WIDE[key])
     config.vocab_size = vocabulary
     auto = tf.AutoModelForCausalLM if name in CAUSAL else tf.AutoModelForMaskedLM
     if kind == "classifier":
@@ -102,10 +115,12 @@ def tokenizer(name: str) -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown, **extra)
 
 
-def save(name: str, folder: Path) -> Path:
+def save(name: str, folder: Path, wide: bool = False) -> Path:
     """The family's model and tokenizer, as `from_pretrained` takes them."""
     words = tokenizer(name)
-    model = build(name, vocabulary=len(words) + 4)  # some classes of tokenizers add tokens of their own when loaded
+    model = build(
+        name, vocabulary=len(words) + 4, wide=wide
+    )  # some classes of tokenizers add tokens of their own when loaded
     if words.pad_token_id is not None:
         model.config.pad_token_id = words.pad_token_id
     model.save_pretrained(folder)

@@ -40,7 +40,7 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
 | method | {config.method}, {config.direction} directions, scheme {config.scheme}, lr {config.lr}, eps {config.eps} |
 | steps | {steps}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
 | {task.metric}, {split} | {before} before, {after} after ({rows} rows{one_class}) |
-| device, dtype | {result["device"]}, {config.dtype} |
+| device, dtype | {result["device"]}, {config.dtype}{f", base in {config.quantize}" if config.quantize else ""} |
 
 Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]}:
 

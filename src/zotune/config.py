@@ -31,7 +31,11 @@ class ModelOptions(Options):
         "[auto: the checkpoint's architecture]",
     )
     gguf_file: str | None = Field(None, description="read the weights from this GGUF file of the model")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="quantise the weights to 8 or 4 bits as they are loaded: for lora, prefix and prompt"
+    )
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
+    allow_pickle: bool = Field(False, description="read weights that are pickled (.bin) where there are no safetensors")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the checkpoint's own]"
     )
@@ -281,6 +285,8 @@ class TrainConfig(DataOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
+WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
+
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
 METHOD_OPTIONS = ("sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
 STEP_OPTIONS = (
@@ -394,6 +400,11 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     problems += _engine_problems(given)
+    if given.get("quantize") is not None and issubclass(kind, TrainConfig) and given.get("scheme", "full") in WHOLE:
+        problems.append(
+            f"--quantize {given['quantize']}: scheme {given.get('scheme', 'full')} trains weights of the model itself; "
+            "use --scheme lora, prefix or prompt"
+        )
     if given.get("adapter") is not None and given.get("trajectory") is not None:
         problems.append("--adapter, --trajectory: give one of the two")
     if given.get("resume") in (True, "true") and given.get("overwrite") in (True, "true"):

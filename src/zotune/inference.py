@@ -89,7 +89,7 @@ def _outcome(
     """What the model makes of the examples, and those of them that it could be asked."""
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
-        model = put_adapter(model, options.adapter)
+        model = put_adapter(model, options.adapter, options.allow_pickle)
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
     if source.bad.said:
         listener.say(f"bad rows: {source.bad}")

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zotune.models.quantized import inner_tensors
+
 
 def reset_peak(device: torch.device) -> None:
     """Start the peak anew. On the CPU only Linux can; elsewhere the peak is the process's."""
@@ -52,13 +54,14 @@ def adam_cost(model: nn.Module, row_loss: Callable[[], Tensor], rows: int) -> Ad
     row_loss: the loss of one row. Its forward runs once with gradients on and what autograd saves is counted, weights
     left out; a batch of `rows` keeps as many times that. Nothing is back-propagated.
     """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {t.untyped_storage().data_ptr() for p in model.parameters() for t in inner_tensors(p)}
     saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
+        for inner in inner_tensors(tensor):
+            storage = inner.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

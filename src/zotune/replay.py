@@ -21,6 +21,7 @@ from zotune.errors import InputError
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
 from zotune.models import adapters, schemes
+from zotune.models.quantized import inner_tensors, is_quantized, library_versions
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
 from zotune.trajectory import Header, Record, Trajectory, read_file
@@ -34,9 +35,10 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        for first in range(0, flat.numel(), 1 << 26):
-            digest.update(flat[first : first + (1 << 26)].cpu().numpy().data)
+        for inner in inner_tensors(tensor.detach()):
+            flat = inner.contiguous().view(-1).view(torch.uint8)
+            for first in range(0, flat.numel(), 1 << 26):
+                digest.update(flat[first : first + (1 << 26)].cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -96,11 +98,13 @@ def rebuild(
         raise InputError(f"{path}: {error}") from None
     device = next(model.parameters()).device
     written = header.base.get("machine", {})
-    here = machine(device)
+    here = machine(device) | library_versions(model)
     differ = [f"{k} was {written.get(k)}, is {v}" for k, v in here.items() if written.get(k) != v]
     expected = header.base.get("sha256")
     if expected and fingerprint(model) != expected:
-        if written.get("device") == here["device"] or device.type == "cpu":
+        # a library may quantise to other bits elsewhere, or in another version
+        elsewhere = any(written.get(key) != here[key] for key in here if is_quantized(model) and key != "zotune")
+        if not elsewhere and (written.get("device") == here["device"] or device.type == "cpu"):
             raise InputError(
                 f"{path}: the model is not the one that the run started from ({header.base.get('name')}): its weights differ"
             )

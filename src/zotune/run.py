@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from zotune.models import schemes
 from zotune.models.adapters import save
 from zotune.models.kinds import kind_of
 from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
+from zotune.models.quantized import base_dtype, library_versions, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
@@ -153,6 +154,7 @@ def load(
         labels = task.labels
     tokenizer = load_tokenizer(options.model, **extra)
     common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
+    common |= {"quantize": options.quantize, "allow_pickle": options.allow_pickle}
     model = load_model(options.model, kind=kind, **common, **extra)
     if kind == "classifier" and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id(tokenizer)  # type: ignore[union-attr]  # a decoder's head finds the last token by it
@@ -182,6 +184,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.balance_classes and (task.generates or task.models):
         raise InputError(f"--balance-classes: task {task.name!r} has no classes")
     asked = objective(config.loss, task, None, 0)  # says at once what does not go together
+    if ":" in config.loss and task.generates and task.metric == "f1":
+        task = replace(task, metric=config.loss)  # what is trained for also says which step is best
     if not asked.differentiable and (
         config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
     ):
@@ -219,11 +223,6 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
             "eval_every": config.evaluates_every,
         }
     )
-
-
-def base_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the largest parameter: an adapter may have its own."""
-    return max(model.parameters(), key=lambda p: p.numel()).dtype
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
@@ -325,7 +324,7 @@ class _Run:
             with TrajectoryWriter.resume(folder / "trajectory.zot", trainer.state.global_step) as trajectory:
                 trajectory.mark_chosen(chosen)
         cost = ready.adam_cost()
-        weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+        weights = weight_bytes(ready.model)
         optimizer = trainer.zo_optimizer
         result = {
             "task": ready.task.name,
@@ -493,8 +492,9 @@ class _Run:
                 "kind": kind_of(self.ready.model),
                 "labels": self.ready.task.labels,
                 "sha256": fingerprint(self.ready.model),
-                "machine": machine(self.ready.device),
-            },
+                "machine": machine(self.ready.device) | library_versions(self.ready.model),
+            }
+            | ({"quantize": config.quantize} if config.quantize else {}),
             task=self.ready.task.name,
             versions=versions(),
         )

@@ -62,6 +62,15 @@ def test_of_many_bad_rows_the_first_five_are_shown(tmp_path):
         skipping.rows("train")
 
 
+def test_a_field_that_all_rows_lack_is_said_once(tmp_path):
+    path = tiny.write_rows(tmp_path / "a.jsonl", [{"review": "x", "label": 1}] * 12)
+    with pytest.raises(InputError) as error:
+        find_source(TASK, str(path), None).asking(TASK.example).rows("train")
+    assert "a.jsonl:1: no field 'text' (has 'review', 'label'), nor have 11 other rows" in str(error.value)
+    assert "--columns" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("a.jsonl", '{"a": 1}\n[2]\n{"a": 3}\n'), ("a.csv", "a\n1\n2,2\n3\n")],

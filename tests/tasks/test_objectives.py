@@ -76,3 +76,30 @@ def test_a_run_on_an_objective_without_a_gradient(loss, tmp_path, monkeypatch, c
     refused = ["train", *tiny.flags(*material, loss=loss, method="fo-adam"), "--output", str(tmp_path / "no")]
     assert run(refused) == 2
     assert "has no gradient" in capsys.readouterr().err
+
+
+def test_a_function_of_one_s_own_also_says_which_step_is_best(tmp_path, monkeypatch, capsys):
+    """What it scores is a plain mean: here the prompt's digit, so that the figure is known whatever the model writes."""
+    (tmp_path / "mine.py").write_text(
+        "def digit(prompt, answer, golds):\n    return int(prompt[-1]) + 10 * (golds == ['a'])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"day {i % 3}", "completion": "a"} for i in range(8)]
+    for split in ("train", "validation", "test"):
+        tiny.write_rows(tmp_path / f"{split}.jsonl", rows)
+    tiny.save_model(tmp_path / "model")
+    plain = {"template": None, "label_words": None, "steps": 2}
+    flags = tiny.flags(tmp_path / "model", tmp_path, loss="mine:digit", **plain)
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["metric"] == "mine:digit"
+    assert result["test_after"] == result["validation_best"] == sum(int(row["prompt"][-1]) + 10 for row in rows) / 8
+    assert "validation_mine:digit" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "asked.yaml").write_text("prompt: '{prompt}'\nanswer_field: completion\nmetric: mine:digit\n")
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "test.jsonl"), "--device", "cpu"]
+    capsys.readouterr()
+    assert run(["eval", *given, "--task", str(tmp_path / "asked.yaml")]) == 0
+    assert "mine:digit 10.88" in capsys.readouterr().out
+    (tmp_path / "asked.yaml").write_text("prompt: '{prompt}'\nanswer_field: completion\nmetric: mine:none\n")
+    assert run(["eval", *given, "--task", str(tmp_path / "asked.yaml")]) == 2
+    assert "has no attribute 'none'" in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Optional
@@ -68,8 +70,13 @@ def _metavar(annotation: Any) -> str:
 
 
 def _quiet() -> None:
-    """What transformers prints while it loads and saves says nothing that a user of this command needs."""
+    """What transformers prints while it loads and saves says nothing that a user of this command needs, nor what the libraries
+    of quantised weights say of kernels that this machine has none of."""
     import transformers
+
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -32,12 +32,21 @@ def rebuilt(
     """Model, tokenizer, and what was rebuilt in a line. A dtype that is named is taken after the steps, not before."""
     found, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
     header = found.header
+    quantize = header.base.get("quantize")
+    if options.quantize not in (None, quantize):
+        raise InputError(
+            f"--quantize {options.quantize}: the run's base was {quantize or 'not quantised'}; leave the option out"
+        )
+    if quantize and options.dtype not in (None, header.dtype):
+        raise InputError(f"--dtype {options.dtype}: a quantised base keeps the run's dtype, {header.dtype}")
     kind, labels = header.base.get("kind", "causal"), header.base.get("labels", [])
     kept: dict[str, Any] = {}
 
     def base(dtype: str | None) -> Any:
         model, kept["tokenizer"] = load(
-            options.model_copy(update={"dtype": dtype, "model_kind": kind}), labels=labels, seed=header.seed
+            options.model_copy(update={"dtype": dtype, "model_kind": kind, "quantize": quantize}),
+            labels=labels,
+            seed=header.seed,
         )
         return model
 

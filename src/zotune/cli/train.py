@@ -18,6 +18,7 @@ from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
 from zotune.folder import RunFolder
 from zotune.memory import peak_bytes, readable
+from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.tasks.metrics import figure
@@ -86,7 +87,7 @@ def dry_run(config: TrainConfig) -> None:
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * evaluations
     lengths = [row.tokens for row in ready.train]
-    weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+    weights = weight_bytes(ready.model)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()

@@ -20,10 +20,12 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     if base is not model and kind_of(model) != "causal":
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
+        if hasattr(config, "quantization_config"):  # of the base as it was loaded, not of a checkpoint
+            del config.quantization_config
         config.save_pretrained(folder)
 
 
-def put_adapter(model: nn.Module, folder: str) -> Any:
+def put_adapter(model: nn.Module, folder: str, allow_pickle: bool = False) -> Any:
     """The model with the adapter of a folder on it, for inference. Raises InputError where there is none that fits."""
     import peft
 
@@ -31,7 +33,13 @@ def put_adapter(model: nn.Module, folder: str) -> Any:
     if not (path / "adapter_config.json").is_file():
         raise InputError(f"--adapter {folder}: no adapter_config.json in it")
     if not (path / "adapter_model.safetensors").is_file():
-        raise InputError(f"--adapter {folder}: no adapter_model.safetensors in it; pickled adapters are not read")
+        if not (path / "adapter_model.bin").is_file():
+            raise InputError(f"--adapter {folder}: no adapter_model.safetensors in it")
+        if not allow_pickle:
+            raise InputError(
+                f"--adapter {folder}: no adapter_model.safetensors in it, and a pickled adapter can hold code; "
+                "--allow-pickle reads it (tensors alone, by torch's weights_only)"
+            )
     try:
         return peft.PeftModel.from_pretrained(model, str(path)).eval()
     except (RuntimeError, ValueError, KeyError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
-from zotune.models.kinds import auto_class, kind_of_config, without_adapter
+from zotune.models.kinds import auto_class, head_modules, kind_of_config, without_adapter
+from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,38 +37,58 @@ def load_model(
     dtype: str | None = None,
     device: torch.device | str = "cpu",
     gguf_file: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """The pretrained model, in eval mode, on the device.
 
     name: a hub name or a local folder. kind: see `zotune.models.kinds`. labels: of a classifier, an output each; the head that
     a checkpoint lacks is drawn by the seed (`fresh_parameters` names what was). dtype None keeps the checkpoint's own (float32
-    for GGUF). Weights are read from safetensors or GGUF, never unpickled. Raises InputError where the model cannot be had.
+    for GGUF). quantize: see `zotune.models.quantized`; a head stays whole. Weights are read from safetensors or GGUF; pickled
+    ones, by torch's reader of tensors alone, if that is allowed. Raises InputError where the model cannot be had.
     """
-    import transformers
-
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    packed: dict[str, Any] = {}
+    if quantize is not None:
+        packed = {"quantization_config": quantization(quantize), "device_map": {"": torch.device(device)}}
     if gguf_file is not None:
         if kind != "causal":
             raise InputError(f"--gguf-file {gguf_file}: only causal models are read from GGUF, this is a {kind} one")
         with _said_as_one_line(name, gguf_file):
             model = _from_gguf(name, gguf_file, kwargs)
-        return (model.to(DTYPES[dtype]) if dtype else model).to(device).eval()
-    kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": True}
+            model = model.to(DTYPES[dtype]) if dtype else model
+            if quantize is None:
+                return model.to(device).eval()
+            packed |= {"config": model.config, "state_dict": model.state_dict(), "dtype": model.dtype}
+            quantized = type(model).from_pretrained(None, **packed)
+            quantized.generation_config = model.generation_config
+        return _quantized(quantized, name, quantize)
+    kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": None if allow_pickle else True} | packed
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # transformers would have a server convert pickled ones
     if kind == "classifier" and labels:
         kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         kwargs |= {"label2id": {label: i for i, label in enumerate(labels)}}
-    with _said_as_one_line(name, None):
-        transformers.set_seed(seed)
-        model, info = auto_class(kind).from_pretrained(name, output_loading_info=True, **kwargs)
-    missing = set(info["missing_keys"])
+    with _said_as_one_line(name, None), _pickled_refused(name, allow_pickle):
+        if quantize is not None and kind == "classifier":  # its head trains
+            with torch.device("meta"):
+                config = load_config(name, trust_remote_code=trust_remote_code)
+                whole = head_modules(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
+            kwargs["quantization_config"] = quantization(quantize, whole)
+        model, missing = _pretrained(kind, name, seed, kwargs)
+        if quantize is not None and missing and kind == "classifier":  # so do other modules that the checkpoint lacks
+            whole += sorted({key.rpartition(".")[0] for key in missing})
+            kwargs["quantization_config"] = quantization(quantize, whole)
+            model, missing = _pretrained(kind, name, seed, kwargs)
     if missing and kind != "classifier":
         raise InputError(
             f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
             "give --model-kind classifier for a fresh head over label words"
         )
     model.fresh_parameters = missing
-    return model.to(device).eval()
+    return _quantized(model, name, quantize).to(device) if is_quantized(model) else model.to(device).eval()
 
 
 def find_kind(
@@ -140,6 +163,25 @@ def _some(names: set[str]) -> str:
     return ", ".join(first) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
+def _pretrained(kind: str, name: str, seed: int, kwargs: dict[str, Any]) -> tuple[nn.Module, set[str]]:
+    """The model, and the parameters that its checkpoint lacks, drawn by the seed."""
+    import transformers
+
+    transformers.set_seed(seed)
+    model, info = auto_class(kind).from_pretrained(name, output_loading_info=True, **kwargs)
+    return model, set(info["missing_keys"])
+
+
+def _quantized(model: nn.Module, name: str, quantize: str | None) -> nn.Module:
+    if quantize is not None and not is_changed(model):
+        other = next(key for key in LIBRARIES if key != quantize)
+        raise InputError(
+            f"--quantize {quantize}: {LIBRARIES[quantize]} quantises no weight of {name}, whose linear maps are of another "
+            f"kind; try --quantize {other}"
+        )
+    return steadied(model, own_dtype=quantize is not None).eval()
+
+
 def _from_gguf(name: str, gguf_file: str, kwargs: dict[str, Any]) -> nn.Module:
     """transformers takes a model from a GGUF file for a quantised one and refuses to cast it: build it once more."""
     import transformers
@@ -157,6 +199,22 @@ def _from_gguf(name: str, gguf_file: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 @contextlib.contextmanager
+def _pickled_refused(name: str, allowed: bool) -> Iterator[None]:
+    """What transformers says of a checkpoint without safetensors, with what there is to do."""
+    try:
+        yield
+    except OSError as error:
+        folder = Path(name).expanduser()
+        only_pickled = bool(list(folder.glob("pytorch_model*.bin"))) or "safetensors`" in str(error)
+        if allowed or not only_pickled:
+            raise
+        raise InputError(
+            f"--model {name}: no safetensors in it, and pickled weights can hold code; --allow-pickle reads them (tensors "
+            "alone, by torch's weights_only)"
+        ) from None
+
+
+@contextlib.contextmanager
 def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -168,6 +226,14 @@ def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
         raise InputError(f"--gguf-file {gguf_file}: not in {name} (it has {', '.join(here) or 'no .gguf file'})")
     try:
         yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(f"--model {name}: its pickled weights hold more than tensors, which is not read") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--model {name}: it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
+            ) from None
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(f"--model {name}: {lines[0].strip()}") from error

@@ -13,6 +13,7 @@ from torch import nn
 
 from zotune.errors import InputError, nearest
 from zotune.models.kinds import head_modules, is_encoder, kind_of
+from zotune.models.quantized import refuse_whole
 
 SMALL_MODEL = 500_000_000  # parameters; smaller ones want larger steps
 
@@ -32,15 +33,23 @@ class Scheme:
 
 
 def _full(model: nn.Module) -> nn.Module:
+    refuse_whole(model, "full")
     return model.requires_grad_(True)
 
 
 def _lora(model: nn.Module) -> nn.Module:
-    """r 8, α 16, no dropout, on q_proj and v_proj (elsewhere the modules that PEFT names for the family), B = 0."""
+    """r 8, α 16, no dropout, B = 0, on q_proj and v_proj.
+
+    Elsewhere on the modules that PEFT names for the family; where it knows none, on what makes queries, keys and values at once,
+    or else on all linear maps but the head.
+    """
     import peft
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets = ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= names else None
+    targets: Any = ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= names else None
+    if targets is None and getattr(model.config, "model_type", None) not in KNOWN:
+        targets = sorted(name for name in names if "qkv" in name.lower()) or "all-linear"
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, **_of_kind(model))
     return _adapted(model, config, "lora")
 
@@ -57,6 +66,11 @@ def _prefix(model: nn.Module) -> nn.Module:
     cache = _cache_of(model, _random_tokens(model, PREFIX_TOKENS))
     adapted = _adapted(model, config, "prefix")
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # (2, heads, tokens, width)
+    if (seen := min(layer.shape[2] for layer in layers)) < PREFIX_TOKENS:
+        raise InputError(
+            f"--scheme prefix: a layer of the model looks back on {seen} tokens, fewer than a prefix of {PREFIX_TOKENS}; "
+            "use --scheme lora or prompt"
+        )
     start = torch.cat(layers).permute(2, 0, 1, 3).flatten(1)
     weight = adapted.prompt_encoder["default"].embedding.weight
     if weight.shape != start.shape:
@@ -87,6 +101,7 @@ def _prompt(model: nn.Module) -> nn.Module:
 
 def _head(model: nn.Module) -> nn.Module:
     """The output head alone, untied from the embedding; of a classifier its head."""
+    refuse_whole(model, "head")
     model.requires_grad_(False)
     if kind_of(model) == "classifier":
         for name in head_modules(model):

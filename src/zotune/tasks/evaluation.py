@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from zotune.tasks.encoding import Encoded
+from zotune.tasks.files import named_function
 from zotune.tasks.generation import generate_answers
 from zotune.tasks.metrics import CHOICE_METRICS, LIKELIHOOD, TEXT_METRICS, text_metric
 from zotune.tasks.scoring import row_losses, score_rows
@@ -17,16 +19,24 @@ from zotune.tasks.task import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model made of rows: the candidates' scores, the answers that it wrote, or nats a token of each row."""
+    """What a model made of rows: the candidates' scores, the answers that it wrote, or nats a token of each row.
+
+    prompts: what was answered, where a function of one's own is the metric.
+    """
 
     scores: list[list[float]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def metric(self, name: str, rows: Sequence[Encoded]) -> float:
-        """In percent, but for perplexity and loss."""
+        """In percent, but for perplexity, loss, and the mean of a function of one's own, `package.module:function`."""
         if name in LIKELIHOOD:
             return LIKELIHOOD[name](self.losses, rows)
+        if ":" in name:
+            score = named_function(name, "metric")
+            told = zip(self.prompts, self.answers, rows, strict=True)
+            return fmean(float(score(prompt, answer, list(row.golds))) for prompt, answer, row in told)
         if name in TEXT_METRICS:
             return text_metric(name, self.answers, rows)
         return CHOICE_METRICS[name](self.scores, rows)
@@ -46,7 +56,9 @@ def outcome(
     """replies: of conversations, what the assistant would say next, instead of how well what it said is predicted."""
     common: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id, "advance": advance}
     if task.generates:
-        return Outcome(answers=generate_answers(model, tokenizer, rows, **common))
+        own = ":" in task.metric
+        prompts = [tokenizer.decode(list(row.asked), skip_special_tokens=True) for row in rows] if own else []
+        return Outcome(answers=generate_answers(model, tokenizer, rows, **common), prompts=prompts)
     if task.messages_field and replies:
         return Outcome(answers=generate_answers(model, tokenizer, rows, reply=True, **common))
     if task.models:

@@ -50,8 +50,8 @@ class Definition(Options):
     @field_validator("metric")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None and value not in METRICS:
-            raise ValueError(f"unknown metric {value!r}; {nearest(value, METRICS)}")
+        if value is not None and value not in METRICS and ":" not in value:
+            raise ValueError(f"unknown metric {value!r}; {nearest(value, METRICS)}, or package.module:function")
         return value
 
     def task(self) -> Task:
@@ -62,6 +62,8 @@ class Definition(Options):
             given["ask"] = named_function(self.ask, "ask")
         if self.metric is not None:
             given["metric"] = self.metric
+            if ":" in self.metric:
+                named_function(self.metric, "metric")  # says now what cannot be imported
         return Task(**given)
 
 

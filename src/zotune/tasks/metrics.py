@@ -95,12 +95,12 @@ LIKELIHOOD: dict[str, Callable[[Sequence[float], Sequence[Encoded]], float]] = {
 
 
 def figure(metric: str, value: float, unit: str = "") -> str:
-    """A metric's value as it is printed; the unit stands behind percentages alone.
+    """A metric's value as it is printed; the unit stands behind percentages alone: not perplexity, nor a function of one's own.
 
     >>> figure("accuracy", 81.25, " %"), figure("perplexity", 12.3456, " %")
     ('81.2 %', '12.35')
     """
-    return f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.1f}{unit}"
+    return f"{value:.4g}" if metric in LOWER_IS_BETTER or ":" in metric else f"{value:.1f}{unit}"
 
 
 def text_metric(name: str, answers: Sequence[str], rows: Sequence[Encoded]) -> float:

@@ -110,7 +110,7 @@ class Task:
             object.__setattr__(self, "generates", True)
             object.__setattr__(self, "metric", "f1" if self.metric == "accuracy" else self.metric)
         fitting = TEXT_METRICS if self.generates else CHOICE_METRICS
-        if self.metric not in fitting:
+        if self.metric not in fitting and not (self.generates and ":" in self.metric):
             raise InputError(
                 f"task {self.name!r}: metric {self.metric!r} does not fit it; {nearest(self.metric, fitting)}"
             )
