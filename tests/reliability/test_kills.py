@@ -64,7 +64,7 @@ def killed_at_random(argv: list[str], folder: Path, whole: dict[str, Any], secon
 
 
 def trials(flags: Any, tmp_path: Path, kills: int, runs: list[dict[str, Any]], seed: int) -> int:
-    """Each run of the list killed in turn, once and twice in turn, until so many kills; how many hit. Two at a time."""
+    """Each run of the list killed in turn, once and twice in turn, until so many kills; how many hit."""
     draw, known = random.Random(seed), []
     for i, changes in enumerate(runs):
         argv = flags(**(LONG | changes))
@@ -80,7 +80,7 @@ def trials(flags: Any, tmp_path: Path, kills: int, runs: list[dict[str, Any]], s
         (argv, whole, seconds), some = plan[n]
         return killed_at_random(argv, tmp_path / f"{n}", whole, seconds, some)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(number("AT_ONCE", 2)) as pool:
         return sum(pool.map(one, range(len(plan))))
 
 
