@@ -15,8 +15,7 @@ from torch import nn
 
 from zotune import noise
 from zotune.calibration import NormsFolder
-from zotune.directions import signed
-from zotune.engines.lowrank import LowRankEngine
+from zotune.directions import joined
 from zotune.errors import InputError
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
@@ -141,42 +140,27 @@ def apply(
 
 
 def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
-    """Many steps, tensor by tensor, each step rounded as the run rounded it. False where a step is more than Σ c·z."""
+    """Many steps, tensor by tensor, each rounded, or folded, as the run did. False where a step is more than Σ c·z."""
     rule, engine = optimizer.method.rule, optimizer.engine
-    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or isinstance(engine, LowRankEngine):
-        return False
-    if optimizer.fold_every > 1 or rule.rounding != "nearest":
+    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or rule.rounding != "nearest":
         return False
     if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
         return False
-    directions = engine.directions
-    seeds_SQ, coefs_SGQ = [], []
+    moves, waiting = [], optimizer._pending
     for record in records:
         if not record.skipped:
-            by = Scalars(
-                optimizer._seeds(record.step, 0),
-                (record.g,) * directions.groups,
-                record.lr,
-                record.decay,
-                record.choice,
-            )
-            moved = rule.displacement(by)
-            if moved.seeds_Q:
-                seeds_SQ.append([signed(seed) for seed in moved.seeds_Q])
-                coefs_SGQ.append(moved.coefs_GQ)
+            optimizer.pairs = len(record.g) // optimizer.method.estimator.queries
+            g_GQ = (record.g,) * engine.directions.groups
+            by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)
+            waiting.append(rule.displacement(by))
+        if (record.step + 1) % optimizer.fold_every == 0 and waiting:
+            moves.append(joined(waiting))
+            waiting.clear()
     for group in optimizer.param_groups:
         group["step"] += len(records)
-    if seeds_SQ:
-        _add(directions, seeds_SQ, coefs_SGQ)
+    at_once = max((len(by.seeds_Q) for by in moves), default=1) if optimizer.fold_every > 1 else optimizer.pairs
+    engine.apply_each(moves, at_once)
     return True
-
-
-def _add(directions: Any, seeds: list[list[int]], coefs: list[Any]) -> None:
-    for param in directions.params:
-        slot = directions.slots[id(param)]
-        seeds_SQ = torch.tensor(seeds, dtype=torch.int64, device=param.device)
-        coefs_SQ = torch.tensor([c_GQ[slot.group] for c_GQ in coefs], dtype=torch.float32, device=param.device)
-        noise.add_noise_steps(param.data, seeds_SQ, coefs_SQ, slot.id, directions.distribution)
 
 
 def described(header: Header, steps: int, differ: Sequence[str]) -> str:

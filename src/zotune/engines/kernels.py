@@ -108,13 +108,10 @@ def add_low_rank(
 
 
 @triton.jit
-def _fold_kernel(
-    w, u, v, scales, N, D, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """W (N, D) += Σ_g scales[g]·U_g·V_gᵀ, rounded once. K: G·R rounded up to what a product takes."""
-    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
-    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
+def _folded(
+    w_BB, n_B, d_B, u, v, scales, N, D, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A tile of W + Σ_g scales[g]·U_g·V_gᵀ, rounded once."""
     k_K = tl.arange(0, K)
     group_K, rank_K = k_K // R, k_K % R
     there = k_K < G * R
@@ -124,20 +121,40 @@ def _fold_kernel(
     v_at = v + (group_K[:, None].to(tl.int64) * D + d_B[None, :]) * R + rank_K[:, None]
     v_KB = tl.load(v_at, mask=there[:, None] & (d_B < D)[None, :], other=0.0).to(tl.float32)
     total_BB = tl.dot(u_BK, v_KB, input_precision=PRECISION)
+    nonzero = tl.sum((scale_K != 0).to(tl.int32), axis=0)
+    return tl.where(nonzero != 0, (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype), w_BB)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _fold_kernel(
+    w, u, v, scales, S, N, D, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """W (N, D) takes S folds one after the other, each rounded."""
+    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
+    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     inside = (n_B < N)[:, None] & (d_B < D)[None, :]
     w_BB = tl.load(at, mask=inside, other=0.0)
-    nonzero = tl.sum((scale_K != 0).to(tl.int32), axis=0)
-    moved_BB = (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype)
-    tl.store(at, tl.where(nonzero != 0, moved_BB, w_BB), mask=inside)
+    for _ in range(S):
+        w_BB = _folded(w_BB, n_B, d_B, u, v, scales, N, D, G, R, K, PRECISION)
+        u += G * R * N
+        v += G * R * D
+        scales += G
+    tl.store(at, w_BB, mask=inside)
 
 
 def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> None:
     """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W."""
-    (out, wide), (groups, _, rank) = matrix_ND.shape, u_GNR.shape
+    folds(matrix_ND, u_GNR, v_GDR, scales_G[None])
+
+
+def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor) -> None:
+    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), the directions of each fold in a row."""
+    (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # tf32 keeps 11 bits of each factor, more than 16-bit weights keep of the sum
     precision = "ieee" if matrix_ND.dtype == torch.float32 else "tf32"
     _fold_kernel[(triton.cdiv(out, 64), triton.cdiv(wide, 128))](
-        matrix_ND, u_GNR, v_GDR, scales_G, out, wide, G=groups, R=rank,
+        matrix_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, G=groups, R=rank,
         K=max(16, triton.next_power_of_2(groups * rank)), PRECISION=precision, BN=64, BD=128,
     )  # fmt: skip
