@@ -78,7 +78,9 @@ def joined(moves: Sequence[Displacement]) -> Displacement:
     """The directions of all of them, in a row."""
     return Displacement(
         tuple(seed for by in moves for seed in by.seeds_Q),
-        tuple(tuple(itertools.chain.from_iterable(coefs)) for coefs in zip(*(by.coefs_GQ for by in moves), strict=True)),
+        tuple(
+            tuple(itertools.chain.from_iterable(coefs)) for coefs in zip(*(by.coefs_GQ for by in moves), strict=True)
+        ),
     )
 
 
@@ -223,9 +225,7 @@ class Directions:
             if id(param) not in together:
                 self.displaced(param, by, param.data)
 
-    def apply_each(
-        self, moves: Sequence[Displacement], params: Sequence[torch.nn.Parameter] | None = None
-    ) -> None:
+    def apply_each(self, moves: Sequence[Displacement], params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """`apply` of one displacement after the other, each rounded, in one pass over each parameter (of these)."""
         width = max((len(by.seeds_Q) for by in moves), default=0)
         if width == 0:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from zotune.directions import joined
 from zotune.errors import InputError
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
-from zotune.models import adapters
+from zotune.models.loading import DTYPES
 from zotune.models.schemes import get_scheme
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
@@ -31,8 +31,12 @@ AT_ONCE = 1024  # steps in one pass over the weights
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers, in order of their names."""
+    return _digest(model.state_dict().items())
+
+
+def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for first in range(0, flat.numel(), 1 << 26):
@@ -42,8 +46,22 @@ def fingerprint(model: nn.Module) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the bits of a run may depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name} | {package: metadata.version(package) for package in ("zotune", "torch")}
+
+
+@cache
+def _processor() -> str:
+    """The processor's name, and the instructions that torch's kernels and libraries choose by it."""
+    name = platform.processor() or platform.machine()
+    try:
+        info = Path("/proc/cpuinfo").read_text(errors="replace")
+        name = next(
+            (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), name
+        )
+    except OSError:
+        pass
+    return f"cpu {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
@@ -57,21 +75,38 @@ def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
         return whole, len(whole.records)
     if whole.chosen_step is None:
         raise InputError(
-            f"{path}: the run has not ended ({len(whole.records)} of {whole.header.planned_steps} steps are here), so it "
-            "names no step as its result; give --until last, or a step"
+            f"{path}: the run has not ended ({len(whole.records)} of {whole.header.planned_steps} steps are here"
+            f"{', and a torn one' if whole.torn_bytes else ''}), so it names no step as its result; give --until last, or a step"
         )
     return whole, whole.chosen_step
 
 
 def check(header: Header, path: str) -> None:
-    """Refuse what this version cannot apply."""
+    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's."""
     if header.noise_version != noise.NOISE_VERSION:
         raise InputError(
             f"{path}: its directions are of noise definition {header.noise_version}, this version draws "
-            f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')})"
+            f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')!s:.40})"
         )
     if header.method not in METHODS:
-        raise InputError(f"{path}: method {header.method!r} is not known here; update zotune")
+        raise InputError(f"{path}: method {header.method!r:.80} is not known here; update zotune")
+    base, queries = header.base, header.method_options.get("queries", 1)
+    texts = [header.dtype, *(base.get(key) or "" for key in ("name", "scheme", "kind", "sha256", "start"))]
+    labels, written = base.get("labels") or [], base.get("machine") or {}
+    sound = (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(labels, list)
+        and all(isinstance(label, str) for label in labels)
+        and isinstance(written, dict)
+        and header.dtype in ("", *DTYPES)
+        and type(queries) is int
+        and 1 <= queries <= header.pairs
+        and header.pairs % queries == 0
+    )
+    if not sound:
+        raise InputError(
+            f"{path}: its header is not one that zotune writes (base, dtype or queries); fetch the file again"
+        )
 
 
 def rebuild(
@@ -89,25 +124,37 @@ def rebuild(
     check(header, path)
     try:
         model = load(header.dtype or None)
+        _compare(
+            header.base.get("sha256"), fingerprint(model), path, f"the run started from ({header.base.get('name')})"
+        )
         transformers.set_seed(header.seed)  # for an adapter's first values, as in the run
-        model = get_scheme(str(header.base.get("scheme", "full"))).prepare(model)
+        model = get_scheme(header.base.get("scheme") or "full").prepare(model)
         optimizer = optimizer_of(model, header)
-    except (ValueError, TypeError) as error:
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"{path}: its options are not those of {header.method} ({error})") from None
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    device = next(model.parameters()).device
-    written = header.base.get("machine", {})
-    here = machine(device)
+    written, here = header.base.get("machine") or {}, machine(next(model.parameters()).device)
     differ = [f"{k} was {written.get(k)}, is {v}" for k, v in here.items() if written.get(k) != v]
-    expected = header.base.get("sha256")
-    if expected and fingerprint(model) != expected:
-        if written.get("device") == here["device"] or device.type == "cpu":
-            raise InputError(
-                f"{path}: the model is not the one that the run started from ({header.base.get('name')}): its weights differ"
-            )
-        differ.append("the base weights could not be compared bit for bit")
+    if not differ or header.base.get("scheme") != "prefix":  # whose first values are the model's own, computed here
+        _compare(
+            header.base.get("start"), start(model), path, "the run made of its base: the first values of what it trains"
+        )
     optimizer.norms = NormsFolder(Path(path).parent / CALIBRATION)
     apply(optimizer, [trajectory.records[i] for i in range(steps)], advance)
     return model, trajectory, steps, differ
+
+
+def start(model: nn.Module) -> str:
+    """`fingerprint` of what trains, of which a scheme may have made the first values."""
+    return _digest((n, p) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def _compare(expected: str | None, found: str, path: str, what: str) -> None:
+    if expected and expected != found:
+        raise InputError(f"{path}: the model is not the one that {what}: its weights differ")
 
 
 def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
@@ -122,6 +169,8 @@ def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
         engine=header.engine,
         **options,
     )
+    if len(optimizer.param_groups) != header.groups:
+        raise ValueError(f"the header has {header.groups} parameter groups, this model {len(optimizer.param_groups)}")
     optimizer.pairs = header.pairs // (optimizer.method.estimator.queries * len(optimizer.blocks))
     return optimizer
 
@@ -163,16 +212,9 @@ def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
     return True
 
 
-def described(header: Header, steps: int, differ: Sequence[str]) -> str:
+def described(trajectory: Trajectory, steps: int, differ: Sequence[str]) -> str:
     """One line on what was rebuilt, and how exactly."""
+    header = trajectory.header
     exact = "bit for bit the run's" if not differ else f"the run's within rounding ({'; '.join(differ)})"
-    return f"step {steps} of {header.method} on {header.base.get('name')}: weights are {exact}"
-
-
-def save(model: Any, tokenizer: Any, output: Path, path: str, line: str) -> None:
-    """As `from_pretrained` (or PEFT) loads it, with a card that says where it comes from."""
-    from huggingface_hub import ModelCard
-
-    adapters.save(model, tokenizer, output)
-    text = f"---\ntags: [zotune, zeroth-order]\n---\n\n# Rebuilt from a trajectory\n\n{line}.\n\nTrajectory: `{Path(path).name}`.\n"
-    ModelCard(text).save(output / "README.md")
+    line = f"step {steps} of {header.planned_steps}, {header.method} on {header.base.get('name')}: weights are {exact}"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.calibration import NormsFolder
+from zotune.card import command, model_card, trajectory_card
 from zotune.config import DataOptions, ModelOptions, TrainConfig
 from zotune.engines.following import rows_in
 from zotune.engines.probing import shares, sides
 from zotune.errors import InputError
 from zotune.estimators import TwoSided
-from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
+from zotune.folder import CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.adapters import save
@@ -36,7 +37,7 @@ from zotune.models.kinds import kind_of
 from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
-from zotune.replay import fingerprint, machine
+from zotune.replay import fingerprint, machine, start
 from zotune.tasks import Task
 from zotune.tasks.encoding import MASK, Encoded, Encoder
 from zotune.tasks.evaluation import outcome
@@ -59,6 +60,7 @@ from zotune.trajectory import (
 )
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
+LONGEST = 8192  # characters of a command that a trajectory's header takes
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
 
@@ -92,6 +94,7 @@ class Prepared:
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
+    base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +201,8 @@ def prepare(config: TrainConfig) -> Prepared:
         balanced=config.balance_classes,
     )
     model, tokenizer = load(config, task, seed=config.seed)
+    recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
+    base = fingerprint(model) if recorded else ""
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
@@ -205,7 +210,7 @@ def prepare(config: TrainConfig) -> Prepared:
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
     splits = Splits(train, validation, test, splits.test_split)
-    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows)
+    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows, base)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -363,6 +368,8 @@ class _Run:
         }
         with folder.staged("model") as path:
             save_model(ready, path, result)
+        if self.trajectory is not None:
+            write_atomically(folder / CARD, str(trajectory_card(config, ready.task, result)))
         folder.write_json("result.json", result)  # last: it says that all the rest is there
         folder.finish(config.keep is not None)
         return result
@@ -428,7 +435,7 @@ class _Run:
         trainer.recorder = _Recorder(self, trainer)
         trainer.add_callback(trainer.recorder)
         if not any(group.get("first_order") for group in optimizer.param_groups):
-            self.header = self._header(optimizer)  # now: of the base model's weights
+            self.header = self._header(optimizer)  # now: of the first values of what trains
         if config.early_stop is not None:
             trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
@@ -491,11 +498,13 @@ class _Run:
                 "scheme": config.scheme,
                 "kind": kind_of(self.ready.model),
                 "labels": self.ready.task.labels,
-                "sha256": fingerprint(self.ready.model),
+                "sha256": self.ready.base,
+                **({"start": start(self.ready.model)} if config.scheme != "full" else {}),
                 "machine": machine(self.ready.device),
             },
             task=self.ready.task.name,
             versions=versions(),
+            extra={"command": said} if len(said := command(config, FREE)) <= LONGEST else {},
         )
 
     def _wall(self) -> float:
@@ -777,8 +786,6 @@ def _step_of(line: str) -> float:
 
 def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
-    from zotune.card import model_card
-
     save(ready.model, ready.tokenizer, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from zotune.config import MergeConfig
 from zotune.errors import InputError
+from zotune.folder import check_model_folder, model_folder
 from zotune.models.adapters import put_adapter, save
 from zotune.run import load
 
@@ -14,10 +14,7 @@ from zotune.run import load
 def merge(options: MergeConfig) -> None:
     """The model with the adapter's products added to its weights, as a plain model."""
     output = Path(options.output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not options.overwrite:
-            raise InputError(f"--output {output}: not empty; name another folder, or pass --overwrite")
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    check_model_folder(output, options.overwrite)
     model, tokenizer = load(options)
     adapted = put_adapter(model, options.adapter)
     if adapted.active_peft_config.is_prompt_learning:
@@ -25,5 +22,6 @@ def merge(options: MergeConfig) -> None:
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
     merged = adapted.merge_and_unload()
-    save(merged, tokenizer, output)
+    with model_folder(output) as path:
+        save(merged, tokenizer, path)
     print(f"merged model: {output}")

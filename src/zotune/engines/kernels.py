@@ -150,7 +150,7 @@ def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> N
 
 
 def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor) -> None:
-    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), the directions of each fold in a row."""
+    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), fold by fold."""
     (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # tf32 keeps 11 bits of each factor, more than 16-bit weights keep of the sum
     precision = "ieee" if matrix_ND.dtype == torch.float32 else "tf32"
