@@ -16,7 +16,7 @@ from torch import nn
 from zotune import noise
 from zotune.calibration import NormsFolder
 from zotune.directions import joined
-from zotune.errors import InputError
+from zotune.errors import InputError, plain
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
 from zotune.models.loading import DTYPES
@@ -185,6 +185,8 @@ def apply(
         if not _together(optimizer, some):
             for record in some:
                 optimizer.apply_record(record)
+                if record.folded:
+                    optimizer.flush()
         advance(len(some))
 
 
@@ -202,7 +204,7 @@ def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
             g_GQ = (record.g,) * engine.directions.groups
             by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)
             waiting.append(rule.displacement(by))
-        if (record.step + 1) % optimizer.fold_every == 0 and waiting:
+        if ((record.step + 1) % optimizer.fold_every == 0 or record.folded) and waiting:
             moves.append(joined(waiting))
             waiting.clear()
     for group in optimizer.param_groups:
@@ -217,4 +219,4 @@ def described(trajectory: Trajectory, steps: int, differ: Sequence[str]) -> str:
     header = trajectory.header
     exact = "bit for bit the run's" if not differ else f"the run's within rounding ({'; '.join(differ)})"
     line = f"step {steps} of {header.planned_steps}, {header.method} on {header.base.get('name')}: weights are {exact}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return plain(line)

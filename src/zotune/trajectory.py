@@ -109,7 +109,7 @@ class Header:
     planned_steps: the records of a run that was not stopped early. pairs: P, queries × groups of rows.
     groups: G, the parameter groups. layout: which of "lr" and "decay" each record holds; the others are constant, here,
     one float32 per parameter group, () for zeros. base: name, revision, hash of the weights, GGUF file. versions:
-    of zotune, torch, …. created: ISO 8601, "" where equal runs shall have equal files. required: features without which a reader would misread the records.
+    of zotune, torch, …. created: ISO 8601, or "". required: features without which a reader would misread the records.
     extra: top-level keys of the JSON that this version does not know; they are kept.
 
     Raises ValueError for a value of the wrong type or out of range.

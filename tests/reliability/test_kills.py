@@ -88,6 +88,36 @@ def test_runs_killed_at_20_random_moments_end_to_the_bits_of_whole_ones(flags, t
     assert trials(flags, tmp_path, 20, RUNS[:7], seed=0) >= 12  # the others had ended before
 
 
+CUDA_RUNS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16", "engine": "dual"},
+    {"dtype": "bfloat16", "groups": "batch", "lr": "1e-3"},
+    {
+        "dtype": "bfloat16",
+        "groups": "batch",
+        "lr": "1e-3",
+        "fold_every": 4,
+        "steps": 32,
+        "save_every": 6,
+        "eval_every": 8,
+    },
+    {"dtype": "float16", "engine": "sequential", "queries": 2, "weight_decay": 0.1, "lr": "1e-3"},
+    {"method": "zo-adam", "dtype": "bfloat16", "lr": "1e-4"},
+    {"method": "zo-sgd-mmt", "lr": "1e-3", "scheme": "lora"},
+    {"method": "fo-adam", "lr": "1e-4", "deterministic": True},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", CUDA_RUNS, ids=lambda c: "-".join(map(str, c.values())))
+def test_on_cuda_a_killed_run_ends_to_the_bits_of_a_whole_one(flags, tmp_path, changes):
+    """Killed at a step behind a checkpoint, and at random after it. The first run of a kind compiles its kernels."""
+    argv = [flag for flag in flags(**(LONG | changes | {"device": "cuda"})) if flag != "True"]
+    whole, seconds = whole_run(argv, tmp_path / "whole")
+    again, said = [*argv, "--output", str(tmp_path / "cut"), "--resume"], tmp_path / "said"
+    assert zotune(again, said, KilledAtStep(10, "after")).code == -9
+    killed_at_random(argv, tmp_path / "cut", whole, seconds, [0.3, 0.6])
+
+
 @pytest.mark.soak
 def test_soak_kills(flags, tmp_path):
     wanted, hits, seed = number("KILLS", 300), 0, number("SEED", 1)
