@@ -2,9 +2,9 @@
 
     python benchmarks/replay.py [--device cuda] [--model opt-1.3b|small] [--seconds 5] [--only gaussian …] [--output replay.json]
 
-Random weights and records: time depends on neither. Before each figure the same code replays a few steps of a small model, which have
-to be, bit for bit, what the optimizer's own steps make of it one by one; no speed is reported otherwise. GB/s: what the steps one by one would read and write of the
-weights, a pass each, in this time; above the device's bandwidth where many steps share a pass.
+Random weights and records: time depends on neither. Before each figure the same code replays a few steps of a small model, which
+have to be, bit for bit, what the optimizer's own steps make of it one by one; no speed is reported otherwise. GB/s: what the
+steps one by one would read and write of the weights, a pass each, in this time; where steps share a pass, more than a device can.
 """
 
 from __future__ import annotations

@@ -562,6 +562,10 @@ class _TaskTrainer(ZOTrainer):
             self.rows = 0
         self.rows += rows_in(inputs)
         if self.recorded is None or step >= len(self.recorded) or not self.accelerator.sync_gradients:
+            if step == 0 and self.run.header is not None and self.args.gradient_accumulation_steps == 1:
+                with torch.no_grad():  # once, to see whether probes see the same loss
+                    rows = self._rows_of(model.eval())(self._prepare_inputs(inputs))
+                self.recorder.guards.at_rest = float(rows.double().mean())
             return super().training_step(model, inputs, num_items_in_batch)
         batches, self._micro_batches = len(self._micro_batches) + 1, []
         record = self.recorded[step]
@@ -659,6 +663,7 @@ class _Recorder(transformers.TrainerCallback):
         if run.checkpoint is not None:
             window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
             self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
+            self.guards.apart = window.get("apart", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
@@ -667,6 +672,12 @@ class _Recorder(transformers.TrainerCallback):
             run.listener.say(f"going on after step {reached} of {state.max_steps}{again}")
             run.progress["resumed_at"].append(reached)
             run.folder.write_json("progress.json", run.progress)
+        optimizer = self.trainer.zo_optimizer
+        if run.header is not None and optimizer.engine.name in (
+            "sequential",
+            "dual",
+        ):  # they add ε·z to the weights themselves
+            self.guards.weigh(optimizer.engine.directions.params, optimizer.param_groups[0]["eps"])
         run.listener.begin("train", state.max_steps)
         run.listener.advance("train", step)
 
@@ -753,7 +764,7 @@ class _Recorder(transformers.TrainerCallback):
 
     def window(self) -> dict[str, list[float]]:
         """What the next line is a mean of, so far."""
-        return {"losses": self.losses, "g": self.guards.g}
+        return {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
