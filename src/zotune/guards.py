@@ -50,9 +50,10 @@ class Guards:
             return
         now, apart = median(self._losses), median(self._differences)
         if self._start is None:
-            self._start = min(now, FAR * abs(self._first))
-        if now > FAR * abs(self._start) > 0:
-            risen = f"from {self._start:.3g} to {now:.3g}"
+            self._start = now
+        past = self._start if now > FAR * abs(self._start) else self._first  # where it had risen in the first window
+        if now > min(FAR * abs(self._start), FAR * FAR * abs(self._first)) > 0:
+            risen = f"from {past:.3g} to {now:.3g}"
             self._warn("far", f"step {step}: the loss has risen {risen}; try a smaller --lr, or stop here")
         elif apart <= ULPS * FLOAT32_EPS * abs(now):
             self._warn("small", f"step {step}: the two losses differ by rounding alone; try a larger --eps")
