@@ -124,9 +124,9 @@ def rebuild(
     check(header, path)
     try:
         model = load(header.dtype or None)
-        _compare(
-            header.base.get("sha256"), fingerprint(model), path, f"the run started from ({header.base.get('name')})"
-        )
+        named = [f"{key} {header.base[key]}" for key in ("revision", "gguf_file") if header.base.get(key)]
+        started = ", ".join([str(header.base.get("name")), *named])
+        _compare(header.base.get("sha256"), fingerprint(model), path, f"the run started from ({started})")
         transformers.set_seed(header.seed)  # for an adapter's first values, as in the run
         model = get_scheme(header.base.get("scheme") or "full").prepare(model)
         optimizer = optimizer_of(model, header)
