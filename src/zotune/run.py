@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -29,7 +30,7 @@ from zotune.engines.following import rows_in
 from zotune.engines.probing import shares, sides
 from zotune.errors import InputError
 from zotune.estimators import TwoSided
-from zotune.folder import CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
+from zotune.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.adapters import save
@@ -60,6 +61,7 @@ from zotune.trajectory import (
 )
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
+UNSEEN = {"deterministic", "log_every"}  # keys that change no step
 LONGEST = 8192  # characters of a command that a trajectory's header takes
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
@@ -504,7 +506,7 @@ class _Run:
             },
             task=self.ready.task.name,
             versions=versions(),
-            extra={"command": said} if len(said := command(config, FREE)) <= LONGEST else {},
+            extra={"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {},
         )
 
     def _wall(self) -> float:
@@ -603,6 +605,14 @@ class _TaskTrainer(ZOTrainer):
         if not load_weights(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
@@ -621,6 +631,21 @@ class _TaskTrainer(ZOTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run.folder.staging)
+
+
+@contextmanager
+def _state_of(checkpoint: str | None) -> Iterator[None]:
+    """A checkpoint's state that is damaged, or holds more than numbers, as a line; torch reads it with weights_only."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in BROKEN:
+            raise
+        said = type(error).__name__  # torch's own message recommends to unpickle it
+        raise InputError(
+            f"{checkpoint}: its state cannot be read ({said}); delete this folder and go on: an older checkpoint, or the "
+            "trajectory alone, serves --resume"
+        ) from error
 
 
 class _EarlyStop(transformers.TrainerCallback):
