@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-# Counts: ZOTUNE_SOAK_KILLS, _CALLS_EVERY, _RACES, _FUZZ, _SEED (docs/reliability.md).
+# Counts: ZOTUNE_SOAK_KILLS, _CALLS_EVERY, _CALLS_FROM, _RACES, _FUZZ, _SEED, _AT_ONCE (docs/reliability.md).
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/reliability -m soak -s
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ALL = "sst2 sst5 rte cb boolq wsc wic multirc copa winogrande record squad drop".split()
+ALL = ["sst2", "sst5", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa", "winogrande", "record", "squad", "drop"]
 TRAINED = [
     ("sst2", "template"),
     ("copa", "template"),

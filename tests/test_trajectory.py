@@ -352,7 +352,7 @@ def test_records_that_no_writer_makes_are_refused(bodies: list[bytes], message: 
 
 def test_until_beyond_the_file_says_how_far_it_goes(whole: bytes) -> None:
     for until in (61, -1, 2**70):
-        with pytest.raises(TrajectoryError, match="try until=60"):
+        with pytest.raises(TrajectoryError, match="try --until 60"):
             read(whole, until=until)
 
 

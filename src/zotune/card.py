@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,64 @@ from huggingface_hub import ModelCard, ModelCardData
 from zotune.config import TrainConfig
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
+from zotune.trajectory import Header
 
 
 def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
     """What was trained, on what, how, with which outcome, and the command that does it again."""
+    library = "peft" if config.scheme in ("lora", "prefix", "prompt") else "transformers"
+    return ModelCard(_front(config, library) + _run(config, task, result))
+
+
+def trajectory_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
+    """The same of a run's trajectory, and how the model is had from it."""
+    model = config.model + (f" --gguf-file {shlex.quote(config.gguf_file)}" if config.gguf_file else "")
+    folder = (
+        "\nThe masks of this run need the folder `calibration/` beside the file.\n" if config.mask == "wanda" else ""
+    )
+    text = f"""
+The fine-tune is `trajectory.zot`: the steps of the run, a few bytes each. With the base model it gives the weights again:
+
+```
+zotune replay --model {model} --trajectory trajectory.zot --output model
+```
+{folder}"""
+    return ModelCard(_front(config, "zotune") + _run(config, task, result) + text)
+
+
+def rebuilt_card(header: Header, line: str) -> ModelCard:
+    """Of a model that a replay has made: what its trajectory says of the run, which may be a stranger's."""
+    options = ", ".join(f"{key} {value}" for key, value in sorted(header.method_options.items()))
+    rows = {
+        "base model": header.base.get("name"),
+        "task": header.task,
+        "method": f"{header.method}, {header.direction} directions, scheme {header.base.get('scheme')}; {options}",
+        "steps": header.planned_steps,
+        "seed, dtype": f"{header.seed}, {header.dtype}",
+        "device": (header.base.get("machine") or {}).get("device"),
+        "command": header.extra.get("command"),
+    }
+    table = "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows.items() if value)
+    text = f"# Rebuilt from a trajectory\n\n{_plain(line)}.\n\n| | |\n|---|---|\n{table}"
+    return ModelCard(f"---\ntags:\n- zotune\n- zeroth-order\n---\n\n{text}")
+
+
+def _front(config: TrainConfig, library: str) -> str:
     data = ModelCardData(
-        library_name="peft" if config.scheme in ("lora", "prefix", "prompt") else "transformers",
+        library_name=library,
         tags=["zotune", "zeroth-order", config.method],
         base_model=None if Path(config.model).exists() else config.model,
     )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _run(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> str:
     words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
     rows, steps = result["test_rows"], f"{result['steps']}, batch {config.batch_size}"
     before, after = (figure(task.metric, result[when]) for when in ("test_before", "test_after"))
     one_class = f"; one class always: {result['one_class']:.1f}" if result["one_class"] else ""
     split = "held-out test" if result["test_split"] == "test" else "validation"
-    text = f"""---
-{data.to_yaml()}
----
-
-# {Path(config.model).name}, fine-tuned on {task.name} without back-propagation
+    return f"""# {Path(config.model).name}, fine-tuned on {task.name} without back-propagation
 
 | | |
 |---|---|
@@ -48,15 +89,23 @@ Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]
 {command(config)}
 ```
 """
-    return ModelCard(text)
 
 
-def command(config: TrainConfig) -> str:
-    """The `zotune train` command that describes the same run."""
+def _plain(text: str) -> str:
+    """Without what Markdown or HTML would take for more than text."""
+    return html.escape(re.sub(r"([\\`*_\[\]|])", r"\\\1", text), quote=False)
+
+
+def _cell(value: object) -> str:
+    return _plain(" ".join(str(value).replace("\\\n", " ").split()))[:4000]
+
+
+def command(config: TrainConfig, without: Collection[str] = ()) -> str:
+    """The `zotune train` command that describes the same run. without: keys to leave out."""
     defaults = TrainConfig.model_construct()
     parts = ["zotune train"]
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
-        if value is None or value == getattr(defaults, key, None):
+        if key in without or value is None or value == getattr(defaults, key, None):
             continue
         text = (
             json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)

@@ -8,6 +8,7 @@ Q directions, G parameter groups: a direction is one z over all parameters, its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,13 @@ class Displacement:
             return self
         return Displacement(self.seeds_Q[first:last], tuple(coefs_Q[first:last] for coefs_Q in self.coefs_GQ))
 
+    def filled(self, count: int) -> Displacement:
+        """As many directions, the further ones with coefficients of zero, which add nothing."""
+        none = count - len(self.seeds_Q)
+        if none <= 0:
+            return self
+        return Displacement(self.seeds_Q + (0,) * none, tuple(coefs_Q + (0.0,) * none for coefs_Q in self.coefs_GQ))
+
     def negated(self) -> Displacement:
         return Displacement(self.seeds_Q, tuple(tuple(-c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
 
@@ -65,6 +73,16 @@ class Displacement:
             held = [self.on(g, device) for g in range(groups)]
             self._held[key] = _by_part(held[0][0], [coefs_Q for _, coefs_Q in held], signs, together)
         return self._held[key]
+
+
+def joined(moves: Sequence[Displacement]) -> Displacement:
+    """The directions of all of them, in a row."""
+    return Displacement(
+        tuple(seed for by in moves for seed in by.seeds_Q),
+        tuple(
+            tuple(itertools.chain.from_iterable(coefs)) for coefs in zip(*(by.coefs_GQ for by in moves), strict=True)
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -230,6 +248,17 @@ class Directions:
         for param in some:
             if id(param) not in together:
                 self.displaced(param, by, param.data)
+
+    def apply_each(self, moves: Sequence[Displacement], params: Sequence[torch.nn.Parameter] | None = None) -> None:
+        """`apply` of one displacement after the other, each rounded, in one pass over each parameter (of these)."""
+        width = max((len(by.seeds_Q) for by in moves), default=0)
+        if width == 0:
+            return
+        by = joined([by.filled(width) for by in moves])
+        for param in self.params if params is None else params:
+            slot = self.slots[id(param)]
+            seeds_SQ, coefs_SQ = (t.view(-1, width) for t in by.on(slot.group, param.device))
+            noise.add_noise_steps(param.data, seeds_SQ, coefs_SQ, slot.id, self.distribution)
 
     def apply_compensated(
         self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[float | Tensor] = ()

@@ -21,15 +21,16 @@ from zotune.errors import InputError, StorageError
 CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
 STAGING = ".tmp"  # what is being written or deleted; a suffix too, of single files
-OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", "progress.json")
+CARD = "README.md"
+OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", CARD, "progress.json")
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
 FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "device", "save_every", "keep", "sync_every"}
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's fault, not the folder's
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, result.json, trajectory.zot, model/, calibration/ (where masks need it), and while it
-    runs checkpoints and progress.json."""
+    """config.yaml, metrics.jsonl, result.json, trajectory.zot with a README.md, model/, calibration/ (where masks need it),
+    and while it runs checkpoints and progress.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -197,6 +198,35 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_atomically(self / name, json.dumps(value, indent=2) + "\n")
+
+
+def check_model_folder(path: Path, overwrite: bool) -> None:
+    """Refuse to write a model where something is that is not to be lost; overwrite: unless it is a saved model."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"--output {path}: not empty; name another folder, or pass --overwrite")
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"--output {path}: --overwrite replaces a saved model, which this is not; name another folder")
+
+
+@contextmanager
+def model_folder(path: Path) -> Iterator[Path]:
+    """A path to write a model to, which takes the place of what is at `path` when all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}{STAGING}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync(path.absolute().parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise StorageError(f"--output {path}: cannot be written ({said})") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

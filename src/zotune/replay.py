@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,12 +15,12 @@ from torch import nn
 
 from zotune import noise
 from zotune.calibration import NormsFolder
-from zotune.directions import signed
-from zotune.engines.lowrank import LowRankEngine
-from zotune.errors import InputError
+from zotune.directions import joined
+from zotune.errors import InputError, plain
 from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
-from zotune.models import adapters, schemes
+from zotune.models import schemes
+from zotune.models.loading import DTYPES
 from zotune.models.quantized import inner_tensors, is_quantized, library_versions
 from zotune.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
@@ -32,8 +32,12 @@ AT_ONCE = 1024  # steps in one pass over the weights
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers, in order of their names."""
+    return _digest(model.state_dict().items())
+
+
+def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for inner in inner_tensors(tensor.detach()):
             flat = inner.contiguous().view(-1).view(torch.uint8)
@@ -44,8 +48,22 @@ def fingerprint(model: nn.Module) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the bits of a run may depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name} | {package: metadata.version(package) for package in ("zotune", "torch")}
+
+
+@cache
+def _processor() -> str:
+    """The processor's name, and the instructions that torch's kernels and libraries choose by it."""
+    name = platform.processor() or platform.machine()
+    try:
+        info = Path("/proc/cpuinfo").read_text(errors="replace")
+        name = next(
+            (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), name
+        )
+    except OSError:
+        pass
+    return f"cpu {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
@@ -59,21 +77,39 @@ def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
         return whole, len(whole.records)
     if whole.chosen_step is None:
         raise InputError(
-            f"{path}: the run has not ended ({len(whole.records)} of {whole.header.planned_steps} steps are here), so it "
-            "names no step as its result; give --until last, or a step"
+            f"{path}: the run has not ended ({len(whole.records)} of {whole.header.planned_steps} steps are here"
+            f"{', and a torn one' if whole.torn_bytes else ''}), so it names no step as its result; give --until last, or a step"
         )
     return whole, whole.chosen_step
 
 
 def check(header: Header, path: str) -> None:
-    """Refuse what this version cannot apply."""
+    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's."""
     if header.noise_version != noise.NOISE_VERSION:
         raise InputError(
             f"{path}: its directions are of noise definition {header.noise_version}, this version draws "
-            f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')})"
+            f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')!s:.40})"
         )
     if header.method not in METHODS:
-        raise InputError(f"{path}: method {header.method!r} is not known here; update zotune")
+        raise InputError(f"{path}: method {header.method!r:.80} is not known here; update zotune")
+    base, queries = header.base, header.method_options.get("queries", 1)
+    texts = [header.dtype, *(base.get(key) or "" for key in ("name", "scheme", "kind", "sha256", "start"))]
+    labels, frozen, written = base.get("labels") or [], base.get("freeze") or [], base.get("machine") or {}
+    sound = (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(labels, list)
+        and isinstance(frozen, list)
+        and all(isinstance(text, str) for text in [*labels, *frozen])
+        and isinstance(written, dict)
+        and header.dtype in ("", *DTYPES)
+        and type(queries) is int
+        and 1 <= queries <= header.pairs
+        and header.pairs % queries == 0
+    )
+    if not sound:
+        raise InputError(
+            f"{path}: its header is not one that zotune writes (base, dtype or queries); fetch the file again"
+        )
 
 
 def rebuild(
@@ -91,27 +127,41 @@ def rebuild(
     check(header, path)
     try:
         model = load(header.dtype or None)
+        named = [f"{key} {header.base[key]}" for key in ("revision", "gguf_file") if header.base.get(key)]
+        started = ", ".join([str(header.base.get("name")), *named])
+        written = header.base.get("machine") or {}
+        here = machine(next(model.parameters()).device) | library_versions(model)
+        differ = [f"{k} was {written.get(k)}, is {v}" for k, v in here.items() if written.get(k) != v]
+        if is_quantized(model) and any(written.get(key) != here[key] for key in here if key != "zotune"):
+            differ.append("the base was quantised elsewhere, maybe to other bits")
+        else:
+            _compare(header.base.get("sha256"), fingerprint(model), path, f"the run started from ({started})")
         transformers.set_seed(header.seed)  # for an adapter's first values, as in the run
-        model = schemes.prepare(model, str(header.base.get("scheme", "full")), header.base.get("freeze", ()))
+        model = schemes.prepare(model, header.base.get("scheme") or "full", header.base.get("freeze") or ())
         optimizer = optimizer_of(model, header)
-    except (ValueError, TypeError) as error:
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"{path}: its options are not those of {header.method} ({error})") from None
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    device = next(model.parameters()).device
-    written = header.base.get("machine", {})
-    here = machine(device) | library_versions(model)
-    differ = [f"{k} was {written.get(k)}, is {v}" for k, v in here.items() if written.get(k) != v]
-    expected = header.base.get("sha256")
-    if expected and fingerprint(model) != expected:
-        # a library may quantise to other bits elsewhere, or in another version
-        elsewhere = any(written.get(key) != here[key] for key in here if is_quantized(model) and key != "zotune")
-        if not elsewhere and (written.get("device") == here["device"] or device.type == "cpu"):
-            raise InputError(
-                f"{path}: the model is not the one that the run started from ({header.base.get('name')}): its weights differ"
-            )
-        differ.append("the base weights could not be compared bit for bit")
+    if not differ or header.base.get("scheme") != "prefix":  # whose first values are the model's own, computed here
+        _compare(
+            header.base.get("start"), start(model), path, "the run made of its base: the first values of what it trains"
+        )
     optimizer.norms = NormsFolder(Path(path).parent / CALIBRATION)
     apply(optimizer, [trajectory.records[i] for i in range(steps)], advance)
     return model, trajectory, steps, differ
+
+
+def start(model: nn.Module) -> str:
+    """`fingerprint` of what trains, of which a scheme may have made the first values."""
+    return _digest((n, p) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def _compare(expected: str | None, found: str, path: str, what: str) -> None:
+    if expected and expected != found:
+        raise InputError(f"{path}: the model is not the one that {what}: its weights differ")
 
 
 def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
@@ -126,6 +176,8 @@ def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
         engine=header.engine,
         **options,
     )
+    if len(optimizer.param_groups) != header.groups:
+        raise ValueError(f"the header has {header.groups} parameter groups, this model {len(optimizer.param_groups)}")
     optimizer.pairs = header.pairs // (optimizer.method.estimator.queries * len(optimizer.blocks))
     return optimizer
 
@@ -140,58 +192,38 @@ def apply(
         if not _together(optimizer, some):
             for record in some:
                 optimizer.apply_record(record)
+                if record.folded:
+                    optimizer.flush()
         advance(len(some))
 
 
 def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
-    """Many steps, tensor by tensor, each step rounded as the run rounded it. False where a step is more than Σ c·z."""
+    """Many steps, tensor by tensor, each rounded, or folded, as the run did. False where a step is more than Σ c·z."""
     rule, engine = optimizer.method.rule, optimizer.engine
-    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or isinstance(engine, LowRankEngine):
-        return False
-    if optimizer.fold_every > 1 or rule.rounding != "nearest":
+    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or rule.rounding != "nearest":
         return False
     if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
         return False
-    directions = engine.directions
-    seeds_SQ, coefs_SGQ = [], []
+    moves, waiting = [], optimizer._pending
     for record in records:
         if not record.skipped:
-            by = Scalars(
-                optimizer._seeds(record.step, 0),
-                (record.g,) * directions.groups,
-                record.lr,
-                record.decay,
-                record.choice,
-            )
-            moved = rule.displacement(by)
-            if moved.seeds_Q:
-                seeds_SQ.append([signed(seed) for seed in moved.seeds_Q])
-                coefs_SGQ.append(moved.coefs_GQ)
+            optimizer.pairs = len(record.g) // optimizer.method.estimator.queries
+            g_GQ = (record.g,) * engine.directions.groups
+            by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)
+            waiting.append(rule.displacement(by))
+        if ((record.step + 1) % optimizer.fold_every == 0 or record.folded) and waiting:
+            moves.append(joined(waiting))
+            waiting.clear()
     for group in optimizer.param_groups:
         group["step"] += len(records)
-    if seeds_SQ:
-        _add(directions, seeds_SQ, coefs_SGQ)
+    at_once = max((len(by.seeds_Q) for by in moves), default=1) if optimizer.fold_every > 1 else optimizer.pairs
+    engine.apply_each(moves, at_once)
     return True
 
 
-def _add(directions: Any, seeds: list[list[int]], coefs: list[Any]) -> None:
-    for param in directions.params:
-        slot = directions.slots[id(param)]
-        seeds_SQ = torch.tensor(seeds, dtype=torch.int64, device=param.device)
-        coefs_SQ = torch.tensor([c_GQ[slot.group] for c_GQ in coefs], dtype=torch.float32, device=param.device)
-        noise.add_noise_steps(param.data, seeds_SQ, coefs_SQ, slot.id, directions.distribution)
-
-
-def described(header: Header, steps: int, differ: Sequence[str]) -> str:
+def described(trajectory: Trajectory, steps: int, differ: Sequence[str]) -> str:
     """One line on what was rebuilt, and how exactly."""
+    header = trajectory.header
     exact = "bit for bit the run's" if not differ else f"the run's within rounding ({'; '.join(differ)})"
-    return f"step {steps} of {header.method} on {header.base.get('name')}: weights are {exact}"
-
-
-def save(model: Any, tokenizer: Any, output: Path, path: str, line: str) -> None:
-    """As `from_pretrained` (or PEFT) loads it, with a card that says where it comes from."""
-    from huggingface_hub import ModelCard
-
-    adapters.save(model, tokenizer, output)
-    text = f"---\ntags: [zotune, zeroth-order]\n---\n\n# Rebuilt from a trajectory\n\n{line}.\n\nTrajectory: `{Path(path).name}`.\n"
-    ModelCard(text).save(output / "README.md")
+    line = f"step {steps} of {header.planned_steps}, {header.method} on {header.base.get('name')}: weights are {exact}"
+    return plain(line)

@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.calibration import NormsFolder
+from zotune.card import command, model_card, trajectory_card
 from zotune.config import DataOptions, ModelOptions, TrainConfig
 from zotune.engines.probing import sides
 from zotune.errors import InputError
 from zotune.estimators import TwoSided
-from zotune.folder import CALIBRATION, CHECKPOINT, RunFolder, sync, write_atomically
+from zotune.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
 from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models import schemes
@@ -37,7 +39,7 @@ from zotune.models.loading import find_kind, length_limit, load_model, load_toke
 from zotune.models.quantized import base_dtype, library_versions, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
-from zotune.replay import fingerprint, machine
+from zotune.replay import fingerprint, machine, start
 from zotune.tasks import Task
 from zotune.tasks.encoding import MASK, Encoded, Encoder
 from zotune.tasks.evaluation import outcome
@@ -60,6 +62,8 @@ from zotune.trajectory import (
 )
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
+UNSEEN = {"deterministic", "log_every"}  # keys that change no step
+LONGEST = 8192  # characters of a command that a trajectory's header takes
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
 
@@ -93,6 +97,7 @@ class Prepared:
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
+    base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
 
     @property
     def device(self) -> torch.device:
@@ -202,6 +207,8 @@ def prepare(config: TrainConfig) -> Prepared:
         balanced=config.balance_classes,
     )
     model, tokenizer = load(config, task, seed=config.seed)
+    recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
+    base = fingerprint(model) if recorded else ""
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = schemes.prepare(model, config.scheme, config.freeze)
     encode = encoder_for(model, tokenizer, config)
@@ -209,7 +216,7 @@ def prepare(config: TrainConfig) -> Prepared:
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
     splits = Splits(train, validation, test, splits.test_split)
-    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows)
+    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows, base)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -362,6 +369,8 @@ class _Run:
         }
         with folder.staged("model") as path:
             save_model(ready, path, result)
+        if self.trajectory is not None:
+            write_atomically(folder / CARD, str(trajectory_card(config, ready.task, result)))
         folder.write_json("result.json", result)  # last: it says that all the rest is there
         folder.finish(config.keep is not None)
         return result
@@ -427,7 +436,7 @@ class _Run:
         trainer.recorder = _Recorder(self, trainer)
         trainer.add_callback(trainer.recorder)
         if not any(group.get("first_order") for group in optimizer.param_groups):
-            self.header = self._header(optimizer)  # now: of the base model's weights
+            self.header = self._header(optimizer)  # now: of the first values of what trains
         if config.early_stop is not None:
             trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
@@ -491,12 +500,14 @@ class _Run:
                 "freeze": config.freeze,
                 "kind": kind_of(self.ready.model),
                 "labels": self.ready.task.labels,
-                "sha256": fingerprint(self.ready.model),
+                "sha256": self.ready.base,
+                **({"start": start(self.ready.model)} if config.scheme != "full" else {}),
                 "machine": machine(self.ready.device) | library_versions(self.ready.model),
             }
             | ({"quantize": config.quantize} if config.quantize else {}),
             task=self.ready.task.name,
             versions=versions(),
+            extra={"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {},
         )
 
     def _wall(self) -> float:
@@ -550,6 +561,10 @@ class _TaskTrainer(ZOTrainer):
         """A step that the trajectory has already is applied from there, with no forward pass."""
         optimizer, step = self.zo_optimizer, self.zo_optimizer.steps
         if self.recorded is None or step >= len(self.recorded) or not self.accelerator.sync_gradients:
+            if step == 0 and self.run.header is not None and self.args.gradient_accumulation_steps == 1:
+                with torch.no_grad():  # once, to see whether probes see the same loss
+                    rows = self._rows_of(model.eval())(self._prepare_inputs(inputs))
+                self.recorder.guards.at_rest = float(rows.double().mean())
             return super().training_step(model, inputs, num_items_in_batch)
         batches, self._micro_batches = len(self._micro_batches) + 1, []
         record = self.recorded[step]
@@ -587,6 +602,14 @@ class _TaskTrainer(ZOTrainer):
         if not load_weights(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
@@ -605,6 +628,21 @@ class _TaskTrainer(ZOTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run.folder.staging)
+
+
+@contextmanager
+def _state_of(checkpoint: str | None) -> Iterator[None]:
+    """A checkpoint's state that is damaged, or holds more than numbers, as a line; torch reads it with weights_only."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in BROKEN:
+            raise
+        said = type(error).__name__  # torch's own message recommends to unpickle it
+        raise InputError(
+            f"{checkpoint}: its state cannot be read ({said}); delete this folder and go on: an older checkpoint, or the "
+            "trajectory alone, serves --resume"
+        ) from error
 
 
 class _EarlyStop(transformers.TrainerCallback):
@@ -647,6 +685,7 @@ class _Recorder(transformers.TrainerCallback):
         if run.checkpoint is not None:
             window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
             self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
+            self.guards.apart = window.get("apart", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
@@ -655,7 +694,13 @@ class _Recorder(transformers.TrainerCallback):
             run.listener.say(f"going on after step {reached} of {state.max_steps}{again}")
             run.progress["resumed_at"].append(reached)
             run.folder.write_json("progress.json", run.progress)
-        self.trainer.zo_optimizer.watch = self.see
+        optimizer = self.trainer.zo_optimizer
+        if run.header is not None and optimizer.engine.name in (
+            "sequential",
+            "dual",
+        ):  # they add ε·z to the weights themselves
+            self.guards.weigh(optimizer.engine.directions.params, optimizer.param_groups[0]["eps"])
+        optimizer.watch = self.see
         run.listener.begin("train", state.max_steps)
         run.listener.advance("train", step)
 
@@ -742,7 +787,7 @@ class _Recorder(transformers.TrainerCallback):
 
     def window(self) -> dict[str, list[float]]:
         """What the next line is a mean of, so far."""
-        return {"losses": self.losses, "g": self.guards.g}
+        return {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
@@ -775,8 +820,6 @@ def _step_of(line: str) -> float:
 
 def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
-    from zotune.card import model_card
-
     save(ready.model, ready.tokenizer, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 

@@ -109,7 +109,7 @@ class Header:
     planned_steps: the records of a run that was not stopped early. pairs: P, queries × groups of rows.
     groups: G, the parameter groups. layout: which of "lr" and "decay" each record holds; the others are constant, here,
     one float32 per parameter group, () for zeros. base: name, revision, hash of the weights, GGUF file. versions:
-    of zotune, torch, …. created: ISO 8601. required: features without which a reader would misread the records.
+    of zotune, torch, …. created: ISO 8601, or "". required: features without which a reader would misread the records.
     extra: top-level keys of the JSON that this version does not know; they are kept.
 
     Raises ValueError for a value of the wrong type or out of range.
@@ -325,7 +325,7 @@ def read(data: bytes, until: int | None = None) -> Trajectory:
         else:
             break
         if fault:
-            hint = f"fetch the file again, or read what is before with until={steps}"
+            hint = f"fetch the file again, or read what is before with --until {steps}"
             raise TrajectoryError(f"step {steps} (byte {offset:,}): {fault}; {hint}", steps)
         if body[0] & _MARKER:
             chosen = _U32.unpack_from(body, 1)[0]
@@ -336,7 +336,7 @@ def read(data: bytes, until: int | None = None) -> Trajectory:
     if until is None:
         return Trajectory(header, records, end - offset, chosen)
     if steps != until:
-        raise TrajectoryError(f"step {until} was asked for, the file holds 0 to {steps}; try until={steps}", steps)
+        raise TrajectoryError(f"step {until} was asked for, the file holds 0 to {steps}; try --until {steps}", steps)
     return Trajectory(header, records)
 
 

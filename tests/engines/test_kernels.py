@@ -104,3 +104,24 @@ def test_an_rms_norm_has_each_part_s_scale(parts, rows, wide, offset, dtype):
     wanted *= scale.double()[:, None] + offset
     ours = rms_norm(x, scale, 1e-5, offset)
     torch.testing.assert_close(ours.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype):
+    from zotune.engines.kernels import fold, folds
+
+    draw = torch.Generator().manual_seed(0)
+    steps, groups, rank = 7, 5, 2
+    w, u, v = (
+        torch.randn(*s, generator=draw).to(DEVICE, dtype)
+        for s in ((70, 140), (steps * groups, 70, rank), (steps * groups, 140, rank))
+    )
+    scales = torch.randn(steps, groups, generator=draw).to(DEVICE) / 10
+    scales[3] = 0  # a step that was skipped
+    one_by_one = w.clone()
+    for u_GNR, v_GDR, scales_G in zip(u.split(groups), v.split(groups), scales, strict=True):
+        fold(one_by_one, u_GNR.contiguous(), v_GDR.contiguous(), scales_G)
+    before = w.clone()
+    folds(w, u, v, scales)
+    assert torch.equal(w, one_by_one)
+    assert not torch.equal(w, before)

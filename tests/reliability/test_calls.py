@@ -64,7 +64,7 @@ def one(whole: Whole, folder: Path, kind: str, at: int) -> None:
 
 
 def many(whole: Whole, tmp_path: Path, plan: list[tuple[str, int]]) -> None:
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(number("AT_ONCE", 2)) as pool:
         list(pool.map(lambda item: one(whole, tmp_path / f"{item[0]}-{item[1]}", *item), plan))
 
 
@@ -89,12 +89,12 @@ def test_a_fault_at_a_sample_of_the_calls(whole, tmp_path, kinds):
 @pytest.mark.soak
 @pytest.mark.parametrize("kinds", [("kill", "half"), FAILS, POWER], ids=["killed", "failing disk", "power loss"])
 def test_soak_faults(flags, tmp_path, kinds):
-    """Each call of a run of 50 steps, or every so many of them."""
+    """Each call of a run of 50 steps, or every so many of them from one on."""
     argv = flags(
         steps=50, sync_every=SYNC, save_every=15, eval_every=20, dtype="bfloat16", method="zo-sgd-mmt", lr="1e-3"
     )
-    whole, every = Whole(argv, tmp_path / "whole"), number("CALLS_EVERY", 1)
-    plan = [(kind, at) for kind in kinds for at in range(1, len(whole.calls) + 1, every)]
+    whole, first, every = Whole(argv, tmp_path / "whole"), number("CALLS_FROM", 1), number("CALLS_EVERY", 1)
+    plan = [(kind, at) for kind in kinds for at in range(first, len(whole.calls) + 1, every)]
     if kinds[0] == "kill":  # half a write is one only of a write
         plan = [(k, at) for k, at in plan if k == "kill" or whole.calls[at - 1].split()[0] in
                 ("write", "pwrite", "torch.save", "safetensors")]  # fmt: skip

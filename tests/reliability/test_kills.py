@@ -64,7 +64,7 @@ def killed_at_random(argv: list[str], folder: Path, whole: dict[str, Any], secon
 
 
 def trials(flags: Any, tmp_path: Path, kills: int, runs: list[dict[str, Any]], seed: int) -> int:
-    """Each run of the list killed in turn, once and twice in turn, until so many kills; how many hit. Two at a time."""
+    """Each run of the list killed in turn, once and twice in turn, until so many kills; how many hit."""
     draw, known = random.Random(seed), []
     for i, changes in enumerate(runs):
         argv = flags(**(LONG | changes))
@@ -80,12 +80,43 @@ def trials(flags: Any, tmp_path: Path, kills: int, runs: list[dict[str, Any]], s
         (argv, whole, seconds), some = plan[n]
         return killed_at_random(argv, tmp_path / f"{n}", whole, seconds, some)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(number("AT_ONCE", 2)) as pool:
         return sum(pool.map(one, range(len(plan))))
 
 
 def test_runs_killed_at_20_random_moments_end_to_the_bits_of_whole_ones(flags, tmp_path):
     assert trials(flags, tmp_path, 20, RUNS[:7], seed=0) >= 12  # the others had ended before
+
+
+CUDA_RUNS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16", "engine": "dual"},
+    {"dtype": "bfloat16", "groups": "batch", "lr": "1e-3"},
+    {
+        "dtype": "bfloat16",
+        "groups": "batch",
+        "lr": "1e-3",
+        "fold_every": 4,
+        "steps": 32,
+        "save_every": 6,
+        "eval_every": 8,
+    },
+    {"dtype": "float16", "engine": "sequential", "queries": 2, "weight_decay": 0.1, "lr": "1e-3"},
+    {"method": "zo-adam", "dtype": "bfloat16", "lr": "1e-4"},
+    {"method": "zo-sgd-mmt", "lr": "1e-3", "scheme": "lora"},
+    {"method": "fo-adam", "lr": "1e-4", "deterministic": True},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", CUDA_RUNS, ids=lambda c: "-".join(map(str, c.values())))
+def test_on_cuda_a_killed_run_ends_to_the_bits_of_a_whole_one(flags, tmp_path, changes):
+    """Killed at a step behind a checkpoint, and at random after it. The first run of a kind compiles its kernels."""
+    argv = [flag for flag in flags(**(LONG | changes | {"device": "cuda"})) if flag != "True"]
+    whole, seconds = whole_run(argv, tmp_path / "whole")
+    again, said = [*argv, "--output", str(tmp_path / "cut"), "--resume"], tmp_path / "said"
+    if whole["trajectory"] is not None:
+        assert zotune(again, said, KilledAtStep(10, "after")).code == -9
+    killed_at_random(argv, tmp_path / "cut", whole, seconds, [0.3, 0.6])
 
 
 @pytest.mark.soak

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,33 @@ def test_an_operation_that_has_no_deterministic_algorithm_is_named_in_a_line(fla
     with pytest.raises(InputError, match=r"^--deterministic: put_ .*; run without it$"):
         runs.train(config, Chance())
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Executed:
+    """What a stranger's pickle would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["a pickle", "a cut file"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_s_state_that_is_not_numbers_is_a_line_and_is_not_executed(flags, tmp_path, name, damage, capsys):
+    out = tmp_path / "run"
+    argv = [*flags(steps=7, eval_every=5, save_every=5, keep=2), "--output", str(out)]
+    assert run(argv) == 0
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoint-7")
+    state = out / "checkpoint-5" / name
+    state.write_bytes(pickle.dumps(Executed(tmp_path / "ran")) if damage == "a pickle" else state.read_bytes()[:-400])
+    capsys.readouterr()
+    assert run([*argv, "--resume"]) == 2
+    assert "checkpoint-5: its state cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    shutil.rmtree(out / "checkpoint-5")
+    assert run([*argv, "--resume"]) == 0
+    assert (out / "model" / "model.safetensors").read_bytes() == weights

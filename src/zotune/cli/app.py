@@ -14,7 +14,7 @@ import typer
 
 from zotune import config
 from zotune.cli import bench, tasks
-from zotune.errors import InputError, NonFiniteLoss
+from zotune.errors import InputError, NonFiniteLoss, plain
 
 # Typer may bring its own copy of click: its errors are found through typer's.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -195,7 +195,7 @@ def run(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, context: Any = None) -> int:
     for line in message.splitlines():
-        print(f"zotune: {line}", file=sys.stderr)
+        print(f"zotune: {plain(line)}", file=sys.stderr)
     if context is not None and context.command is not None:
         print(f"zotune: see {context.command_path} --help", file=sys.stderr)
     return 2

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from zotune import replay as replays
+from zotune.card import rebuilt_card
 from zotune.cli.progress import Bars
 from zotune.config import ModelOptions, ReplayConfig
 from zotune.errors import InputError
+from zotune.folder import CARD, check_model_folder, model_folder
+from zotune.models import adapters
 from zotune.run import load
 
 
 def replay(options: ReplayConfig) -> None:
     """The weights of a run's step, from its base model and its trajectory, as a model folder."""
     output = Path(options.output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
-        raise InputError(f"--output {output}: not empty; name another folder, or pass --overwrite")
+    check_model_folder(output, options.overwrite)
     model, tokenizer, line = rebuilt(options, options.trajectory, options.until)
-    if output.exists():
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
-    replays.save(model, tokenizer, output, options.trajectory, line)
+    with model_folder(output) as path:
+        adapters.save(model, tokenizer, path)
+        rebuilt_card(replays.open_trajectory(options.trajectory, "0")[0].header, line).save(path / CARD)
     print(f"{line}\n{output}")
 
 
@@ -32,6 +33,7 @@ def rebuilt(
     """Model, tokenizer, and what was rebuilt in a line. A dtype that is named is taken after the steps, not before."""
     found, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
     header = found.header
+    replays.check(header, trajectory)
     quantize = header.base.get("quantize")
     if options.quantize not in (None, quantize):
         raise InputError(
@@ -39,7 +41,7 @@ def rebuilt(
         )
     if quantize and options.dtype not in (None, header.dtype):
         raise InputError(f"--dtype {options.dtype}: a quantised base keeps the run's dtype, {header.dtype}")
-    kind, labels = header.base.get("kind", "causal"), header.base.get("labels", [])
+    kind, labels = header.base.get("kind") or "causal", header.base.get("labels") or []
     kept: dict[str, Any] = {}
 
     def base(dtype: str | None) -> Any:
@@ -62,4 +64,4 @@ def rebuilt(
 
         model = model.to(DTYPES[options.dtype])
         differ = [*differ, f"dtype was {found.header.dtype}, is {options.dtype}"]
-    return model.eval(), kept["tokenizer"], replays.described(found.header, steps, differ)
+    return model.eval(), kept["tokenizer"], replays.described(found, steps, differ)

@@ -198,13 +198,11 @@ def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype
 
 
 @triton.jit
-def _fold_kernel(
-    w, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+def _folded(
+    w_BB, n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """W (N, D) += Σ_g scales[g]·U_g·V_gᵀ, rounded once; k runs over directions and ranks."""
-    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
-    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
+    """A tile of W + Σ_g scales[g]·U_g·V_gᵀ, rounded once; k runs over directions and ranks."""
     total_BB = tl.zeros((BN, BD), dtype=tl.float32)
     nonzero = 0
     for first in range(0, GR, BK):
@@ -227,11 +225,27 @@ def _fold_kernel(
                 total_BB = tl.dot(low_BK, v_KB, total_BB)
         else:
             total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
+    return tl.where(nonzero != 0, (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype), w_BB)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _fold_kernel(
+    w, u, v, scales, S, N, D, G, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """W (N, D) takes S folds one after the other, each rounded."""
+    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
+    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     inside = (n_B < N)[:, None] & (d_B < D)[None, :]
     w_BB = tl.load(at, mask=inside, other=0.0)
-    moved_BB = (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype)
-    tl.store(at, tl.where(nonzero != 0, moved_BB, w_BB), mask=inside)
+    for step in range(S):
+        first = step.to(tl.int64) * G
+        w_BB = _folded(
+            w_BB, n_B, d_B, u + first * N * R, v + first * D * R, scales + first, N, D, G * R, R, SPLIT, WIDE, EXACT,
+            BN, BD, BK,
+        )  # fmt: skip
+    tl.store(at, w_BB, mask=inside)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
@@ -239,11 +253,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bf
 
 def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> None:
     """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W."""
-    (out, wide), (groups, _, rank), dtype = matrix_ND.shape, u_GNR.shape, matrix_ND.dtype
+    folds(matrix_ND, u_GNR, v_GDR, scales_G[None])
+
+
+def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor) -> None:
+    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), fold by fold."""
+    (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
-    split, exact = dtype == torch.bfloat16, dtype == torch.float32
+    split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
     side = 64 if exact else 128
     _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, 128))](
-        matrix_ND, u_GNR, v_GDR, scales_G, out, wide, groups * rank, R=rank, SPLIT=split, WIDE=INTERPRETED, EXACT=exact,
+        matrix_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED, EXACT=exact,
         BN=side, BD=128, BK=16 if groups * rank <= 16 else 32, num_warps=4 if exact else 8,
     )  # fmt: skip

@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.directions import Directions, Displacement, HeldDisplacement, joined
 from zotune.engines.following import FollowingEngine, capturing
 from zotune.engines.parts import PartedReads, Parts, Unfollowed, kernels_for
 from zotune.engines.sequential import same_draws
 from zotune.engines.stacks import Stacks
 
 MOST_AT_ONCE = 128  # rank of an update that is folded in one pass over a parameter
+FOLDS_ROOM = 256 << 20  # bytes of the factors of folds that one pass takes
+LAUNCH = 65_535  # parts of one launch that draws factors
 
 
 class LowRankEngine(FollowingEngine):
@@ -132,6 +134,27 @@ class LowRankEngine(FollowingEngine):
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
                 self._fold(param, drawn, scaled[slot.group])
             self.directions.apply(some, self.dense)
+
+    def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
+        """`apply` of one after the other, to the bit; on CUDA a tile of a weight takes many before the next tile is read."""
+        found, each = [kernels_for(p) for p in self.factored], min(at_once, max(1, MOST_AT_ONCE // self.rank))
+        if not found or None in found:
+            for by in moves:
+                self.apply(by, at_once)
+            return
+        folds = [by.some(n, n + each).filled(each) for by in moves for n in range(0, len(by.seeds_Q), each)]
+        largest = max((sum(_sides(p)) * p.element_size() for p in self.factored), default=1)
+        many = max(1, min(FOLDS_ROOM // (each * largest * self.rank), LAUNCH // each, len(folds)))
+        count = many * each * largest * self.rank
+        room = {p.dtype: p.data.new_empty(count // p.element_size()) for p in self.factored}
+        for first in range(0, len(folds), many):
+            by = joined(folds[first : first + many])
+            for param in self.factored:
+                drawn = _Factors(self, len(by.seeds_Q), [param], room[param.dtype])
+                drawn.draw(by)
+                scaled_Q = by.on(self.directions.slots[id(param)].group, param.device)[1] / math.sqrt(self.rank)
+                found[0].folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
+        self.directions.apply_each(folds, self.dense)
 
     def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor) -> None:
         u_GOR, v_GDR = drawn.of[id(param)]

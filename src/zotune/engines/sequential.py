@@ -111,6 +111,10 @@ class SequentialEngine:
         """θ ← θ + displacement. at_once: as `lowrank` has it."""
         self.directions.apply(by)
 
+    def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
+        """`apply` of one after the other, to the bit, with fewer passes over the weights."""
+        self.directions.apply_each(moves)
+
     # Updates that wait for the next read of the weights, where an engine has such.
 
     holds = False
