@@ -14,10 +14,12 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer, optimizer, updates
 from zotune.engines import graphs
-from zotune.engines.graphs import StepGraphs, applicable, projected
+from zotune.engines.graphs import StepGraphs, _Captured, applicable, projected
 from zotune.estimators import OneSided, TwoSided
 from zotune.trajectory import Record, float32
 from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
@@ -221,6 +223,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # before anything is armed
 @pytest.mark.parametrize("options", STEPS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
 def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(device, dtype, options, monkeypatch):
@@ -260,6 +263,7 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
     torch.testing.assert_close(second.state_dict()["state"], first.state_dict()["state"], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("options", [{"method": "zo-adam"}, {"method": "zo-sgd", "rounding": "compensated"}], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_state_that_is_loaded_is_what_the_next_captured_step_sees(device, options, monkeypatch):
@@ -321,3 +325,47 @@ def test_a_choice_on_the_device_is_the_host_s(losses):
     choice = int(Conservative().choose_on_device(torch.tensor(losses, dtype=torch.float64)))
     assert choice == Conservative().choose(losses)
     assert choice == 0 or losses[choice] < losses[0]
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses tensors on the CPU, which no graph can read again; arithmetic alone takes numbers with its kernel."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        arithmetic = func._opname in ("add", "sub", "mul", "div", "eq", "ne", "lt")
+        touched = pytree.tree_leaves(out if arithmetic else (out, args, kwargs))
+        if any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in touched):
+            raise AssertionError(f"{func} needs the host")
+        return out
+
+
+@pytest.mark.parametrize("rule", [Sgd(), ScalarSign(), Conservative(), Sign(), Momentum(), Adam()], ids=repr)
+@pytest.mark.parametrize("estimator", [TwoSided(3), OneSided(3)], ids=repr)
+def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, monkeypatch):
+    """On meta tensors, which have no numbers; kernels left out."""
+    applied = []
+    monkeypatch.setattr(
+        graphs, "fused", lambda directions: SimpleNamespace(Update=lambda *args: SimpleNamespace(run=run))
+    )
+    monkeypatch.setattr(
+        graphs, "probe", lambda *args: [torch.zeros((), dtype=torch.float64, device="meta")] * len(probes)
+    )
+    engine = SimpleNamespace(
+        directions=SimpleNamespace(params=[]),
+        loss=lambda closure, at: closure(),
+        apply=lambda by, at_once: applied.append(by.coefs_GQ),
+    )
+
+    def run(seeds_Q, g_GQ, numbers_GN, goes):
+        applied.append([g_GQ])
+
+    probes = estimator.probes
+    held = StepGraphs(engine, estimator, rule, (1e-3, 1e-2), 1e5, 0.5, {})
+    batch = {"x": torch.ones(4, device="meta")}
+    step = _Captured(held, lambda batch: batch["x"].mean(), [batch], (1,), 1, decays=not isinstance(rule, Conservative))
+    with NoHost():
+        step.run()
+        with pytest.raises(AssertionError, match="host"):
+            step.armed.copy_(torch.tensor(1.0))
+    assert all(c.dtype == torch.float32 and c.device.type == "meta" for coefs in applied for c in coefs)
+    assert applied
