@@ -157,7 +157,7 @@ def test_any_tile_moves_as_the_rule_says(n, queries, name, direction, state_dtyp
         apply(rule, Directions([[("w", param)]], direction), by, state, tiles)
         found.append((param.data, *(state[param][buffer] for buffer in rule.buffers)))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

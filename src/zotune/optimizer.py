@@ -273,7 +273,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
-        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths.
+        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; not
+        with masks, blocks, hybrid training or forward-grad.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
