@@ -1,6 +1,7 @@
 """Seconds a step, side by side in one run: two forwards of the batch, zotune's step, and the MeZO step in place.
 
-    python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--methods zo-adam …] [--output step_time.json]
+    python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--methods zo-adam …]
+        [--output step_time.json]
 
 All take the loss over label words, with logits at the last position alone and no key-value cache, from the same tokens. A round
 takes each once, in turn, so that a busy machine slows all alike; the ratios are medians over the rounds. Memory is the process's
