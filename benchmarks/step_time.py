@@ -1,6 +1,7 @@
 """Seconds a step, side by side in one run: two forwards of the batch, zotune's step, and the MeZO step in place.
 
-    python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--output step_time.json]
+    python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--methods zo-adam …]
+        [--output step_time.json]
 
 All take the loss over label words, with logits at the last position alone and no key-value cache, from the same tokens. A round
 takes each once, in turn, so that a busy machine slows all alike; the ratios are medians over the rounds. Memory is the process's
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--methods", nargs="*", default=[], help="a step of these too; their state counts in the peaks")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -64,6 +66,9 @@ def main() -> None:
             steps[f"zotune {engine}, {direction}"] = partial(optimizer.step, loss_of, batch=batch)
     per_row = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, groups="batch")
     steps["zotune lowrank, a direction per row"] = partial(per_row.step, loss_of, batch=batch)
+    for method in args.methods:
+        other = ZeroOrderOptimizer(model, method, lr=1e-9, eps=1e-3)
+        steps[f"zotune {method}, gaussian"] = partial(other.step, loss_of, batch=batch)
     peak = peaks(steps, device)  # before the step in place, which leaves the process larger than it found it
     for direction in ("rademacher", "gaussian"):
         reference = InPlaceMeZO(model, 1e-9, 1e-3, direction=direction)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(5, 7), (41, 27), (1,), (0, 3), (9, 8)]
+SHAPES = [(5, 7), (41, 27), (1,), (0, 3), (4, 8), (9, 8)]
 RULES = {"sign": Sign, "momentum": Momentum, "adam": Adam}
 
 
@@ -32,9 +32,10 @@ def on_triton(monkeypatch):
 
 
 def made(dtype: torch.dtype, seed: int = 0) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of the shapes, the last stored transposed."""
+    """Parameters of the shapes, the first at an odd address, the last stored transposed."""
     draw = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=draw).to(DEVICE, dtype) for shape in SHAPES]
+    tensors[0] = torch.cat([tensors[0].new_zeros(1), tensors[0].view(-1)])[1:].view(SHAPES[0])
     tensors[-1] = tensors[-1].t()
     return [(f"p{i}", nn.Parameter(t, requires_grad=False)) for i, t in enumerate(tensors)]
 
@@ -157,7 +158,7 @@ def test_any_tile_moves_as_the_rule_says(n, queries, name, direction, state_dtyp
         apply(rule, Directions([[("w", param)]], direction), by, state, tiles)
         found.append((param.data, *(state[param][buffer] for buffer in rule.buffers)))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

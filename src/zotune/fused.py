@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zotune.updates import Rule
 
 TILE = 1024  # elements a program: four tensors of them, and the noise, are in registers
+ALIGNED = 16  # bytes of an address, elements of a size: what a launch needs to know to read many at once
 SPAN = 1 << 22  # elements of a masked parameter a launch: its mask is made that far
 
 
@@ -118,18 +119,22 @@ def _one_kernel(
 def _many_kernel(
     tile_item, tile_first, ws, ms, vs, losts, sizes, pids, groups, seeds, g, Q: tl.constexpr, numbers, N: tl.constexpr,
     goes, RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    KEPT: tl.constexpr, EVEN: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Tile t: elements tile_first[t]·E, … of item tile_item[t]."""
+    """Tile t: elements tile_first[t]·E, … of item tile_item[t]. EVEN: whether all sizes are multiples of `ALIGNED`."""
     item = tl.load(tile_item + tl.program_id(0))
     step_G = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
-    inside = (at_GE < tl.load(sizes + item)) & (tl.load(goes) != 0)
+    n = tl.load(sizes + item)
+    if EVEN:
+        n = tl.multiple_of(n, 16)
+    inside = (at_GE < n) & (tl.load(goes) != 0)
     group = tl.load(groups + item)
-    w = tl.load(ws + item).to(tl.pointer_type(DTYPE))
-    m = tl.load(ms + item).to(tl.pointer_type(KEPT))
-    v = tl.load(vs + item).to(tl.pointer_type(KEPT))
-    lost = tl.load(losts + item).to(tl.pointer_type(DTYPE))
+    # all are ALIGNED: where sizes are even too, neighbours are read at once
+    w = tl.multiple_of(tl.load(ws + item).to(tl.pointer_type(DTYPE)), 16)
+    m = tl.multiple_of(tl.load(ms + item).to(tl.pointer_type(KEPT)), 16)
+    v = tl.multiple_of(tl.load(vs + item).to(tl.pointer_type(KEPT)), 16)
+    lost = tl.multiple_of(tl.load(losts + item).to(tl.pointer_type(DTYPE)), 16)
     _update(
         w, m, v, lost, w, at_GE, inside, step_G, seeds, g + group * Q, Q, numbers + group * N, tl.load(pids + item),
         RULE, MOMENTS, COMPENSATED, False, GAUSSIAN, E, G,
@@ -153,15 +158,16 @@ class Update:
         shape = _shape(directions.distribution)
         self.tile = shape | {"G": TILE // shape["E"]}
         self.alone: list[tuple[Any, list[Tensor]]] = []
-        few: dict[Any, list[tuple[Any, list[Tensor]]]] = {}
+        few: dict[tuple[Any, Any, bool], list[tuple[Any, list[Tensor]]]] = {}
         for param in directions.params:
             own = [state[param][name] for name in self.buffers]
-            dtypes = (param.dtype, own[0].dtype if moments else param.dtype)
-            if param.numel() <= FEW and param.is_contiguous() and not directions.masked:
-                few.setdefault(dtypes, []).append((param, own))
+            kind = (param.dtype, own[0].dtype if moments else param.dtype, param.numel() % ALIGNED == 0)
+            aligned = all(t.data_ptr() % ALIGNED == 0 for t in (param, *own))
+            if param.numel() <= FEW and param.is_contiguous() and aligned and not directions.masked:
+                few.setdefault(kind, []).append((param, own))
             elif param.numel():
                 self.alone.append((param, own))
-        self.together = [(dtypes, self._tables(items)) for dtypes, items in few.items()]
+        self.together = [(kind, self._tables(items)) for kind, items in few.items()]
         device = directions.params[0].device
         self.goes = torch.ones((), dtype=torch.int32, device=device)
 
@@ -172,10 +178,10 @@ class Update:
         goes = self.goes if goes is None else goes
         for param, own in self.alone:
             self._alone(param, own, seeds_Q, g_AQ, numbers_AN, goes)
-        for (dtype, kept), tables in self.together:
+        for (dtype, kept, even), tables in self.together:
             _many_kernel[(len(tables[0]),)](
                 *tables, seeds_Q, g_AQ, len(seeds_Q), numbers_AN, numbers_AN.shape[1], goes,
-                DTYPE=_TL_DTYPE[dtype], KEPT=_TL_DTYPE[kept], **self.kind, **self.tile,
+                DTYPE=_TL_DTYPE[dtype], KEPT=_TL_DTYPE[kept], EVEN=even, **self.kind, **self.tile,
             )  # fmt: skip
 
     def _alone(

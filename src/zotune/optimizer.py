@@ -292,9 +292,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
-        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; it returns
-        when the device has been given it: the loss is a tensor there, and the step is one of the past (in `last`, for `watch`, as
-        a skipped one of those that end in `NonFiniteLoss`) with the next one, or when somebody asks.
+        is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; not
+        with masks, blocks, hybrid training or forward-grad. It returns when the device has been given the step: the loss is a
+        tensor there, and the step is one of the past (in `last`, for `watch`, as a skipped one of those that end in
+        `NonFiniteLoss`) with the next one, or when somebody asks.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
