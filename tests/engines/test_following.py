@@ -88,6 +88,46 @@ def test_dual_in_narrow_formats(name, dtype):
     torch.testing.assert_close(ours, theirs, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
+def test_dual_adds_a_bias_within_the_product_as_after_it(monkeypatch):
+    from zotune.engines import dual as dual_engine
+
+    monkeypatch.setattr(dual_engine, "SMALL_BYTES", 2048)  # under the matrices
+    model, at, batch = build("opt").double(), Displacement((77,), ((1e-2,),)), batch_of(3)
+    found, asked = [], set()
+    for within in (True, False):
+
+        def plan(weight, n, has_bias, within=within):
+            asked.add(has_bias)
+            return weight.shape[0], within and has_bias
+
+        monkeypatch.setattr(dual_engine, "_plan", plan)
+        engine = ZeroOrderOptimizer(model, engine="dual").engine
+        found.append(torch.stack(engine.both(lambda b: row_losses(model, b), batch, at)))
+        assert engine.usable
+    assert asked == {True, False}
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("outputs", [2048, 8192])
+def test_a_bias_is_within_the_product_where_that_costs_less(outputs):
+    from types import SimpleNamespace
+
+    from zotune.engines.dual import _plan
+
+    def weight(width, is_cuda=True):
+        count = outputs * width
+        return SimpleNamespace(shape=(outputs, width), numel=lambda: count, element_size=lambda: 2, is_cuda=is_cuda)
+
+    assert _plan(weight(2048), 4096, True) == (outputs, True)
+    assert _plan(weight(2048), 4096, False) == (min(outputs, 4096), False)
+    assert _plan(weight(2048, is_cuda=False), 4096, True) == (min(outputs, 4096), False)
+    assert _plan(weight(2048), 256, True)[1] is False  # two products would not fill a GPU
+    rows, within = _plan(weight(20480), 4096, True)  # the copies would cost more than the bias
+    assert not within
+    assert rows % 128 == 0
+    assert rows < outputs
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_row_sees_its_own_low_rank_direction(name, rank):

@@ -96,7 +96,7 @@ def test_a_replay_by_separate_forwards_gives_the_bits_of_held_updates(dtype):
 @given(what=st.lists(st.sampled_from(["step", "step", "settle", "state", "record", "closure", "nan"]), max_size=8))
 @settings(max_examples=25, deadline=None)
 def test_whatever_comes_between_steps(what):
-    models, optimizers = pair()
+    models, optimizers = pair(max_skipped=9)
     for i, event in enumerate(what):
         for model, optimizer in zip(models, optimizers, strict=True):
             if event == "step":
@@ -112,7 +112,8 @@ def test_whatever_comes_between_steps(what):
             else:
                 optimizer.step(RowLoss(model, lambda losses: losses * float("nan")), batch=batch_of(2))
         if event != "step":
-            optimizers[0].settle() if event == "nan" else None
+            if event == "nan":  # the update before it may wait still
+                optimizers[0].settle()
             assert same(*models)
     optimizers[0].flush()
     assert same(*models)
@@ -283,7 +284,6 @@ def replayed(monkeypatch):
     def as_on_cuda(self, loss_of, batches, seeds_Q, shares):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
-            patch.setattr(dual_engine, "BIAS_IN_PRODUCT", False)
             graph_step = graphs.StepGraphs.step
 
             def without(*args):

@@ -108,8 +108,7 @@ class _DualReads(PartedReads):
         (outputs, width), scratch = weight.shape, self.engine.scratch
         halves = x.reshape(2, -1, width)
         out = x.new_empty(2, halves.shape[1], outputs)
-        rows = _rows_at_once(weight, halves.shape[1], bias is not None)
-        with_bias = bias is not None and rows == outputs and _bias_in_product(halves, outputs)
+        rows, with_bias = _plan(weight, halves.shape[1], bias is not None)
         copies = scratch.take(weight.data[:rows].expand(2, rows, width))
         if not weight.is_contiguous() or self.waiting.row(weight):
             self.waiting.take(weight)
@@ -142,15 +141,12 @@ class _DualReads(PartedReads):
         return out.view(*ids.shape, *weight.shape[1:])
 
 
-def _rows_at_once(weight: Tensor, n: int, has_bias: bool) -> int:
-    """Rows of a weight that are copied and multiplied at once."""
+def _plan(weight: Tensor, n: int, has_bias: bool) -> tuple[int, bool]:
+    """Rows of a weight that are copied and multiplied at once, and whether the product adds the bias."""
     outputs, width = weight.shape
     size = weight.numel() * weight.element_size()
-    whole = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and size <= WHOLE_BYTES
-    if whole and 2 * n >= width and n * outputs >= FILLS_GPU:
-        return outputs
-    return min(outputs, -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
-
-
-def _bias_in_product(halves: Tensor, outputs: int) -> bool:
-    return BIAS_IN_PRODUCT and halves.is_cuda and halves.shape[1] * outputs >= FILLS_GPU
+    rows = min(outputs, -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
+    within = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and n * outputs >= FILLS_GPU
+    if within and 2 * n >= width and size <= WHOLE_BYTES:
+        rows = outputs
+    return rows, within and rows == outputs
