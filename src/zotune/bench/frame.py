@@ -24,7 +24,7 @@ def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def _row(record: Record) -> dict[str, Any]:
     result, options = record.result or {}, record.options
-    labels = {k: v for k, v in record.labels.items() if k not in SEARCHED}
+    labels = {k: v for k, v in record.labels.items() if k not in (*SEARCHED, "search")}
     number = lambda *names: next((float(result[n]) for n in names if result.get(n) is not None), math.nan)  # noqa: E731
     return {
         "key": record.key,
@@ -37,6 +37,7 @@ def _row(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "variant": " ".join(f"{k}={_text(v)}" for k, v in sorted(labels.items())),
         "labels": labels,
+        "search": bool(record.labels.get("search")),
         "status": record.status,
         "lr": _number(result.get("lr", options.get("lr"))),
         "eps": _number(result.get("eps", options.get("eps"))),
@@ -82,13 +83,14 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for names, group in runs.groupby(GROUP, sort=False, dropna=False):
         done = group[group.status == "done"]
-        chosen = choose(done)
+        chosen = choose(done[~done.search] if (~done.search).any() else done)
         row = dict(zip(GROUP, names, strict=True))
         rows.append(
             row
             | {
                 "group": "g-" + str(group.key.iloc[0]),
                 "keys": list(group.key),
+                "chosen": list(chosen.key),
                 "labels": group.labels.iloc[0],
                 "n": len(chosen),
                 "failed": int((group.status == "failed").sum()),
@@ -113,11 +115,12 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def choose(done: pd.DataFrame) -> pd.DataFrame:
-    """The runs whose lr and eps are best on validation, mean over seeds; test decides nothing."""
+    """The runs whose lr and eps are best on validation, mean over seeds, of those with the most seeds; test decides nothing."""
     if not len(done):
         return done
-    means = done.groupby(list(SEARCHED), dropna=False)["validation"].mean()
-    if len(means) < 2 or means.isna().all():
+    pairs = done.groupby(list(SEARCHED), dropna=False)["validation"]
+    means = pairs.mean()[pairs.size() == pairs.size().max()]
+    if len(pairs) < 2 or means.isna().all():
         return done
     lr, eps = means.idxmax()
     same = lambda column, value: (column == value) | (column.isna() & (value != value))  # noqa: E731

@@ -15,6 +15,7 @@ ABOUT = "Validation accuracy, mean over seeds, a line for each eps. The choice i
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
     done = runs[(runs.status == "done") & runs.validation.notna()]
+    done = done[done.search | ~done.groupby(GROUP).search.transform("any")]  # a search has a budget of its own
     searched = [
         (names, rows)
         for names, rows in done.groupby(GROUP, sort=False)
