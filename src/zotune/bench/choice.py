@@ -19,11 +19,12 @@ def goodness(record: Record) -> float:
 
 def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The pairs of lr and eps that were tried, best on validation first: mean over seeds. Test is given, it decides nothing."""
-    pairs: dict[tuple[float, float], list[Record]] = {}
+    pairs: dict[tuple[float | None, ...], list[Record]] = {}
     for record in records:
-        pairs.setdefault((record.options["lr"], record.options["eps"]), []).append(record)
+        pairs.setdefault((record.options.get("lr"), record.options.get("eps")), []).append(record)
     rows = []
-    for (lr, eps), tried in pairs.items():
+    for tried in pairs.values():
+        lr, eps = (_value(tried, key) for key in ("lr", "eps"))
         done = [record for record in tried if record.status == "done"]
         whole = len(done) == len(tried)
         rows.append(
@@ -38,3 +39,9 @@ def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: row["order"], reverse=True)
+
+
+def _value(tried: Sequence[Record], key: str) -> float:
+    """As it was asked for, or as the run has resolved it."""
+    found = (record.options.get(key, record.result.get(key)) for record in tried)
+    return float(next((value for value in found if value is not None), math.nan))

@@ -96,6 +96,8 @@ class Plan:
                 self.hopeless.append(run)
                 continue
             found = _run(run.cell.chosen(best), self.folder)
+            if found.key in {r.key for r in self.runs}:  # the search has run it, or another suite's
+                continue
             found.planned = dict(run.planned)
             _recall(found, known, retry)
             released.append(found)
@@ -182,6 +184,12 @@ def code_version() -> str:
 START_SECONDS = 8.0  # until the first step, where no run has told: imports, the model, the score before
 
 
+def _estimated(options: Mapping[str, Any]) -> str:
+    """What an estimate depends on."""
+    names = ("model", "method", "scheme", "batch_size", "tokens", "dtype", "checkpointing", "queries", "device")
+    return json.dumps([options.get(name) for name in names], sort_keys=True)
+
+
 class Forecast:
     """What runs are expected to take: from finished ones like them where there are any, else from the estimate."""
 
@@ -218,11 +226,11 @@ class Forecast:
 
 def foresee(plan: Plan, store: Store | None = None) -> Forecast:
     """Fill in what each run is expected to take."""
-    forecast = Forecast(store.all(status=("done", "oom")) if store is not None else ())
-    guesses: dict[str, dict[str, Any]] = {}
+    records = store.all() if store is not None else []
+    forecast = Forecast(records)
+    guesses = {_estimated(record.options): record.planned for record in records if "step_seconds" in record.planned}
     for run in [*plan.runs, *plan.held]:
-        memory_of = {k: v for k, v in run.options.items() if k not in ("seed", "lr", "eps", "steps")}
-        key = json.dumps(memory_of, sort_keys=True, default=str)
+        key = _estimated(run.options)
         if key not in guesses:
             guesses[key] = _guess(run)
         run.planned |= {"peak_bytes": guesses[key].get("peak_bytes"), "step_seconds": guesses[key].get("step_seconds")}

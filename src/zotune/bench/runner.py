@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
 from filelock import FileLock, Timeout
 
 from zotune.bench import Stopped, materials
 from zotune.bench.plan import Forecast, Plan, Run, code_version, made_folder
 from zotune.bench.store import Record, Store, now
 from zotune.errors import InputError
+from zotune.folder import write_atomically
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which saves, and SIGKILL
 POLL_SECONDS = 0.1
@@ -175,15 +177,16 @@ def begin(run: Run, plan: Plan, store: Store) -> Path:
     for what, definition in run.cell.made.items():
         if run.cell.kind == "train":
             materials.make(what, definition, made_folder(plan.folder, what, run.cell, definition))
+    _find_again(run)
     old = store.get(run.key)
     attempts = 1 + (old.attempts if old is not None else 0)
     cell = run.cell
     store.put(
         Record(
-            key=run.key, config_key=run.config_key, code=code_version(), suite=plan.expanded.suite.name, kind=cell.kind,
+            key=run.key, config_key=run.config_key, code=code_version(), suite=cell.suite, kind=cell.kind,
             name=cell.name, model=cell.model, task=cell.task, method=cell.options["method"],
             scheme=cell.options.get("scheme", "full"), seed=int(cell.options.get("seed") or 0),
-            labels=cell.labels | ({"search": True} if cell.search else {}),
+            labels=cell.labels | ({"search": True} if cell.trial else {}),
             options=run.options, command=run.command, folder=str(run.folder.relative_to(plan.folder)),
             planned=run.planned, status="running", attempts=attempts, started=now(), finished=0.0, result={},
             metrics=[], error="",
@@ -192,6 +195,16 @@ def begin(run: Run, plan: Plan, store: Store) -> Path:
     log = plan.folder / "logs" / f"{run.key}.log"
     log.parent.mkdir(exist_ok=True)
     return log
+
+
+def _find_again(run: Run) -> None:
+    """The output folder may have been moved since the run began: where things that are made lie is no option of it."""
+    path = run.folder / "config.yaml"
+    if run.cell.made and path.is_file():
+        known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        places = {what: run.options[what] for what in run.cell.made if what in known}
+        if known | places != known:
+            write_atomically(path, yaml.safe_dump(known | places, sort_keys=False, allow_unicode=True))
 
 
 def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str]) -> _Process:

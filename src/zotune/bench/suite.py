@@ -7,7 +7,7 @@ again with some of its axes replaced; an `exclude` drops the cells that match.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
@@ -132,7 +132,9 @@ class Cell:
     forward_passes: int
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
+    suite: str = ""
     search: bool = False  # one of the pairs of lr and eps that are tried
+    trial: bool = False  # and with another budget than the run that the best of them gets
     group: str = ""  # what such pairs, and the runs that wait for the best of them, have in common
     open: tuple[str, ...] = ()  # which of lr and eps the search will tell
 
@@ -219,15 +221,34 @@ def expand(suite: Suite) -> Expanded:
             cells.append(_cell(suite, axes))
             continue
         group = _name({k: v for k, v in axes.items() if k != "seed"})
+        waits = replace(_cell(suite, axes), group=group, open=tuple(values))
         if group not in {cell.group for cell in cells}:
             for pair in itertools.product(*values.values()):
                 tried = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
-                cells.append(replace(_cell(suite, tried, suite.search.budget), search=True, group=group))
-        cells.append(replace(_cell(suite, axes), group=group, open=tuple(values)))
+                cell = _cell(suite, tried, suite.search.budget)
+                trial = cell.options["steps"] != waits.options["steps"]
+                cells.append(replace(cell, search=True, trial=trial, group=group))
+        cells.append(waits)
     if not cells:
         said = "; ".join(left_out) or "its exclusions leave nothing"
         raise InputError(f"suite {suite.name}: no run is left ({said})")
     return Expanded(suite, cells, left_out)
+
+
+def together(several: Sequence[Expanded]) -> Expanded:
+    """Suites as one, in their order; a run that two of them ask for is one run."""
+    first, *others = several
+    if not others:
+        return first
+    cells: dict[str, Cell] = {}
+    for cell in itertools.chain.from_iterable(one.cells for one in several):
+        cells.setdefault(repr((cell.kind, sorted(cell.options.items(), key=str), cell.made, cell.open)), cell)
+    left_out: dict[str, int] = {}
+    for reason, count in itertools.chain.from_iterable(one.left_out.items() for one in several):
+        left_out[reason] = left_out.get(reason, 0) + count
+    keep = any(one.suite.keep_models for one in several)
+    name = ", ".join(one.suite.name for one in several)
+    return Expanded(first.suite.model_copy(update={"name": name, "keep_models": keep}), list(cells.values()), left_out)
 
 
 def matches(pattern: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
@@ -326,7 +347,7 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
     labels = {k: v for k, v in axes.items() if k not in AXES}
     passes = forwards_of(int(options["steps"]), options)
-    return Cell(name, suite.kind, model, task, options, passes, made, labels)
+    return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
 
 
 _SIZES = ("train", "validation", "test")

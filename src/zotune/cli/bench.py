@@ -27,7 +27,12 @@ EXECUTORS = ("local", "ray")
 
 @app.command("run", help="Run a suite, or go on with it; shows the plan first.")
 def run(
-    suite: Annotated[str, typer.Argument(help="a shipped suite, see `zotune bench list`, or a .yaml file")],
+    suites: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SUITE…", help="a shipped suite, see `zotune bench list`, or a .yaml file; several go together"
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", help="folder of the results")],
     changes: Annotated[
         list[str] | None,
@@ -79,10 +84,10 @@ def run(
     from zotune.bench.plan import foresee, make_plan
     from zotune.bench.runner import Waiting, execute, sole_runner
     from zotune.bench.store import DATABASE, Store
-    from zotune.bench.suite import expand, load_suite
+    from zotune.bench.suite import expand, load_suite, together
 
     given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
-    expanded = expand(load_suite(suite, given))
+    expanded = together([expand(load_suite(suite, given)) for suite in suites])
     folder = Path(output).expanduser()
     check_folder(folder)
     if dry_run and not (folder / DATABASE).is_file():
@@ -125,7 +130,7 @@ def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="folder tha
 
 
 @app.command("list", help="The suites that come with zotune.")
-def suites() -> None:
+def list_suites() -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -165,7 +170,7 @@ def parse_changes(changes: list[str]) -> dict[str, Any]:
             value = [yaml.safe_load(t) for t in text.split(",")] if plain and "," in text else yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {change}: {text!r} is not YAML") from None
-        parsed[key.strip().replace("-", "_")] = value
+        parsed[key.strip() if key.startswith("models.") else key.strip().replace("-", "_")] = value
     return parsed
 
 
@@ -196,13 +201,23 @@ def show_plan(plan: Plan) -> None:
     from zotune.bench.store import FINAL
 
     suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
-    table = Table(title=f"suite {suite.name}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("model", "task", "method", "scheme"):
-        table.add_column(name)
+    runs_all = [*plan.runs, *plan.held]
+    axes = {"model": {r.cell.model for r in runs_all}, "task": {r.cell.task for r in runs_all}}
+    same = [next(iter(found)).rsplit("/", 1)[-1] for found in axes.values() if len(found) == 1]
+    told = ", ".join(name for name in same if name)
+    table = Table(
+        title=f"suite{'s' * (', ' in suite.name)} {suite.name}" + (f": {told}" if told else ""),
+        title_justify="left", box=None, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    varied = [name for name, found in axes.items() if len(found) > 1]
+    for name in varied:
+        table.add_column(name, overflow="fold")
+    for name in ("method", "scheme"):
+        table.add_column(name, no_wrap=True)
     for name in ("runs", "done", "steps", "passes", "GiB", "minutes"):
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[tuple[str, ...], list[Any]] = {}
-    for run in [*plan.runs, *plan.held]:
+    for run in runs_all:
         cell = run.cell
         groups.setdefault(
             (cell.model, cell.task, cell.options["method"], cell.options.get("scheme", "full")), []
@@ -213,8 +228,8 @@ def show_plan(plan: Plan) -> None:
         peaks = [run.planned["peak_bytes"] for run in runs if run.planned.get("peak_bytes")]
         seconds = [run.planned.get("seconds") for run in runs if run.key in to_do or run.cell.open]
         table.add_row(
-            names[0].rsplit("/", 1)[-1],
-            *names[1:],
+            *(names[i].rsplit("/", 1)[-1] for i, axis in enumerate(("model", "task")) if axis in varied),
+            *names[2:],
             str(len(runs)),
             str(done),
             f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,}-{max(steps):,}",
@@ -313,7 +328,7 @@ class Live:
         for run, record in state.finished[self.said :]:
             self.said += 1
             after = record.result.get("test_after")
-            figure = f"{after:.1f}" if after is not None else record.status
+            figure = f"{after:.1f}" if after is not None and record.status == "done" else record.status
             took = record.finished - record.started
             line = f"[{self.said}/{self.total}] {run.cell.name}  {figure}  {took:.0f} s"
             if (seconds := run.planned.get("seconds")) is not None:
