@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Listener:
     """What a run tells whoever watches it. The command line draws it; this one is silent."""
 
     def say(self, line: str) -> None: ...
+    def prepared(self, ready: Prepared) -> None: ...
     def begin(self, what: str, total: int) -> None: ...
     def advance(self, what: str, done: int, **shown: float) -> None: ...
     def end(self, what: str) -> None: ...
@@ -249,6 +251,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(described(ready.task))
             ready.config = config = resolved(config, ready.model)
             folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+            listener.prepared(ready)
             return _Run(ready, folder, listener).go()
 
 
@@ -640,6 +643,8 @@ class _Recorder(transformers.TrainerCallback):
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
         self.losses: list[float] = []  # since the last line
+        self.took: list[float] = []  # seconds of each step since then, evaluation and checkpoints left out
+        self.step_began = 0.0
         self.g: float | None = None  # of the last step, the mean over its pairs
         self.line: dict[str, Any] = {}
         self.validation: dict[str, float] = {}
@@ -661,9 +666,14 @@ class _Recorder(transformers.TrainerCallback):
         run.listener.begin("train", state.max_steps)
         run.listener.advance("train", step)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_began = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run, last = self.run, self.trainer.zo_optimizer.last
         assert last is not None
+        _wait(run.ready.device)
+        self.took.append(time.perf_counter() - self.step_began)
         loss, skipped = last.loss, last.skipped
         if run.trajectory is not None:
             record, written = self._record(last), self.trainer.recorded
@@ -678,7 +688,7 @@ class _Recorder(transformers.TrainerCallback):
                 self.guards.see(state.global_step, plus, minus, g_Q)
         self.losses.append(loss)
         run.listener.advance("train", 1, loss=loss, **self.validation)
-        run.peak = peak_bytes(run.ready.device)  # before a checkpoint is mapped to load the best from
+        run.peak = max(run.peak, peak_bytes(run.ready.device))
         if skipped:
             run.listener.say(f"step {state.global_step}: the loss is not finite; the step is skipped")
         last_one = state.global_step == state.max_steps
@@ -713,6 +723,7 @@ class _Recorder(transformers.TrainerCallback):
         if "loss" in logs:
             self._write()
             losses, self.losses = self.losses, []
+            took, self.took = self.took, []
             self.line = {
                 "step": state.global_step,
                 "loss": sum(losses) / len(losses),
@@ -722,9 +733,14 @@ class _Recorder(transformers.TrainerCallback):
                 "forward_passes": logs["forward_passes"],
                 "skipped_steps": logs["skipped_steps"],
                 "seconds": round(self.run._wall(), 3),
+                **({"step_seconds": round(median(took), 6)} if took else {}),
             }
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reset_peak(self.run.ready.device)  # the peak is that of the steps
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        reset_peak(self.run.ready.device)
         name, value = next(iter(metrics.items()))
         self.validation = {self.run.ready.task.metric: value}
         self.line[name.replace("eval_", "validation_")] = value
@@ -757,6 +773,11 @@ class _Recorder(transformers.TrainerCallback):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")
             self.line = {}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _over_rows(losses: list[float], rows: int, groups: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import median
@@ -65,14 +64,13 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
-    """Seconds a step: the median over the intervals between logged steps, the first (warm-up) left out.
+    """Seconds a step: the median over the lines of metrics.jsonl, the first, which warms up, left out.
 
-    >>> step_seconds([{"step": s, "seconds": t} for s, t in ((10, 9.0), (20, 10.0), (30, 11.0), (40, 16.0))])
+    >>> step_seconds([{"step": 10 * s, "step_seconds": t} for s, t in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.1))])
     0.1
     """
-    points = [(line["step"], line["seconds"]) for line in metrics if "seconds" in line]
-    pace = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(points) if s1 > s0]
-    return median(pace) if pace else math.nan
+    lines = [line["step_seconds"] for line in metrics if "step_seconds" in line]
+    return median(lines[1:] or lines) if lines else math.nan
 
 
 def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
