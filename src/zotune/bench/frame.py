@@ -34,7 +34,7 @@ def _row(record: Record) -> dict[str, Any]:
         "method": record.method,
         "scheme": record.scheme,
         "seed": record.seed,
-        "variant": " ".join(f"{k}={_text(v)}" for k, v in sorted(labels.items())),
+        "variant": " ".join(filter(None, (said(k, v) for k, v in sorted(labels.items())))),
         "labels": labels,
         "search": bool(record.labels.get("search")),
         "status": record.status,
@@ -61,6 +61,16 @@ def _row(record: Record) -> dict[str, Any]:
         "folder": record.folder,
         "error": record.error,
     }
+
+
+def said(name: str, value: Any) -> str:
+    """
+    >>> said("sparsity", 0.5), said("checkpointing", True), said("checkpointing", False)
+    ('sparsity=0.5', 'checkpointing', '')
+    """
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name}={_text(value)}"
 
 
 def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:

@@ -118,14 +118,19 @@ def run(
         show_end(state, output)
 
 
-@app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR.")
-def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="folder that `zotune bench run` filled")]) -> None:
+@app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR, or in several.")
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="folders that `zotune bench run` filled")],
+    output: Annotated[str | None, typer.Option("--output", help="another folder for the report")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="for a repository: small pictures, no SVG files")] = False,
+) -> None:
     from zotune.bench import need_extra
 
     need_extra()
     from zotune.bench.report import make_report
 
-    page = make_report(Path(folder).expanduser())
+    target = Path(output).expanduser() if output else None
+    page = make_report(*(Path(folder).expanduser() for folder in folders), target=target, compact=compact)
     print(f"report: {page}")
 
 
