@@ -112,7 +112,8 @@ def plain_svg(figure: Figure, name: str) -> str:
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.S)
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), svg)
+    short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")  # noqa: E731
+    svg = re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"-?\d+\.\d{3,}", short, path[0]), svg)
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
 
 

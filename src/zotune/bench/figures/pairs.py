@@ -33,10 +33,6 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
                 axis.text(x, 1, f"{m:.1f}", ha="center", va="bottom", fontsize=8, color="white", rotation=90)
         slant: Any = {"rotation": 20, "ha": "right"} if len(panel) > 2 else {}
         axis.set_xticks(range(len(panel)), [cluster for cluster, _ in panel], **slant)
-            range(len(panel)),
-            [cluster for cluster, _ in panel],
-            **({"rotation": 20, "ha": "right"} if len(panel) > 2 else {}),
-        )
         axis.set_ylim(0, 105)
         axis.set_ylabel("test accuracy (%)")
         axis.set_title(title)
