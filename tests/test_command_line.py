@@ -75,7 +75,7 @@ def weights(folder: Path) -> bytes:
 
 def lines(folder: Path) -> list[dict]:
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "step_seconds")} for line in read]
 
 
 def refused(capsys, *argv: str, code: int = 2) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Listener:
     """What a run tells whoever watches it. The command line draws it; this one is silent."""
 
     def say(self, line: str) -> None: ...
+    def prepared(self, ready: Prepared) -> None: ...
     def begin(self, what: str, total: int) -> None: ...
     def advance(self, what: str, done: int, **shown: float) -> None: ...
     def end(self, what: str) -> None: ...
@@ -255,6 +257,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(described(ready.task))
             ready.config = config = resolved(config, ready.model)
             folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+            listener.prepared(ready)
             return _Run(ready, folder, listener).go()
 
 
@@ -675,6 +678,10 @@ class _Recorder(transformers.TrainerCallback):
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
         self.losses: list[float] = []  # since the last line
+        # seconds from a step's end to the next one's, evaluation and checkpoints left out; on CUDA, where a step is given to the device
+        # before the last one is done, that is a step's time too
+        self.took: list[float] = []
+        self.ended: float | None = None
         self.g: float | None = None  # of the last step, the mean over its pairs
         self.line: dict[str, Any] = {}
         self.validation: dict[str, float] = {}
@@ -725,7 +732,10 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.run
-        run.peak = peak_bytes(run.ready.device)  # before a checkpoint is mapped to load the best from
+        run.peak = max(run.peak, peak_bytes(run.ready.device))
+        now = time.perf_counter()
+        if self.ended is not None:
+            self.took.append(now - self.ended)
         last_one = state.global_step == state.max_steps
         if state.global_step % args.eval_steps == 0 or last_one:
             control.should_log = control.should_evaluate = True
@@ -734,6 +744,7 @@ class _Recorder(transformers.TrainerCallback):
             control.should_save = control.should_training_stop = True
         if state.global_step % args.logging_steps == 0 or control.should_log or control.should_save:
             self.trainer.zo_optimizer.land()
+        self.ended = None if control.should_evaluate or control.should_save else now
 
     def _record(self, last: StepRecord) -> Record:
         optimizer, written = self.trainer.zo_optimizer, self.trainer.recorded
@@ -756,6 +767,7 @@ class _Recorder(transformers.TrainerCallback):
         if "loss" in logs:
             self._write()
             losses, self.losses = self.losses, []
+            took, self.took = self.took, []
             self.line = {
                 "step": state.global_step,
                 "loss": sum(losses) / len(losses),
@@ -765,9 +777,14 @@ class _Recorder(transformers.TrainerCallback):
                 "forward_passes": logs["forward_passes"],
                 "skipped_steps": logs["skipped_steps"],
                 "seconds": round(self.run._wall(), 3),
+                **({"step_seconds": round(median(took), 6)} if took else {}),
             }
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reset_peak(self.run.ready.device)  # the peak is that of the steps
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        reset_peak(self.run.ready.device)
         name, value = next(iter(metrics.items()))
         self.validation = {self.run.ready.task.metric: value}
         self.line[name.replace("eval_", "validation_")] = value

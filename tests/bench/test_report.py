@@ -31,7 +31,7 @@ def record(number: int, **changes) -> Record:
             "forward_passes": 400, "wall_seconds": 90.0, "peak_memory_bytes": 3 * 2**29, "device": "cpu",
         },
         "metrics": [
-            {"step": s, "loss": 1 / s, "forward_passes": 2 * s, "seconds": 0.1 * s, "validation_accuracy": 50.0 + s / 10}
+            {"step": s, "loss": 1 / s, "forward_passes": 2 * s, "step_seconds": 0.1, "validation_accuracy": 50.0 + s / 10}
             for s in range(10, 210, 10)
         ],
         "error": "",

@@ -91,7 +91,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "weights": {p.name: p.read_bytes() for p in sorted(folder.glob("model/*.safetensors"))},
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock"),
-        "metrics": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        "metrics": [{k: v for k, v in line.items() if k not in ("seconds", "step_seconds")} for line in lines],
         "trajectory": trajectory.read_bytes() if trajectory.exists() else None,
         "result": {k: v for k, v in result.items() if k not in apart},
     }

@@ -13,7 +13,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from zotune.bench.runner import (
     POLL_SECONDS,
     Active,
     State,
+    Waiting,
     Watcher,
     begin,
     end,
@@ -89,6 +89,7 @@ def execute_on_ray(
     address: str | None,
     jobs: int | None,
     watcher: Watcher,
+    waiting: Waiting | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> State:
     """Run what is to do on the cluster at the address, or on one that is started here and ended with us.
@@ -111,7 +112,7 @@ def execute_on_ray(
         jobs = jobs or gpus or len([node for node in ray.nodes() if node["Alive"]])
         share = min(1.0, gpus / jobs) if gpus else 0.0
         task = ray.remote(num_cpus=1 if gpus else max(1, cpus // jobs), num_gpus=share, max_retries=0)(work)
-        return _drive(plan, store, jobs, watcher, task.remote, program)
+        return _drive(plan, store, jobs, watcher, waiting or Waiting(plan, store), task.remote, program)
     finally:
         ray.shutdown()
 
@@ -129,28 +130,36 @@ def _check_reach(address: str) -> None:
 
 
 def _drive(
-    plan: Plan, store: Store, jobs: int, watcher: Watcher, submit: Callable[[Job], Any], program: Sequence[str]
+    plan: Plan,
+    store: Store,
+    jobs: int,
+    watcher: Watcher,
+    waiting: Waiting,
+    submit: Callable[[Job], Any],
+    program: Sequence[str],
 ) -> State:
     import ray
 
     token = digest([time.time(), os.getpid(), socket.gethostname()])
     (plan.folder / TOKEN).write_text(token)
     active: list[_Task] = []
-    state = State(plan, active, waiting=len(plan.to_do))
-    queue = deque(plan.to_do)
+    state = State(plan, active, waiting=waiting.runs)
     with signals() as asked:
         try:
-            while (queue or active) and not asked:
-                while queue and len(active) < jobs:
-                    run = queue.popleft()
+            while not asked and not (waiting.late and active):
+                while len(active) < jobs and (run := waiting.take()) is not None:
                     log = begin(run, plan, store)
                     job = Job(run, plan.folder.absolute(), token, plan.expanded.suite.keep_models, program)
                     active.append(_Task(run=run, reference=submit(job), log=log))
-                    state.waiting = len(queue)
+                if not active:
+                    break
                 ready, _ = ray.wait([one.reference for one in active], timeout=POLL_SECONDS)
                 for one in [a for a in active if a.reference in ready]:
                     active.remove(one)
-                    state.finished.append((one.run, _take(one, plan, store)))
+                    record = _take(one, plan, store)
+                    state.finished.append((one.run, record))
+                    waiting.learn(record)
+                state.waiting = waiting.runs
                 for one in active:
                     look(one)
                 watcher.changed(state)
@@ -162,6 +171,7 @@ def _drive(
                 store.update(one.run.key, status="interrupted", finished=now())
             (plan.folder / TOKEN).unlink(missing_ok=True)
     raise_if_asked(asked, state)
+    state.late = waiting.late or bool(waiting.runs)
     return state
 
 

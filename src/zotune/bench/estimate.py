@@ -451,13 +451,18 @@ def _forwards(method: str, queries: int) -> int:
     return forwards_a_step({"method": method, "queries": queries})
 
 
+def forward_seconds(made: Estimate, rates: Rates) -> float:
+    """Of one forward pass of the batch."""
+    return max(made.flops / rates.flops, made.weights / rates.bandwidth) + made.calls * rates.call
+
+
 def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rates) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
     First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward.
     """
     whole = trained_bytes > made.weights / 2
-    forward = max(made.flops / rates.flops, made.weights / rates.bandwidth) + made.calls * rates.call
+    forward = forward_seconds(made, rates)
     if made.method.startswith("fo-"):
         passes = (3 if whole else 2) + (1 if checkpointing else 0)
         return passes * forward + (3 * trained_bytes + 2 * made.state) / rates.bandwidth

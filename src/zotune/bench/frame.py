@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from statistics import median
@@ -24,7 +23,7 @@ def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def _row(record: Record) -> dict[str, Any]:
     result, options = record.result or {}, record.options
-    labels = {k: v for k, v in record.labels.items() if k not in SEARCHED}
+    labels = {k: v for k, v in record.labels.items() if k not in (*SEARCHED, "search")}
     number = lambda *names: next((float(result[n]) for n in names if result.get(n) is not None), math.nan)  # noqa: E731
     return {
         "key": record.key,
@@ -35,8 +34,9 @@ def _row(record: Record) -> dict[str, Any]:
         "method": record.method,
         "scheme": record.scheme,
         "seed": record.seed,
-        "variant": " ".join(f"{k}={_text(v)}" for k, v in sorted(labels.items())),
+        "variant": " ".join(filter(None, (said(k, v) for k, v in sorted(labels.items())))),
         "labels": labels,
+        "search": bool(record.labels.get("search")),
         "status": record.status,
         "lr": _number(result.get("lr", options.get("lr"))),
         "eps": _number(result.get("eps", options.get("eps"))),
@@ -63,15 +63,24 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
-    """Seconds a step: the median over the intervals between logged steps, the first (warm-up) left out.
+def said(name: str, value: Any) -> str:
+    """
+    >>> said("sparsity", 0.5), said("checkpointing", True), said("checkpointing", False)
+    ('sparsity=0.5', 'checkpointing', '')
+    """
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name}={_text(value)}"
 
-    >>> step_seconds([{"step": s, "seconds": t} for s, t in ((10, 9.0), (20, 10.0), (30, 11.0), (40, 16.0))])
+
+def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
+    """Seconds a step: the median over the lines of metrics.jsonl, the first, which warms up, left out.
+
+    >>> step_seconds([{"step": 10 * s, "step_seconds": t} for s, t in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.1))])
     0.1
     """
-    points = [(line["step"], line["seconds"]) for line in metrics if "seconds" in line]
-    pace = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in itertools.pairwise(points) if s1 > s0]
-    return median(pace) if pace else math.nan
+    lines = [line["step_seconds"] for line in metrics if "step_seconds" in line]
+    return median(lines[1:] or lines) if lines else math.nan
 
 
 def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -82,13 +91,14 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for names, group in runs.groupby(GROUP, sort=False, dropna=False):
         done = group[group.status == "done"]
-        chosen = choose(done)
+        chosen = choose(done[~done.search] if (~done.search).any() else done)
         row = dict(zip(GROUP, names, strict=True))
         rows.append(
             row
             | {
                 "group": "g-" + str(group.key.iloc[0]),
                 "keys": list(group.key),
+                "chosen": list(chosen.key),
                 "labels": group.labels.iloc[0],
                 "n": len(chosen),
                 "failed": int((group.status == "failed").sum()),
@@ -113,11 +123,12 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def choose(done: pd.DataFrame) -> pd.DataFrame:
-    """The runs whose lr and eps are best on validation, mean over seeds; test decides nothing."""
+    """The runs whose lr and eps are best on validation, mean over seeds, of those with the most seeds; test decides nothing."""
     if not len(done):
         return done
-    means = done.groupby(list(SEARCHED), dropna=False)["validation"].mean()
-    if len(means) < 2 or means.isna().all():
+    pairs = done.groupby(list(SEARCHED), dropna=False)["validation"]
+    means = pairs.mean()[pairs.size() == pairs.size().max()]
+    if len(pairs) < 2 or means.isna().all():
         return done
     lr, eps = means.idxmax()
     same = lambda column, value: (column == value) | (column.isna() & (value != value))  # noqa: E731

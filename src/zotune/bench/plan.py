@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from statistics import median
 from typing import Any
 
 import zotune
+from zotune.bench.choice import outcome
+from zotune.bench.store import FINAL, Record, Store
 from zotune.bench.suite import Cell, Expanded
 from zotune.errors import InputError
 
@@ -57,46 +59,99 @@ class Run:
 
 @dataclass
 class Plan:
+    """runs: whose lr and eps are known. held: runs that wait for a search to tell theirs; hopeless: whose search has failed."""
+
     expanded: Expanded
     folder: Path
     runs: list[Run]
-    final: frozenset[str]
+    any_version: bool = False
+    held: list[Run] = field(default_factory=list)
+    hopeless: list[Run] = field(default_factory=list)
 
     @property
     def to_do(self) -> list[Run]:
-        return [run for run in self.runs if run.status not in self.final]
+        """Searches, then a seed of everything after the other: what says most comes first if time runs out."""
+        seeds = list(dict.fromkeys(_seed(run) for run in [*self.runs, *self.held]))
+        waiting = [run for run in self.runs if run.status not in FINAL]
+        return sorted(waiting, key=lambda run: (not run.cell.search, seeds.index(_seed(run))))
 
     @property
     def forward_passes(self) -> int:
-        return sum(run.cell.forward_passes for run in self.runs)
+        return sum(run.cell.forward_passes for run in [*self.runs, *self.held])
+
+    def release(self, store: Store, *, retry: bool = False) -> list[Run]:
+        """The held runs whose search is over, with the lr and eps that were best on validation. They are among `runs` now."""
+        trying = {run.cell.group for run in self.runs if run.cell.search and run.status not in FINAL}
+        ready = [run for run in self.held if run.cell.group not in trying]
+        if not ready:
+            return []
+        self.held = [run for run in self.held if run.cell.group in trying]
+        known = _Known(store, self.any_version)
+        released = []
+        for run in ready:
+            tried = [r for r in self.runs if r.cell.search and r.cell.group == run.cell.group]
+            records = [record for record in map(known.get, tried) if record is not None]
+            best = outcome(records)[0] if records else {"seeds": 0}
+            if not best["seeds"]:
+                self.hopeless.append(run)
+                continue
+            found = _run(run.cell.chosen(best), self.folder)
+            if found.key in {r.key for r in self.runs}:  # the search has run it, or another suite's
+                continue
+            found.planned = dict(run.planned)
+            _recall(found, known, retry)
+            released.append(found)
+        self.runs += released
+        return released
+
+
+def _seed(run: Run) -> int:
+    return int(run.cell.options.get("seed") or 0)
+
+
+class _Known:
+    """What the store has of a run: by this version of the code, or by another's."""
+
+    def __init__(self, store: Store, any_version: bool) -> None:
+        self.own = {record.key: record for record in store.all()}
+        done = (record for record in store.latest() if record.status == "done")
+        self.others = {record.config_key: record for record in done} if any_version else {}
+
+    def get(self, run: Run) -> Record | None:
+        return self.own.get(run.key) or self.others.get(run.config_key)
+
+
+def _recall(run: Run, known: _Known, retry: bool) -> None:
+    if (record := known.get(run)) is not None:
+        again = retry and record.status in ("failed", "oom")
+        run.status, run.planned = "" if again else record.status, run.planned | record.planned
 
 
 def make_plan(
-    expanded: Expanded, folder: Path, store: Any = None, *, retry: bool = False, any_version: bool = False
+    expanded: Expanded, folder: Path, store: Store | None = None, *, retry: bool = False, any_version: bool = False
 ) -> Plan:
     """The runs of a suite in a folder. retry: failed runs too. any_version: what other versions of the code did counts."""
-    final = frozenset({"done"} if retry else {"done", "failed", "oom"})
-    runs = []
-    for cell in expanded.cells:
-        config_key = digest(identity(cell))
-        key = digest([config_key, code_version()])
-        options = dict(cell.options)
-        for what, definition in cell.made.items():
-            if cell.kind == "probe" and what == "model":
-                options["model"] = {"random": definition}
-            else:
-                options[what] = str(made_folder(folder, what, cell, definition))
-        runs.append(Run(cell, config_key, key, folder / "runs" / key, options))
+    made = [_run(cell, folder) for cell in expanded.cells]
+    plan = Plan(expanded, folder, [run for run in made if not run.cell.open], any_version)
+    plan.held = [run for run in made if run.cell.open]
     if store is not None:
-        known = {record.key: record for record in store.all()}
-        others = (
-            {record.config_key: record for record in store.latest() if record.status == "done"} if any_version else {}
-        )
-        for run in runs:
-            record = known.get(run.key) or others.get(run.config_key)
-            run.status = record.status if record is not None else ""
-            run.planned = dict(record.planned) if record is not None else {}
-    return Plan(expanded, folder, runs, final)
+        known = _Known(store, any_version)
+        for run in plan.runs:
+            _recall(run, known, retry)
+        plan.release(store, retry=retry)
+    return plan
+
+
+def _run(cell: Cell, folder: Path) -> Run:
+    config_key = digest(identity(cell))
+    key = digest([config_key, code_version()])
+    options = dict(cell.options)
+    for what, definition in cell.made.items():
+        if cell.kind == "probe" and what == "model":
+            options["model"] = {"random": definition}
+        else:
+            options[what] = str(made_folder(folder, what, cell, definition))
+    return Run(cell, config_key, key, folder / "runs" / key, options)
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -126,32 +181,61 @@ def code_version() -> str:
     return f"{zotune.__version__}+{sources.hexdigest()[:8]}"
 
 
-def foresee(plan: Plan, store: Any = None) -> None:
-    """Fill in what each run is expected to take: from finished runs like it where there are any, else from the estimate."""
-    rates: dict[tuple[str, ...], list[float]] = {}
-    for record in store.all(status=("done",)) if store is not None else []:
-        if seconds := record.result.get("wall_seconds"):
-            passes = max(1, record.result.get("forward_passes", 1))
-            for like in _likes(record.model, record.task, record.method, record.scheme):
-                rates.setdefault(like, []).append(seconds / passes)
-    guesses: dict[str, dict[str, Any]] = {}
-    for run in plan.runs:
+START_SECONDS = 8.0  # until the first step, where no run has told: imports, the model, the score before
+
+
+def _estimated(options: Mapping[str, Any]) -> str:
+    """What an estimate depends on."""
+    names = ("model", "method", "scheme", "batch_size", "tokens", "dtype", "checkpointing", "queries", "device")
+    return json.dumps([options.get(name) for name in names], sort_keys=True)
+
+
+class Forecast:
+    """What runs are expected to take: from finished ones like them where there are any, else from the estimate."""
+
+    def __init__(self, records: Sequence[Record] = ()) -> None:
+        self.starts: list[float] = []
+        self.seconds: dict[tuple[str, ...], list[float]] = {}  # a forward pass; of a probe, all of it
+        for record in records:
+            self.learn(record)
+
+    def learn(self, record: Record) -> None:
+        took, result = record.finished - record.started, record.result
+        if record.status not in ("done", "oom") or result.get("resumed_at"):
+            return
+        wall, passes = result.get("wall_seconds"), result.get("forward_passes")
+        if record.kind == "train" and wall and passes:
+            self.starts.append(max(0.0, took - wall))
+            took = wall / passes
+        elif record.kind == "train":
+            return
+        for like in _likes(record.model, record.task, record.method, record.scheme):
+            self.seconds.setdefault((record.kind, *like), []).append(took)
+
+    def of(self, run: Run) -> float | None:
         cell = run.cell
-        likes = _likes(cell.model, cell.task, cell.options["method"], cell.options.get("scheme", "full"))
-        rate = next((median(rates[like]) for like in likes if like in rates), None)
-        memory_of = {k: v for k, v in run.options.items() if k not in ("seed", "lr", "eps", "steps")}
-        key = json.dumps(memory_of, sort_keys=True, default=str)
+        scheme = cell.options.get("scheme", "full")
+        likes = [(cell.kind, *like) for like in _likes(cell.model, cell.task, cell.options["method"], scheme)]
+        told = next((self.seconds[like] for like in likes if like in self.seconds), None)
+        start = median(self.starts) if self.starts else START_SECONDS
+        if told is not None:
+            return median(told) if cell.kind == "probe" else start + median(told) * cell.forward_passes
+        step = run.planned.get("step_seconds")
+        return None if step is None else start + step * run.options["steps"]
+
+
+def foresee(plan: Plan, store: Store | None = None) -> Forecast:
+    """Fill in what each run is expected to take."""
+    records = store.all() if store is not None else []
+    forecast = Forecast(records)
+    guesses = {_estimated(record.options): record.planned for record in records if "step_seconds" in record.planned}
+    for run in [*plan.runs, *plan.held]:
+        key = _estimated(run.options)
         if key not in guesses:
             guesses[key] = _guess(run)
-        guess = guesses[key]
-        run.planned |= {"peak_bytes": guess.get("peak_bytes")}
-        seconds = cell.forward_passes * rate if rate is not None else guess.get("step_seconds")
-        if seconds is not None and rate is None:
-            seconds = START_SECONDS + seconds * run.options["steps"]
-        run.planned |= {"seconds": seconds, "forward_passes": cell.forward_passes}
-
-
-START_SECONDS = 8.0  # until the first step: imports, the model, the score before
+        run.planned |= {"peak_bytes": guesses[key].get("peak_bytes"), "step_seconds": guesses[key].get("step_seconds")}
+        run.planned |= {"seconds": forecast.of(run), "forward_passes": run.cell.forward_passes}
+    return forecast
 
 
 def _guess(run: Run) -> dict[str, Any]:

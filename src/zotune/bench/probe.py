@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import getpass
+import os
+import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from zotune.bench.estimate import model_config, without_dropout
@@ -31,6 +38,36 @@ def measure(options: Mapping[str, Any]) -> dict[str, Any]:
     options: model (a name, or {random: config}), method, scheme, batch_size, tokens, dtype, device, checkpointing, queries.
     On the CPU the peak is the process's, less what it held before there was a model.
     """
+    for name in ("transformers.initialization", "peft", "zotune.optimizer"):  # not while others wait for the device
+        import_module(name)
+    with _alone():
+        return _measure(options)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One probe of this user at a time on a GPU: of two that are started at once, one imports while the other measures."""
+    which = re.sub(r"\W", "_", os.environ.get("CUDA_VISIBLE_DEVICES") or "all")
+    with FileLock(Path(tempfile.gettempdir()) / f"zotune-probe-{getpass.getuser()}-{which}.lock"):
+        if torch.cuda.is_available():
+            _until_free()
+        yield
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _until_free(seconds: float = 10.0) -> None:
+    """The driver takes a moment to hand back what a process that has ended held."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        free, total = torch.cuda.mem_get_info()
+        if free > 0.95 * total:
+            return
+        time.sleep(0.1)
+
+
+def _measure(options: Mapping[str, Any]) -> dict[str, Any]:
     device = pick_device(options.get("device", "auto"))
     base = 0
     if device.type == "cpu":

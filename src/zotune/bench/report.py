@@ -14,36 +14,52 @@ import pandas as pd
 import yaml
 from itables.javascript import generate_init_offline_itables_html
 from markupsafe import Markup
+from PIL import Image
 
 import zotune
 from zotune.bench import figures, quoted, tables
 from zotune.bench.frame import groups_frame, runs_frame
-from zotune.bench.store import Store
+from zotune.bench.store import Record, Store
 from zotune.errors import InputError
 
+SPREAD = (
+    "mean ± one standard deviation over seeds; a figure without ± is one seed's. Where several learning rates or eps were "
+    "tried, the one best on validation."
+)
 NUMBERS = ("accuracy", "before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
 
 
-def make_report(folder: Path) -> Path:
-    """DIR/report/: index.html, and CSV, Markdown, LaTeX, SVG and PNG files beside it. Returns the page's path.
+def make_report(*folders: Path, target: Path | None = None, compact: bool = False) -> Path:
+    """index.html, and README.md, CSV, LaTeX, SVG and PNG files beside it, in `target` (DIR/report). Returns the page's path.
 
-    Of each configuration the newest finished run counts. Raises InputError where nothing has finished.
+    Of each configuration the newest finished run in any of the folders counts. compact: small pictures, no SVG files.
+    Raises InputError where nothing has finished, and for a target that is not a report's.
     """
-    store = Store(folder, create=False)
-    records = store.latest()
-    waiting = [record for record in store.all() if record.status in ("running", "interrupted")]
-    store.close()
+    report = target or folders[0] / "report"
+    if report.exists() and any(report.iterdir()) and not (report / "runs.csv").is_file():
+        raise InputError(f"--output {report}: holds files that are not a report's; name another folder")
+    newest: dict[str, Record] = {}
+    waiting = 0
+    for folder in folders:
+        store = Store(folder, create=False)
+        for record in store.latest():
+            known = newest.get(record.config_key)
+            if known is None or record.finished >= known.finished:
+                newest[record.config_key] = record
+        waiting += sum(record.status in ("running", "interrupted") for record in store.all())
+        store.close()
+    records = list(newest.values())
     if not records:
-        raise InputError(f"{folder}: no run has finished yet; `zotune bench run` goes on with it")
+        raise InputError(f"{folders[0]}: no run has finished yet; `zotune bench run` goes on with it")
     runs = runs_frame(records)
     groups = groups_frame(runs)
-    report = folder / "report"
-    partial = folder / ".report.partial"
+    partial = report.with_name(f".{report.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    drawn = _figures(runs, groups, partial)
+    partial.mkdir(parents=True)
+    drawn = _figures(runs, groups, partial, compact)
     matrices = tables.accuracy(groups[groups.kind == "train"])
     _files(partial, matrices, tables.summary(groups), tables.runs(runs))
+    _readme(partial, matrices, drawn, runs)
     page = _environment().get_template("page.html.j2").render(
         title=", ".join(sorted(set(runs.suite))),
         made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -51,11 +67,13 @@ def make_report(folder: Path) -> Path:
         codes=sorted(set(runs.code)),
         devices=sorted({device for device in runs.device if device}),
         counts={status: int((runs.status == status).sum()) for status in ("done", "failed", "oom")},
-        waiting=len(waiting),
+        waiting=waiting,
+        svg_files=not compact,
         matrices=[
             {"name": name, "columns": list(table.columns), "rows": list(zip(table.index, table.to_numpy(), strict=True))}
             for name, table in matrices.items()
         ],
+        spread=SPREAD,
         is_cell=lambda value: isinstance(value, tables.Cell),
         figures=drawn,
         quoted=_quoted(runs),
@@ -78,15 +96,20 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
 
 
-def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bool) -> list[dict[str, Any]]:
     drawn = []
     for module in figures.modules():
         with figures.style():
             figure = module.draw(runs, groups)
             if figure is None:
                 continue
-            figure.savefig(folder / f"{module.NAME}.png", dpi=200, bbox_inches="tight")
-            (folder / f"{module.NAME}.svg").write_text(figures.plain_svg(figure, module.NAME), encoding="utf-8")
+            png = folder / f"{module.NAME}.png"
+            figure.savefig(png, dpi=110 if compact else 200, bbox_inches="tight")
+            if compact:
+                with Image.open(png) as image:
+                    image.convert("RGB").quantize(32).save(png, optimize=True)
+            else:
+                (folder / f"{module.NAME}.svg").write_text(figures.plain_svg(figure, module.NAME), encoding="utf-8")
             svg = figures.as_svg(figure, module.NAME, module.TITLE)
         drawn.append({"name": module.NAME, "title": module.TITLE, "about": module.ABOUT, "svg": Markup(svg)})
     return drawn
@@ -101,6 +124,25 @@ def _files(folder: Path, matrices: dict[str, pd.DataFrame], summary: pd.DataFram
     tex = [tables.latex(table, f"Test accuracy: {name}") for name, table in matrices.items()]
     tex.append(tables.latex(tables.written(summary.drop(columns="group")), "All configurations"))
     (folder / "tables.tex").write_text("\n".join(tex), encoding="utf-8")
+
+
+def _readme(folder: Path, matrices: dict[str, pd.DataFrame], drawn: list[dict[str, Any]], runs: pd.DataFrame) -> None:
+    """The tables and figures as a page of Markdown, which forges show."""
+    devices = ", ".join(sorted({tables.plain(device) for device in runs.device if device}))
+    suites = ", ".join(map(tables.plain, sorted(set(runs.suite))))
+    done = int((runs.status == "done").sum())
+    lines = [
+        f"# Benchmark: {suites}\n",
+        f"{done} runs done, {int((runs.status == 'oom').sum())} did not fit in memory, "
+        f"{int((runs.status == 'failed').sum())} failed. {devices}. Code: {', '.join(sorted(set(runs.code)))}.\n",
+        "[index.html](index.html) sorts and filters, and has each run's configuration and exact command; "
+        "[tables.md](tables.md), [tables.tex](tables.tex), [summary.csv](summary.csv), [runs.csv](runs.csv).\n",
+    ]
+    if matrices:
+        lines.append(f"Test accuracy in percent, {SPREAD}\n")
+    lines += [f"## {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in matrices.items()]
+    lines += [f"## {one['title']}\n\n{one['about']}\n\n![{one['title']}]({one['name']}.png)\n" for one in drawn]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _sortable(table: pd.DataFrame, anchor: str, name: str) -> Markup:
@@ -132,6 +174,8 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
                 {
                     "anchor": f"run-{key}",
                     "seed": by_key[key].seed,
+                    "search": by_key[key].search,
+                    "lr": f"{by_key[key].lr:g}" if by_key[key].lr == by_key[key].lr else "",
                     "status": by_key[key].status,
                     "accuracy": tables._written("accuracy", by_key[key].accuracy),
                     "options": yaml.safe_dump(by_key[key].options, sort_keys=False, allow_unicode=True, width=100),

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
 from filelock import FileLock, Timeout
 
 from zotune.bench import Stopped, materials
-from zotune.bench.plan import Plan, Run, code_version, made_folder
+from zotune.bench.plan import Forecast, Plan, Run, code_version, made_folder
 from zotune.bench.store import Record, Store, now
 from zotune.errors import InputError
+from zotune.folder import write_atomically
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which saves, and SIGKILL
 POLL_SECONDS = 0.1
@@ -63,7 +65,40 @@ class State:
     plan: Plan
     active: Sequence[Active] = ()
     finished: list[tuple[Run, Record]] = field(default_factory=list)
-    waiting: int = 0
+    waiting: Sequence[Run] = ()
+    late: bool = False  # the time that was given is up
+
+
+class Waiting:
+    """The runs to do, in order. With `seconds`, none is given out that is not expected to end within them."""
+
+    def __init__(
+        self, plan: Plan, store: Store, forecast: Forecast | None = None, seconds: float | None = None
+    ) -> None:
+        self.plan, self.store, self.forecast = plan, store, forecast or Forecast()
+        self.until = math.inf if seconds is None else time.monotonic() + seconds
+        self.runs = plan.to_do
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def take(self) -> Run | None:
+        left = self.until - time.monotonic()
+        for run in self.runs:
+            if left == math.inf or (left > 0 and (run.planned.get("seconds") or 0.0) <= left):
+                self.runs.remove(run)
+                return run
+        return None
+
+    def learn(self, record: Record) -> None:
+        """A run has ended: what the others will take is known better, and a search may be over."""
+        self.forecast.learn(record)
+        self.runs += self.plan.release(self.store)
+        order = {run.key: i for i, run in enumerate(self.plan.to_do)}
+        self.runs = sorted((run for run in self.runs if run.key in order), key=lambda run: order[run.key])
+        for run in [*self.runs, *self.plan.held]:
+            run.planned["seconds"] = self.forecast.of(run)
 
 
 @contextlib.contextmanager
@@ -82,26 +117,39 @@ def sole_runner(folder: Path) -> Iterator[None]:
 
 
 def execute(
-    plan: Plan, store: Store, *, jobs: int, gpus: int, watcher: Watcher, program: Sequence[str] = ZOTUNE
+    plan: Plan,
+    store: Store,
+    *,
+    jobs: int,
+    gpus: int,
+    watcher: Watcher,
+    waiting: Waiting | None = None,
+    program: Sequence[str] = ZOTUNE,
 ) -> State:
     """Run what is to do, each run by `program` and its arguments.
 
-    A failed run is recorded and stops no other. Raises Stopped on Ctrl-C and SIGTERM, when all is saved.
+    A failed run is recorded and stops no other; when the time of `waiting` is up, what runs saves and stops.
+    Raises Stopped on Ctrl-C and SIGTERM, when all is saved.
     """
     active: list[_Process] = []
-    state = State(plan, active, waiting=len(plan.to_do))
-    queue = deque(plan.to_do)
+    waiting = waiting or Waiting(plan, store)
+    state = State(plan, active, waiting=waiting.runs)
     free = list(range(jobs))
     with signals() as asked:
         try:
-            while (queue or active) and not asked:
-                while queue and free:
-                    active.append(_start(queue.popleft(), plan, store, free.pop(0), jobs, gpus, program))
-                    state.waiting = len(queue)
+            while not asked and not (waiting.late and active):
+                while free and (run := waiting.take()) is not None:
+                    free.sort(key=lambda slot: (_crowd(slot, active, gpus), slot))
+                    active.append(_start(run, plan, store, free.pop(0), jobs, gpus, program))
+                if not active:
+                    break
                 for one in [a for a in active if a.process.poll() is not None]:
                     active.remove(one)
                     free.append(one.slot)
-                    state.finished.append((one.run, _finish(one, plan, store)))
+                    record = _finish(one, plan, store)
+                    state.finished.append((one.run, record))
+                    waiting.learn(record)
+                state.waiting = waiting.runs
                 for one in active:
                     look(one)
                 watcher.changed(state)
@@ -109,7 +157,13 @@ def execute(
         finally:
             _end(active, plan, store)
     raise_if_asked(asked, state)
+    state.late = waiting.late or bool(waiting.runs)
     return state
+
+
+def _crowd(slot: int, active: Sequence[_Process], gpus: int) -> int:
+    """How many runs the slot's GPU has."""
+    return sum(one.slot % max(1, gpus) == slot % max(1, gpus) for one in active)
 
 
 def raise_if_asked(asked: Sequence[int], state: State) -> None:
@@ -123,14 +177,16 @@ def begin(run: Run, plan: Plan, store: Store) -> Path:
     for what, definition in run.cell.made.items():
         if run.cell.kind == "train":
             materials.make(what, definition, made_folder(plan.folder, what, run.cell, definition))
+    _find_again(run)
     old = store.get(run.key)
     attempts = 1 + (old.attempts if old is not None else 0)
     cell = run.cell
     store.put(
         Record(
-            key=run.key, config_key=run.config_key, code=code_version(), suite=plan.expanded.suite.name, kind=cell.kind,
+            key=run.key, config_key=run.config_key, code=code_version(), suite=cell.suite, kind=cell.kind,
             name=cell.name, model=cell.model, task=cell.task, method=cell.options["method"],
-            scheme=cell.options.get("scheme", "full"), seed=int(cell.options.get("seed") or 0), labels=cell.labels,
+            scheme=cell.options.get("scheme", "full"), seed=int(cell.options.get("seed") or 0),
+            labels=cell.labels | ({"search": True} if cell.trial else {}),
             options=run.options, command=run.command, folder=str(run.folder.relative_to(plan.folder)),
             planned=run.planned, status="running", attempts=attempts, started=now(), finished=0.0, result={},
             metrics=[], error="",
@@ -139,6 +195,16 @@ def begin(run: Run, plan: Plan, store: Store) -> Path:
     log = plan.folder / "logs" / f"{run.key}.log"
     log.parent.mkdir(exist_ok=True)
     return log
+
+
+def _find_again(run: Run) -> None:
+    """The output folder may have been moved since the run began: where things that are made lie is no option of it."""
+    path = run.folder / "config.yaml"
+    if run.cell.made and path.is_file():
+        known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        places = {what: run.options[what] for what in run.cell.made if what in known}
+        if known | places != known:
+            write_atomically(path, yaml.safe_dump(known | places, sort_keys=False, allow_unicode=True))
 
 
 def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str]) -> _Process:

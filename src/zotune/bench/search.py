@@ -8,12 +8,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from zotune.bench.choice import goodness, outcome
 from zotune.bench.plan import Plan, Run, foresee, make_plan
-from zotune.bench.store import Record, Store
+from zotune.bench.store import Store
 from zotune.bench.suite import Suite, expand
 from zotune.config import SweepConfig
 from zotune.errors import InputError
-from zotune.tasks.task import LOWER_IS_BETTER
+
+__all__ = ["by_optuna", "outcome", "plan_of", "suite_of", "values"]
 
 OWN = ("lrs", "epses", "seeds", "trials", "storage", "jobs", "output", "resume", "overwrite", "dry_run")
 STUDY = "study.sqlite"
@@ -125,32 +127,3 @@ def _range(given: list[float]) -> tuple[float, float]:
     if given[-1] > given[0]:
         return given[0], given[-1]
     return given[0] / 10**BETWEEN, given[0] * 10**BETWEEN
-
-
-def goodness(record: Record) -> float:
-    """What validation says of a finished run, the more the better."""
-    best = float(record.result["validation_best"])
-    return -best if record.result.get("metric") in LOWER_IS_BETTER else best
-
-
-def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The pairs of lr and eps that were tried, best on validation first: mean over seeds. Test is given, it decides nothing."""
-    pairs: dict[tuple[float, float], list[Record]] = {}
-    for record in records:
-        pairs.setdefault((record.options["lr"], record.options["eps"]), []).append(record)
-    rows = []
-    for (lr, eps), tried in pairs.items():
-        done = [record for record in tried if record.status == "done"]
-        whole = len(done) == len(tried)
-        rows.append(
-            {
-                "lr": lr,
-                "eps": eps,
-                "seeds": len(done),
-                "failed": len(tried) - len(done),
-                "validation": mean(r.result["validation_best"] for r in done) if done else math.nan,
-                "test": mean(r.result["test_after"] for r in done) if done else math.nan,
-                "order": (whole, mean(map(goodness, done)) if done else -math.inf, -lr),
-            }
-        )
-    return sorted(rows, key=lambda row: row["order"], reverse=True)

@@ -7,8 +7,8 @@ again with some of its axes replaced; an `exclude` drops the cells that match.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -39,10 +39,22 @@ class Budget(Options):
 
 
 class Rule(Options):
-    """`set` these options where a cell matches `when`: a value, a pattern ("fo-*"), or a list of them for each key."""
+    """Where a cell matches `when` (a value, a pattern such as "fo-*", or a list of them for each key), `set` these options
+    and `search` these values: every pair of lr and eps is tried, and the one best on validation is run.
+
+    A rule's `set` may name `steps`, over the suite's budget.
+    """
 
     when: dict[str, Any] = Field({})
-    set: dict[str, Any]
+    set: dict[str, Any] = Field({})
+    search: dict[Literal["lr", "eps"], list[float]] = Field({})
+
+
+class Search(Options):
+    """How pairs of lr and eps are tried: with one seed, and with a budget of their own (default: the suite's)."""
+
+    budget: Budget | None = None
+    seed: int = 0
 
 
 class ModelEntry(Options):
@@ -75,6 +87,7 @@ class Suite(Options):
     include: list[dict[str, list[Any]]] = Field([])
     exclude: list[dict[str, Any]] = Field([])
     budget: Budget
+    search: Search = Search()
     missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that this version lacks")
     keep_models: bool = Field(False, description="keep the trained weights of each run")
 
@@ -119,6 +132,16 @@ class Cell:
     forward_passes: int
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
+    suite: str = ""
+    search: bool = False  # one of the pairs of lr and eps that are tried
+    trial: bool = False  # and with another budget than the run that the best of them gets
+    group: str = ""  # what such pairs, and the runs that wait for the best of them, have in common
+    open: tuple[str, ...] = ()  # which of lr and eps the search will tell
+
+    def chosen(self, values: Mapping[str, float]) -> Cell:
+        """The cell with what the search has found."""
+        found = {key: values[key] for key in self.open}
+        return replace(self, options=self.options | found, open=())
 
 
 @dataclass
@@ -159,9 +182,15 @@ def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
 
 
 def _change(value: dict[str, Any], key: str, given: Any) -> None:
-    """--set: `budget.steps` and the suite's own scalars by their place; an axis of the grid; else a default, over all rules."""
+    """--set: `budget.steps`, `search.steps`, `models.NAME` and the suite's own scalars by their place; an axis of the grid;
+    else a default, over all rules.
+    """
     head, _, rest = key.partition(".")
-    if rest and head in ("budget", "defaults", "grid"):
+    if rest and head == "search":
+        value[head] = {**value.get(head, {}), **({rest: given} if rest == "seed" else {"budget": {rest: given}})}
+    elif rest and head == "models":
+        value[head] = {**value.get(head, {}), rest: {"model": given}}
+    elif rest and head in ("budget", "defaults", "grid"):
         value[head] = {rest: given} if head == "budget" else {**value.get(head, {}), rest: given}
     elif key in ("missing", "keep_models"):
         value[key] = given
@@ -187,11 +216,39 @@ def expand(suite: Suite) -> Expanded:
         if lacking:
             left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
             continue
-        cells.append(_cell(suite, axes))
+        values = _searched(suite, axes)
+        if not values:
+            cells.append(_cell(suite, axes))
+            continue
+        group = _name({k: v for k, v in axes.items() if k != "seed"})
+        waits = replace(_cell(suite, axes), group=group, open=tuple(values))
+        if group not in {cell.group for cell in cells}:
+            for pair in itertools.product(*values.values()):
+                tried = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
+                cell = _cell(suite, tried, suite.search.budget)
+                trial = cell.options["steps"] != waits.options["steps"]
+                cells.append(replace(cell, search=True, trial=trial, group=group))
+        cells.append(waits)
     if not cells:
         said = "; ".join(left_out) or "its exclusions leave nothing"
         raise InputError(f"suite {suite.name}: no run is left ({said})")
     return Expanded(suite, cells, left_out)
+
+
+def together(several: Sequence[Expanded]) -> Expanded:
+    """Suites as one, in their order; a run that two of them ask for is one run."""
+    first, *others = several
+    if not others:
+        return first
+    cells: dict[str, Cell] = {}
+    for cell in itertools.chain.from_iterable(one.cells for one in several):
+        cells.setdefault(repr((cell.kind, sorted(cell.options.items(), key=str), cell.made, cell.open)), cell)
+    left_out: dict[str, int] = {}
+    for reason, count in itertools.chain.from_iterable(one.left_out.items() for one in several):
+        left_out[reason] = left_out.get(reason, 0) + count
+    keep = any(one.suite.keep_models for one in several)
+    name = ", ".join(one.suite.name for one in several)
+    return Expanded(first.suite.model_copy(update={"name": name, "keep_models": keep}), list(cells.values()), left_out)
 
 
 def matches(pattern: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
@@ -214,6 +271,16 @@ def _options(suite: Suite, axes: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **axes}
 
 
+def _searched(suite: Suite, axes: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The values of lr and eps to try for a cell; none of those that a later rule or the grid sets."""
+    options, values = dict(suite.defaults), dict[str, list[float]]()
+    for rule in suite.rules:
+        if matches(rule.when, {**options, **axes}):
+            options |= rule.set
+            values = {k: v for k, v in values.items() if k not in rule.set} | dict(rule.search)
+    return {k: v for k, v in values.items() if k not in axes and v}
+
+
 def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
     """What of a cell this version lacks, and a hint."""
     from zotune.registry import names
@@ -234,7 +301,12 @@ def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _cell(suite: Suite, axes: Mapping[str, Any]) -> Cell:
+def _name(axes: Mapping[str, Any]) -> str:
+    return " ".join(_text(v) if k in AXES[:4] else f"{k}={_text(v)}" for k, v in axes.items())
+
+
+def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -> Cell:
+    """budget: of a search, over the suite's and what rules say of steps."""
     options = _options(suite, axes)
     made: dict[str, dict[str, Any]] = {}
     model, task = str(options["model"]), str(options.get("task") or "")
@@ -251,17 +323,20 @@ def _cell(suite: Suite, axes: Mapping[str, Any]) -> Cell:
             options["data"] = f"made:{task}"
         options = given | options
     cost = forwards_a_step(options)
-    if suite.budget.steps is not None:
-        options["steps"] = suite.budget.steps
+    paid = budget or suite.budget
+    if paid.steps is not None:
+        steps = paid.steps
     else:
-        assert suite.budget.forward_passes is not None
-        options["steps"] = steps_for(suite.budget.forward_passes, options)
-        if options["steps"] < 1:
+        assert paid.forward_passes is not None
+        steps = steps_for(paid.forward_passes, options)
+        if steps < 1:
             raise InputError(
-                f"suite {suite.name}: budget: {suite.budget.forward_passes} forward passes pay for no step of "
+                f"suite {suite.name}: budget: {paid.forward_passes} forward passes pay for no step of "
                 f"{options['method']} ({cost} each); raise the budget"
             )
-    name = " ".join(_text(v) if k in AXES[:4] else f"{k}={_text(v)}" for k, v in axes.items())
+    own = options.get("steps")
+    options["steps"] = steps if own is None else int(own) if budget is None else min(int(own), steps)
+    name = _name(axes)
     if suite.kind == "train":
         try:
             checked = resolve(TrainConfig, options | {"output": "-"}, None)
@@ -272,7 +347,7 @@ def _cell(suite: Suite, axes: Mapping[str, Any]) -> Cell:
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
     labels = {k: v for k, v in axes.items() if k not in AXES}
     passes = forwards_of(int(options["steps"]), options)
-    return Cell(name, suite.kind, model, task, options, passes, made, labels)
+    return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
 
 
 _SIZES = ("train", "validation", "test")

@@ -27,7 +27,12 @@ EXECUTORS = ("local", "ray")
 
 @app.command("run", help="Run a suite, or go on with it; shows the plan first.")
 def run(
-    suite: Annotated[str, typer.Argument(help="a shipped suite, see `zotune bench list`, or a .yaml file")],
+    suites: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SUITE…", help="a shipped suite, see `zotune bench list`, or a .yaml file; several go together"
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", help="folder of the results")],
     changes: Annotated[
         list[str] | None,
@@ -38,6 +43,12 @@ def run(
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="as of `zotune train`, for every run")] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", help="runs at one time [default: one for each GPU, else 1]")
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--for", metavar="MINUTES", help="stop after so many; no run is started that is not expected to end by then"
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, run nothing")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="run again what failed or did not fit")] = False,
@@ -67,13 +78,16 @@ def run(
         need_ray()
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs {jobs}: one or more")
+    if time_limit is not None and not time_limit > 0:
+        raise InputError(f"--for {time_limit:g}: minutes, more than 0")
+    began = time.monotonic()
     from zotune.bench.plan import foresee, make_plan
-    from zotune.bench.runner import execute, sole_runner
+    from zotune.bench.runner import Waiting, execute, sole_runner
     from zotune.bench.store import DATABASE, Store
-    from zotune.bench.suite import expand, load_suite
+    from zotune.bench.suite import expand, load_suite, together
 
     given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
-    expanded = expand(load_suite(suite, given))
+    expanded = together([expand(load_suite(suite, given)) for suite in suites])
     folder = Path(output).expanduser()
     check_folder(folder)
     if dry_run and not (folder / DATABASE).is_file():
@@ -85,36 +99,43 @@ def run(
     with sole_runner(folder):
         store = Store(folder)
         plan = make_plan(expanded, folder, store, retry=retry, any_version=any_version)
-        foresee(plan, store)
+        forecast = foresee(plan, store)
         show_plan(plan)
         if dry_run:
             return
         if not plan.to_do:
             print(f"all done; zotune bench report {output}")
             return
+        seconds = None if time_limit is None else 60 * time_limit - (time.monotonic() - began)
+        waiting = Waiting(plan, store, forecast, seconds)
         with Live(plan) as live:
             if executor == "ray":
                 from zotune.bench.cluster import execute_on_ray
 
-                state = execute_on_ray(plan, store, address=ray_address, jobs=jobs, watcher=live)
+                state = execute_on_ray(plan, store, address=ray_address, jobs=jobs, watcher=live, waiting=waiting)
             else:
-                state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live)
+                state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live, waiting=waiting)
         show_end(state, output)
 
 
-@app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR.")
-def report(folder: Annotated[str, typer.Argument(metavar="DIR", help="folder that `zotune bench run` filled")]) -> None:
+@app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR, or in several.")
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="folders that `zotune bench run` filled")],
+    output: Annotated[str | None, typer.Option("--output", help="another folder for the report")] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="for a repository: small pictures, no SVG files")] = False,
+) -> None:
     from zotune.bench import need_extra
 
     need_extra()
     from zotune.bench.report import make_report
 
-    page = make_report(Path(folder).expanduser())
+    target = Path(output).expanduser() if output else None
+    page = make_report(*(Path(folder).expanduser() for folder in folders), target=target, compact=compact)
     print(f"report: {page}")
 
 
 @app.command("list", help="The suites that come with zotune.")
-def suites() -> None:
+def list_suites() -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -154,7 +175,7 @@ def parse_changes(changes: list[str]) -> dict[str, Any]:
             value = [yaml.safe_load(t) for t in text.split(",")] if plain and "," in text else yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {change}: {text!r} is not YAML") from None
-        parsed[key.strip().replace("-", "_")] = value
+        parsed[key.strip() if key.startswith("models.") else key.strip().replace("-", "_")] = value
     return parsed
 
 
@@ -182,26 +203,38 @@ def show_plan(plan: Plan) -> None:
     from rich.table import Table
 
     console = Console()
+    from zotune.bench.store import FINAL
+
     suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
-    table = Table(title=f"suite {suite.name}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("model", "task", "method", "scheme"):
-        table.add_column(name)
+    runs_all = [*plan.runs, *plan.held]
+    axes = {"model": {r.cell.model for r in runs_all}, "task": {r.cell.task for r in runs_all}}
+    same = [next(iter(found)).rsplit("/", 1)[-1] for found in axes.values() if len(found) == 1]
+    told = ", ".join(name for name in same if name)
+    table = Table(
+        title=f"suite{'s' * (', ' in suite.name)} {suite.name}" + (f": {told}" if told else ""),
+        title_justify="left", box=None, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    varied = [name for name, found in axes.items() if len(found) > 1]
+    for name in varied:
+        table.add_column(name, overflow="fold")
+    for name in ("method", "scheme"):
+        table.add_column(name, no_wrap=True)
     for name in ("runs", "done", "steps", "passes", "GiB", "minutes"):
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[tuple[str, ...], list[Any]] = {}
-    for run in plan.runs:
+    for run in runs_all:
         cell = run.cell
         groups.setdefault(
             (cell.model, cell.task, cell.options["method"], cell.options.get("scheme", "full")), []
         ).append(run)
     for names, runs in groups.items():
         steps = {run.options["steps"] for run in runs}
-        done = sum(run.status in plan.final for run in runs)
+        done = sum(run.status in FINAL for run in runs)
         peaks = [run.planned["peak_bytes"] for run in runs if run.planned.get("peak_bytes")]
-        seconds = [run.planned.get("seconds") for run in runs if run.key in to_do]
+        seconds = [run.planned.get("seconds") for run in runs if run.key in to_do or run.cell.open]
         table.add_row(
-            names[0].rsplit("/", 1)[-1],
-            *names[1:],
+            *(names[i].rsplit("/", 1)[-1] for i, axis in enumerate(("model", "task")) if axis in varied),
+            *names[2:],
             str(len(runs)),
             str(done),
             f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,}-{max(steps):,}",
@@ -212,13 +245,30 @@ def show_plan(plan: Plan) -> None:
     console.print(table, highlight=False)
     for line in left_out(plan.expanded.left_out):
         console.print(line, highlight=False, markup=False)
-    waiting = plan.to_do
+    for line in searches(plan):
+        console.print(line, highlight=False, markup=False)
+    waiting = [*plan.to_do, *plan.held]
     expected = minutes([run.planned.get("seconds") for run in waiting])
+    count = len(plan.runs) + len(plan.held)
     console.print(
-        f"{len(plan.runs)} runs, {plan.forward_passes:,} forward passes; {len(plan.runs) - len(waiting)} done, "
+        f"{count} runs, {plan.forward_passes:,} forward passes; {count - len(waiting)} done, "
         f"{len(waiting)} to do, about {expected} minutes one after the other",
         highlight=False,
     )
+
+
+def searches(plan: Plan) -> list[str]:
+    """What the plan says of lr and eps that are searched."""
+    tried = [run for run in plan.runs if run.cell.search]
+    said = []
+    if tried:
+        pairs, groups = len(tried), len({run.cell.group for run in tried})
+        said.append(f"lr and eps: {pairs} of the runs try them for {groups} configurations, validation chooses")
+    if plan.held:
+        said.append(f"{len(plan.held)} runs wait for that choice")
+    if plan.hopeless:
+        said.append(f"not run, as no lr and eps that were tried work: {', '.join(r.cell.name for r in plan.hopeless)}")
+    return said
 
 
 def left_out(reasons: dict[str, int]) -> list[str]:
@@ -248,7 +298,10 @@ def show_end(state: State, output: str) -> None:
         if record.status == "failed":
             last = (record.error.strip().splitlines() or ["no word"])[-1]
             print(f"failed: {run.cell.name}: {last}", file=sys.stderr)
-    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    said = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing run"
+    left = len(state.plan.to_do) + len(state.plan.held)
+    if state.late:
+        said += f"; the time is up, {left} runs are left: the same command goes on"
     print(f"{said}; zotune bench report {output}")
 
 
@@ -265,7 +318,7 @@ class Live:
         self.console = Console(stderr=True)
         self.live = RichLive(console=self.console, refresh_per_second=2, transient=True)
         self.said = 0
-        self.total = len(plan.to_do)
+        self.total = len(plan.to_do) + len(plan.held)
         self.began = time.monotonic()
 
     def __enter__(self) -> Live:
@@ -280,7 +333,7 @@ class Live:
         for run, record in state.finished[self.said :]:
             self.said += 1
             after = record.result.get("test_after")
-            figure = f"{after:.1f}" if after is not None else record.status
+            figure = f"{after:.1f}" if after is not None and record.status == "done" else record.status
             took = record.finished - record.started
             line = f"[{self.said}/{self.total}] {run.cell.name}  {figure}  {took:.0f} s"
             if (seconds := run.planned.get("seconds")) is not None:
@@ -302,7 +355,7 @@ class Live:
             loss = "" if active.loss is None else f"{active.loss:.3f}"
             steps = f"{active.step}/{active.run.options['steps']}"
             table.add_row(active.run.cell.name, steps, loss, f"{time.monotonic() - active.began:.0f}")
-        expected = [run.planned.get("seconds") for run in state.plan.to_do]
+        expected = [run.planned.get("seconds") for run in [*state.waiting, *state.plan.held]]
         took = time.monotonic() - self.began
         table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(expected)} min"
         return table

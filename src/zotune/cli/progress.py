@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from zotune.run import Listener
+from zotune.cli.expected import Expected, expected
+from zotune.run import Listener, Prepared
 
 
 class Bars(Listener):
@@ -34,6 +35,7 @@ class Bars(Listener):
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self.expected = Expected()
         self._tasks: dict[str, TaskID] = {}
         self._shown: dict[str, str] = {}
 
@@ -46,6 +48,12 @@ class Bars(Listener):
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def prepared(self, ready: Prepared) -> None:
+        """What the run is expected to take, from its model's config and its rows alone."""
+        self.expected = expected(ready)
+        if self.expected.peak_bytes:
+            self.say(f"expected: {self.expected}")
 
     def begin(self, what: str, total: int) -> None:
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")

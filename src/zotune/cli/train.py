@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zotune import run
+from zotune.cli.expected import Expected
 from zotune.cli.preview import show_row
 from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
@@ -31,11 +32,12 @@ def train(config: TrainConfig) -> None:
         return
     with Bars() as bars:
         result = run.train(config, bars)
-    summary(result, config.output)
+    summary(result, config.output, bars.expected)
 
 
-def summary(result: dict[str, Any], output: str) -> None:
-    """The table at the end of a run."""
+def summary(result: dict[str, Any], output: str, expected: Expected | None = None) -> None:
+    """The table at the end of a run; what was expected of it stands beside what it took."""
+    told = expected if expected is not None and expected.peak_bytes else None
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -51,11 +53,10 @@ def summary(result: dict[str, Any], output: str) -> None:
     if result["one_class"]:
         table.add_row("always one class", f"{result['one_class']:.1f} %")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
-    table.add_row("wall time", f"{result['wall_seconds'] / 60:.1f} minutes   {result['device']}")
-    table.add_row(
-        "peak memory",
-        f"{readable(result['peak_memory_bytes'])}   evaluation alone: {readable(result['evaluation_peak_bytes'])}",
-    )
+    minutes = f"{result['wall_seconds'] / 60:.1f} minutes" + (f" (expected {told.seconds / 60:.1f})" if told else "")
+    table.add_row("wall time", f"{minutes}   {result['device']}")
+    peak = readable(result["peak_memory_bytes"]) + (f" (expected {readable(told.peak_bytes)})" if told else "")
+    table.add_row("peak memory", f"{peak}   evaluation alone: {readable(result['evaluation_peak_bytes'])}")
     table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   computed: gradients, moments, activations")
     if result["skipped_steps"]:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")

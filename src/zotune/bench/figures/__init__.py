@@ -72,6 +72,15 @@ def panels(count: int, height: float = 3.2, most: int = 2, width: float = 4.2) -
     return figure, flat[:count]
 
 
+def rows_of(counts: list[int], columns: int, each: float = 0.3, width: float = 4.2) -> tuple[Figure, list[list[Any]]]:
+    """A figure of rows of panels, each as high as the lines that it has to show."""
+    heights = [0.9 + each * count for count in counts]
+    figure, axes = plt.subplots(
+        len(counts), columns, figsize=(width * columns + 0.6, sum(heights)), squeeze=False, height_ratios=heights
+    )
+    return figure, [list(row) for row in axes]
+
+
 def place(model: str, task: str) -> str:
     """A panel's title."""
     return f"{model.rsplit('/', 1)[-1]}, {task}" if task else model.rsplit("/", 1)[-1]
@@ -103,6 +112,8 @@ def plain_svg(figure: Figure, name: str) -> str:
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.S)
+    short = lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip(".")  # noqa: E731
+    svg = re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"-?\d+\.\d{3,}", short, path[0]), svg)
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
 
 

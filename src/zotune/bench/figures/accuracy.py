@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, place
+from zotune.bench.figures import COLOURS, MARKERS, legend, place, rows_of
 from zotune.bench.frame import label
 
 NAME, TITLE = "accuracy", "Accuracy by method and scheme"
@@ -17,10 +17,15 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
     scored = groups[groups["mean"].notna()]
     if not len(scored):
         return None
-    methods = list(dict.fromkeys(label(row) for row in scored.itertuples()))
     schemes = list(dict.fromkeys(scored.scheme))
     places = list(scored.groupby(["model", "task"], sort=False))
-    figure, axes = panels(len(places), height=1.2 + 0.36 * len(methods))
+    counts = [len({label(row) for row in group.itertuples()}) for _, group in places]
+    columns = min(len(places), 2)
+    figure, grid = rows_of([max(counts[i : i + columns]) for i in range(0, len(counts), columns)], columns, each=0.36)
+    axes = [axis for row in grid for axis in row]
+    for axis in axes[len(places) :]:
+        axis.set_visible(False)
+    axes = axes[: len(places)]
     for axis, ((model, task), group) in zip(axes, places, strict=True):
         here = list(dict.fromkeys(label(row) for row in group.itertuples()))
         for i, scheme in enumerate(schemes):

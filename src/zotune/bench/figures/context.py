@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, place
+from zotune.bench.frame import said
 
 NAME, TITLE = "context", "Memory against context length"
 ABOUT = "Peak memory of a step. A line that ends early did not fit at the next length."
@@ -15,7 +16,7 @@ ABOUT = "Peak memory of a step. A line that ends early did not fit at the next l
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
     rows = groups[groups.tokens.notna()].copy()
     rows["line"] = [
-        f"{row.method} {row.scheme} {' '.join(f'{k}={v}' for k, v in row.labels.items() if k != 'tokens')}".strip()
+        " ".join([row.method, row.scheme, *(said(k, v) for k, v in row.labels.items() if k != "tokens")]).strip()
         for row in rows.itertuples()
     ]
     rows = rows[rows.groupby(["model", "line"]).tokens.transform("nunique") > 1]

@@ -18,10 +18,10 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
     scored = groups[groups["mean"].notna() & groups.labels.map(lambda given: set(given) <= LABELS)]
     titles, panels = [], []
     for (model, task), group in scored.groupby(["model", "task"], sort=False):
-        enhanced = set(group[group.variant != ""].method)
         clusters = [
-            (method, [(row.variant or "plain", row.mean, row.sd) for row in rows.itertuples()])
-            for method, rows in group[group.method.isin(enhanced)].groupby("method", sort=False)
+            (f"{method} {scheme}", [(row.variant or "plain", row.mean, row.sd) for row in rows.itertuples()])
+            for (method, scheme), rows in group.groupby(["method", "scheme"], sort=False)
+            if (rows.variant != "").any()
         ]
         if clusters:
             titles.append(place(str(model), str(task)))

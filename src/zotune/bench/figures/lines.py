@@ -16,13 +16,12 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
     by_key = runs.set_index("key")
     for row in groups[groups.kind == "train"].itertuples():
         points = []
-        for run in by_key.loc[row.keys].itertuples():
-            if run.status == "done" and run.lr == row.lr and run.eps == row.eps:
-                points += [
-                    {"passes": m["forward_passes"], "value": m[key]}
-                    for m in run.metrics
-                    if m.get(key) is not None and m.get("forward_passes") is not None
-                ]
+        for run in by_key.loc[row.chosen].itertuples():
+            points += [
+                {"passes": m["forward_passes"], "value": m[key]}
+                for m in run.metrics
+                if m.get(key) is not None and m.get("forward_passes") is not None
+            ]
         if points:
             frame = pd.DataFrame(points)
             if bins is not None and frame.passes.nunique() > bins:

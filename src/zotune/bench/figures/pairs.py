@@ -18,7 +18,7 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
             if not found:
                 continue
             places = [x + (i - (len(names) - 1) / 2) * width for x, _, _ in found]
-            spread = [0.0 if s != s else s for _, _, s in found]
+            spread = [s for _, _, s in found]  # none is drawn for NaN
             axis.bar(
                 places,
                 [m for _, m, _ in found],
@@ -31,7 +31,8 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
             )
             for x, (_, m, _) in zip(places, found, strict=True):
                 axis.text(x, 1, f"{m:.1f}", ha="center", va="bottom", fontsize=8, color="white", rotation=90)
-        axis.set_xticks(range(len(panel)), [cluster for cluster, _ in panel], rotation=20, ha="right")
+        slant: Any = {"rotation": 20, "ha": "right"} if len(panel) > 2 else {}
+        axis.set_xticks(range(len(panel)), [cluster for cluster, _ in panel], **slant)
         axis.set_ylim(0, 105)
         axis.set_ylabel("test accuracy (%)")
         axis.set_title(title)

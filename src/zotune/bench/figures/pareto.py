@@ -39,9 +39,13 @@ def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
         axis.step([costs[i] for i in edge], [values[i] for i in edge], where="post", color=COLOURS[7], linewidth=1)
         for cost, value, row in zip(costs, values, group.itertuples(), strict=True):
             i, j = names.index(label(row)), schemes.index(row.scheme)
-            axis.plot(cost, value, MARKERS[j % 8], color=COLOURS[i % 8], markersize=7)
+            axis.plot(
+                cost, value, MARKERS[j % 8], color=COLOURS[i % 8], markersize=7, fillstyle="full" if i < 8 else "none"
+            )
         for i, name in enumerate(names):  # colours are methods, markers schemes
-            axis.plot([], [], color=COLOURS[i % 8], linewidth=6, label=name)
+            axis.plot(
+                [], [], "o", color=COLOURS[i % 8], markersize=9, fillstyle="full" if i < 8 else "none", label=name
+            )
         for j, scheme in enumerate(schemes):
             axis.plot([], [], MARKERS[j % 8], color=INK, label=scheme)
         axis.set_xlabel(unit)

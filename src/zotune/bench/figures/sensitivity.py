@@ -5,35 +5,48 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import NullFormatter
 
-from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, place
+from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, percent, place
 from zotune.bench.frame import GROUP, label
 
 NAME, TITLE = "sensitivity", "How sensitive the result is to lr and eps"
-ABOUT = "Validation accuracy, mean over seeds, a line for each eps. The choice is made here; test decides nothing."
+ABOUT = (
+    "Validation accuracy, mean over seeds, a line for each configuration, and for each eps where several were tried. "
+    "The choice is made here; test decides nothing."
+)
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
     done = runs[(runs.status == "done") & runs.validation.notna()]
-    searched = [
-        (names, rows)
-        for names, rows in done.groupby(GROUP, sort=False)
-        if len(rows[["lr", "eps"]].drop_duplicates()) > 1
-    ]
-    if not searched:
-        return None
-    figure, axes = panels(len(searched))
-    for axis, (_, rows) in zip(axes, searched, strict=True):
+    done = done[done.search | ~done.groupby(GROUP).search.transform("any")]  # a search has a budget of its own
+    places: dict[tuple[str, str, str], list[tuple[str, pd.Series]]] = {}
+    for _, rows in done.groupby(GROUP, sort=False):
+        if len(rows[["lr", "eps"]].drop_duplicates()) < 2:
+            continue
         first = next(rows.itertuples())
-        for i, (eps, line) in enumerate(rows.groupby("eps", dropna=False)):
+        several = rows.eps.nunique() > 1
+        for eps, line in rows.groupby("eps", dropna=False):
+            name = label(first) + (f", eps {eps:g}" if several else "")
             means = line.groupby("lr").validation.mean()
+            places.setdefault((first.model, first.task, first.scheme), []).append((name, means))
+    if not places:
+        return None
+    names = list(dict.fromkeys(name for lines in places.values() for name, _ in lines))
+    figure, axes = panels(len(places))
+    for axis, ((model, task, scheme), lines) in zip(axes, places.items(), strict=True):
+        for name, means in lines:
+            i = names.index(name)
             axis.plot(
-                means.index, means.values, label=f"eps {eps:g}", color=COLOURS[i % 8], marker=MARKERS[i % 8],
-                linestyle=DASHES[i % 8],
+                means.index, means.to_numpy(), label=name, color=COLOURS[i % 8], marker=MARKERS[i % 8],
+                linestyle=DASHES[(i + i // 8) % 8], markersize=5,
             )  # fmt: skip
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("lr")
         axis.set_ylabel("validation accuracy (%)")
-        axis.set_title(f"{place(first.model, first.task)}, {label(first)} {first.scheme}")
+        percent(axis)
+        axis.set_title(f"{place(model, task)}, {scheme}")
     legend(figure, axes)
     return figure

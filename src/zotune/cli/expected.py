@@ -1,0 +1,67 @@
+"""What a run is expected to take, told before it and again beside what it took."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from zotune.memory import readable
+from zotune.run import LENGTHS, Prepared
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of a run: bytes at the peak of a step, and seconds from first to last. 0: not known."""
+
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{readable(self.peak_bytes)} at the peak, about {self.seconds / 60:.1f} minutes"
+
+
+def expected(ready: Prepared) -> Expected:
+    """By `zotune.bench.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
+
+    Nothing for what that does not know: blocks, hybrid training, several directions, masked models, classifiers, answers that
+    are generated, losses without a gradient.
+    """
+    from zotune.bench.estimate import METHODS, PROCESS_BYTES, SCHEMES, estimate, forward_seconds, rates_here
+    from zotune.models.kinds import kind_of
+
+    config = ready.config
+    known = config.method in METHODS and config.scheme in SCHEMES and kind_of(ready.model) == "causal"
+    known = known and config.loss in ("answer", "candidates") and not ready.task.generates
+    if not known or config.blocks or config.hybrid or config.groups != 1:
+        return Expected()
+    on_cpu, size = ready.device.type == "cpu", config.batch_size
+    first = ready.train[0]
+    several = config.loss == "candidates" and any(len(ids) > 1 for ids in first.candidates)
+    sequences = size * (len(first.candidates) if several else 1)
+    lengths = [row.tokens for row in ready.train]
+    usual = [max(lengths[i : i + size]) for i in range(0, len(lengths), size)]  # a batch is padded to its longest row
+    answer = max(row.learned for row in ready.train)
+    rates = rates_here(ready.device.type)
+    common: dict[str, Any] = {
+        "method": config.method, "scheme": config.scheme, "dtype": config.dtype, "queries": config.queries,
+        "batch_size": sequences, "answer_tokens": answer, "rates": rates,
+    }  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = copy.deepcopy(getattr(ready.model, "config"))  # noqa: B009
+            largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **common)
+            step = estimate(base, seq_len=_padded(round(sum(usual) / len(usual)), on_cpu), **common)
+    except Exception:  # an estimate is no reason for a run to fail
+        return Expected()
+    evaluations = -(-config.steps // config.evaluates_every)
+    scored = 2 * len(ready.test) + evaluations * len(ready.validation)
+    seconds = config.steps * config.accumulate * (step.step_seconds or 0.0)
+    seconds += scored / sequences * forward_seconds(step, rates)
+    return Expected(largest.peak + PROCESS_BYTES * on_cpu, seconds)
+
+
+def _padded(tokens: int, on_cpu: bool) -> int:
+    return tokens if on_cpu else -(-tokens // LENGTHS) * LENGTHS
