@@ -678,8 +678,8 @@ class _Recorder(transformers.TrainerCallback):
         self.path = run.folder / "metrics.jsonl"
         self.guards = Guards(run.listener.say)
         self.losses: list[float] = []  # since the last line
-        # seconds from a step's end to the next one's, evaluation and checkpoints left out; on CUDA, where a step is given to the device
-        # before the last one is done, that is a step's time too
+        # seconds from a step's end to the next one's, evaluation and checkpoints left out; that is a step's time on CUDA too,
+        # where a step is given to the device before the last one is done
         self.took: list[float] = []
         self.ended: float | None = None
         self.g: float | None = None  # of the last step, the mean over its pairs
