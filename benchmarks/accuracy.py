@@ -12,6 +12,7 @@ A small model leaves a GPU idle: its kernels are short, and processes take turns
 in turn, each run on a stream of its own. Model, rows, loss, optimizer and captured steps are those of `zotune train`; checkpoints,
 trajectories and the Trainer are not here, the order of rows is drawn by the seed, and a last batch that is not full is left out.
 The weights that are best on validation are kept on the device, and scored on test at the end. What OUTPUT has is not run again.
+With --claims FOLDER several processes, of several GPUs, share a grid: each takes the next run that no other has claimed there.
 A cell with `method=in-place` is the MeZO step on the weights themselves, for comparison.
 """
 
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="OPTION=VALUE[,OPTION=VALUE]")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--at-once", type=int, default=8, help="runs at one time")
+    parser.add_argument("--claims", type=Path, help="folder in which processes that share the grid take runs")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin no run after so many seconds")
     args, flags = parser.parse_known_args()
     common = {
@@ -190,6 +192,8 @@ def main() -> None:
     while going or (queue and time.perf_counter() - began < args.until):
         while len(going) < args.at_once and queue and time.perf_counter() - began < args.until:
             name, options = queue.pop(0)
+            if not claimed(args.claims, name):
+                continue
             try:
                 going.append(Run(name, options))
             except Exception as error:  # of this cell alone
@@ -208,6 +212,18 @@ def main() -> None:
                     torch.cuda.empty_cache()
     write(args, results)
     print(json.dumps(summary(results, args.against), indent=1))
+
+
+def claimed(folder: Path | None, name: str) -> bool:
+    """Whether the run is this process's to take."""
+    if folder is None:
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / name.replace("/", "-")).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def name_of(cell: Cell, seed: int) -> str:
