@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from engines import MODELS
+from steps import MODELS
 
 from zotune import ZeroOrderOptimizer, ZOTrainer, ZOTrainingArguments
 from zotune.tasks.encoding import Collator, Encoded
