@@ -92,6 +92,23 @@ def test_a_pass_is_the_rule_tile_by_tile(name, queries, direction, state_dtype, 
             assert (error <= 16 * eps * (0.02 + eps * q.abs())).all()  # of what moved, and of the residual
 
 
+def test_a_rule_with_a_move_of_its_own_inherits_no_kernel():
+    class Nesterov(Momentum):
+        def move(self, w_n, g_n, state, lr, steps):
+            return super().move(w_n, g_n, state, lr, steps) - lr * g_n
+
+    class Renamed(Momentum):
+        pass
+
+    assert (Nesterov().kernel, Nesterov().capturable) == ("", False)
+    assert (Renamed().kernel, Renamed().capturable) == ("momentum", True)
+    named = made(torch.float32)[:1]
+    state = {p: {} for _, p in named}
+    apply(Nesterov(), Directions([named], "gaussian"), Scalars((1,), ((1.0,),), (0.1,), (0.0,)), state, tiles=False)
+    (_, p), (_, w) = named[0], made(torch.float32)[0]
+    torch.testing.assert_close(p.data, w - 0.2 * state[p]["m"])
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_an_lr_of_zero_moves_the_state_alone_and_a_step_that_does_not_go_nothing(name):
     from zotune import fused

@@ -219,7 +219,7 @@ PLACES = [
     *(
         pytest.param(kind, dtype, marks=pytest.mark.gpu)
         for kind in ("cuda", "llama")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dtype in (torch.float32, torch.bfloat16)
     ),
 ]
 STEPS = [
@@ -249,8 +249,9 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
         pretend(monkeypatch)
     options = dict(options)
     batches = batches_of(kind, dtype, options.pop("micro", 1))
-    exact = kind != "llama" or dtype == torch.bfloat16  # a library's products may differ in a graph
     host = model_of(kind, options).to(dtype)
+    # a library's products in float32 may differ in a graph; whatever its losses are, its record gives the weights again
+    exact = kind == "cpu" or dtype == torch.bfloat16 or not getattr(host, "by_library", True)
     captured, replayed, start = (copy.deepcopy(host) for _ in range(3))
     first, second = optimizer_of(host, captured=False, **options), optimizer_of(captured, **options)
     again = optimizer_of(replayed, **options)

@@ -158,16 +158,18 @@ class Update:
         shape = _shape(directions.distribution)
         self.tile = shape | {"G": TILE // shape["E"]}
         self.alone: list[tuple[Any, list[Tensor]]] = []
-        few: dict[tuple[Any, Any, bool], list[tuple[Any, list[Tensor]]]] = {}
-        for param in directions.params:
+        self.few: dict[
+            tuple[Any, Any, bool], list[tuple[Any, list[Tensor]]]
+        ] = {}  # kept, or their memory might be reused
+        for param in filter(torch.numel, directions.params):
             own = [state[param][name] for name in self.buffers]
-            kind = (param.dtype, own[0].dtype if moments else param.dtype, param.numel() % ALIGNED == 0)
+            alike = (param.dtype, own[0].dtype if moments else param.dtype, param.numel() % ALIGNED == 0)
             aligned = all(t.data_ptr() % ALIGNED == 0 for t in (param, *own))
             if param.numel() <= FEW and param.is_contiguous() and aligned and not directions.masked:
-                few.setdefault(kind, []).append((param, own))
-            elif param.numel():
+                self.few.setdefault(alike, []).append((param, own))
+            else:
                 self.alone.append((param, own))
-        self.together = [(kind, self._tables(items)) for kind, items in few.items()]
+        self.together = [(alike, self._tables(items)) for alike, items in self.few.items()]
         device = directions.params[0].device
         self.goes = torch.ones((), dtype=torch.int32, device=device)
 
@@ -231,7 +233,8 @@ def update_of(rule: Rule, directions: Directions, state: MutableMapping[Any, Any
     """The rule's pass over the parameters of the directions; the last one again where nothing has moved in memory."""
     rule.reserve(directions.params, state)
     names = rule.kept_names
-    key = (rule.kernel, *((p.data_ptr(), *(state[p][name].data_ptr() for name in names)) for p in directions.params))
+    where = ((p.dtype, p.data_ptr(), *(state[p][name].data_ptr() for name in names)) for p in directions.params)
+    key = (rule.kernel, *where)
     if directions.update is None or directions.update[0] != key:
         directions.update = key, Update(rule.kernel, directions, state, names)
     update: Update = directions.update[1]

@@ -67,6 +67,12 @@ class Rule:
     extra_forwards = 0
     state_copies = 0  # of the trainable parameters
 
+    def __init_subclass__(cls) -> None:
+        """Another `move` is not what an inherited kernel does."""
+        for name, absent in (("kernel", ""), ("capturable", False)):
+            if "move" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, absent)
+
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         """The new weights of a tile, in the dtype of the arithmetic; `state` is changed in place. steps: from 1."""
         raise NotImplementedError

@@ -81,3 +81,23 @@ def test_many_tensors_are_each_tensor_alone(backend, direction, dtype, monkeypat
         for i, (out, w) in enumerate(zip(outs, ws, strict=True)):
             close(out[p], backend.add(w, [seed], [coefs[i % 2][p]], 7 + i, direction), backend)
         close(factor[p], backend.add(torch.zeros_like(factor[p]), [seed], [coefs[1][p]], 50, direction), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.75])
+def test_a_compensated_sum_loses_nothing_and_reads_its_factor_from_memory_too(backend, dtype, factor, monkeypatch):
+    monkeypatch.setattr(noise, "backend_for", lambda device: backend.module)
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(777, generator=draw).to(dtype).to(backend.device)
+    lost = (torch.randn(777, generator=draw) * 1e-3).to(dtype).to(backend.device)
+    wanted = backend.add((w.double() + lost.double()) * factor, [5, 6], [0.25, -0.5], 9, "gaussian")
+    found = []
+    for given in (factor, torch.tensor(factor, device=backend.device)):
+        ours, rest = w.clone(), lost.clone()
+        noise.add_noise_compensated(ours, rest, *backend.pairs([5, 6], [0.25, -0.5]), 9, "gaussian", given)
+        found.append((ours, rest))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    eps = torch.finfo(dtype).eps
+    error = (ours.double() + rest.double() - wanted).abs()
+    assert (error <= 4 * (eps**2 + 2**-23) * wanted.abs() + 1e-6).all()
+    assert bool(rest.any()) == (dtype != torch.float32)

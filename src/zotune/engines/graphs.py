@@ -236,10 +236,10 @@ class _Captured:
         plain = graphs.rule.linear and graphs.rule.rounding == "nearest" and not isinstance(graphs.rule, Conservative)
         self.holds = graphs.engine.holds and graphs.applies and plain and not decays
         self.eps_GQ = [torch.full((pairs,), eps, dtype=torch.float32, device=device) for eps in graphs.eps_G]
-        # one copy to the device a step: whether anything may change yet, lr and the rule's numbers
-        self.given = torch.zeros(1 + groups + groups * NUMBERS, dtype=torch.float64, device=device)
-        self.armed, self.lr_G = self.given[0], self.given[1 : 1 + groups]
-        self.numbers_GN = self.given[1 + groups :].view(groups, NUMBERS)
+        # one copy to the device a step: the rule's numbers, lr, and whether anything may change yet
+        self.given = torch.zeros(groups * NUMBERS + groups + 1, dtype=torch.float64, device=device)
+        self.numbers_GN = self.given[: groups * NUMBERS].view(groups, NUMBERS)
+        self.lr_G, self.armed = self.given[groups * NUMBERS : -1], self.given[-1]
         probes = len(graphs.estimator.probes) * len(shares)
         self.found = torch.zeros(probes + 1, dtype=torch.float64, device=device)  # the losses, and a choice
         one_each = torch.eye(probes, dtype=torch.float64).tolist()  # the loss near θ is linear in those of the probes
@@ -264,7 +264,7 @@ class _Captured:
             for name, tensor in batch.items():
                 mine[name].copy_(tensor, non_blocking=True)
         self.seeds_Q.copy_(torch.tensor([signed(seed) for seed in seeds_Q]), non_blocking=True)
-        given = torch.cat([torch.tensor([1.0, *lr_G], dtype=torch.float64), numbers_GN.view(-1)])
+        given = torch.cat([numbers_GN.view(-1), torch.tensor([*lr_G, 1.0], dtype=torch.float64)])
         self.given.copy_(given, non_blocking=True)
 
     @torch.no_grad()
