@@ -34,7 +34,7 @@ from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models.adapters import save
 from zotune.models.kinds import kind_of
 from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
-from zotune.models.quantized import base_dtype, library_versions, weight_bytes
+from zotune.models.quantized import base_dtype, library_versions, refuse_rough, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine
@@ -202,6 +202,8 @@ def prepare(config: TrainConfig) -> Prepared:
         balanced=config.balance_classes,
     )
     model, tokenizer = load(config, task, seed=config.seed)
+    if not config.method.startswith("fo-"):
+        refuse_rough(model, config.model)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = get_scheme(config.scheme).prepare(model)
     encode = encoder_for(model, tokenizer, config)
