@@ -266,7 +266,16 @@ def test_a_checkpoint_that_rounds_activations_too_is_for_back_propagation_alone(
     families.tokenizer("llama").save_pretrained(tmp_path / "eight")
     args = flags(tmp_path, "eight", scheme="lora", data=material / "data", steps=2)
     assert "--quantize int8" in refused(capsys, "train", *args, "--output", str(tmp_path / "run"))
-    given = ["--data", str(material / "data"), "--template", tiny.TEMPLATE, "--label-words", tiny.WORDS, "--device", "cpu"]
+    given = [
+        "--data",
+        str(material / "data"),
+        "--template",
+        tiny.TEMPLATE,
+        "--label-words",
+        tiny.WORDS,
+        "--device",
+        "cpu",
+    ]
     assert run(["eval", "--model", str(tmp_path / "eight"), *given]) == 0
 
 
