@@ -4,8 +4,8 @@
     python benchmarks/tasks.py --output OUT --table          # what is there so far, as Markdown
 
 SST-2, RTE, BoolQ, COPA and WinoGrande (the first two also without alignment), each by zo-sgd with a direction per row, by zo-sgd
-and by fo-adam; SQuAD on negative F1. Every cell runs its grid of lr and eps on seed 0; the setting that is best on validation runs on
-the other seeds. Test is scored before and after, and no choice depends on it. Then zero-shot and in-context baselines of all tasks.
+and by fo-adam; SQuAD on negative F1. Every cell runs its grid of lr and eps on seed 0; the setting that is best on validation
+runs on the other seeds. Test is scored before and after, and no choice depends on it. Then zero-shot and in-context baselines.
 
 Nothing new starts after --minutes; after --stop-after what runs is asked to stop, which it does once it has saved. The same command
 again goes on: OUT/results.json holds what is done, OUT/runs the folders.

@@ -37,7 +37,7 @@ from zotune.models import schemes
 from zotune.models.adapters import save
 from zotune.models.kinds import kind_of
 from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
-from zotune.models.quantized import base_dtype, library_versions, weight_bytes
+from zotune.models.quantized import base_dtype, library_versions, refuse_rough, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine, start
@@ -209,6 +209,8 @@ def prepare(config: TrainConfig) -> Prepared:
         balanced=config.balance_classes,
     )
     model, tokenizer = load(config, task, seed=config.seed)
+    if not config.method.startswith("fo-"):
+        refuse_rough(model, config.model)
     recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
     base = fingerprint(model) if recorded else ""
     transformers.set_seed(config.seed)  # for an adapter's first values

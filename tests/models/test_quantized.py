@@ -257,6 +257,28 @@ def test_a_base_that_its_checkpoint_has_quantised_serves_adapters_alone(material
         assert "quantised and cannot be trained; use --scheme lora" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_rounds_activations_too_is_for_back_propagation_alone(material, tmp_path, capsys):
+    import transformers
+
+    eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(material / "llama", quantization_config=eight)
+    model.save_pretrained(tmp_path / "eight")
+    families.tokenizer("llama").save_pretrained(tmp_path / "eight")
+    args = flags(tmp_path, "eight", scheme="lora", data=material / "data", steps=2)
+    assert "--quantize int8" in refused(capsys, "train", *args, "--output", str(tmp_path / "run"))
+    given = [
+        "--data",
+        str(material / "data"),
+        "--template",
+        tiny.TEMPLATE,
+        "--label-words",
+        tiny.WORDS,
+        "--device",
+        "cpu",
+    ]
+    assert run(["eval", "--model", str(tmp_path / "eight"), *given]) == 0
+
+
 def refused(capsys, *words: str) -> str:
     assert run([*words]) == 2
     line = capsys.readouterr().err.strip()
@@ -283,13 +305,8 @@ def test_what_cannot_be_on_a_quantised_base_is_said_in_a_line(material, tmp_path
     steps[1] = str(material / "mistral")
     assert "not the one that the run started from" in refused(capsys, "replay", *steps, *again)
     families.save("llama", tmp_path / "narrow")
-    line = refused(
-        capsys,
-        "train",
-        *flags(tmp_path, "narrow", quantize="nf4", scheme="lora", data=material / "data"),
-        *out[:1],
-        out[1] + "n",
-    )
+    narrow = flags(tmp_path, "narrow", quantize="nf4", scheme="lora", data=material / "data")
+    line = refused(capsys, "train", *narrow, "--output", str(tmp_path / "n"))
     assert "q_proj is 32 wide" in line
     assert "use --quantize int8" in line
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)

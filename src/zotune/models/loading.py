@@ -61,7 +61,8 @@ def load_model(
             if quantize is None:
                 return model.to(device).eval()
             packed |= {"config": model.config, "state_dict": model.state_dict(), "dtype": model.dtype}
-            quantized = type(model).from_pretrained(None, **packed)
+            made: Any = type(model)
+            quantized = made.from_pretrained(None, **packed)
             quantized.generation_config = model.generation_config
         return _quantized(quantized, name, quantize)
     kwargs |= {"dtype": DTYPES[dtype] if dtype else "auto", "use_safetensors": None if allow_pickle else True} | packed
@@ -87,8 +88,12 @@ def load_model(
             f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
             "give --model-kind classifier for a fresh head over label words"
         )
-    model.fresh_parameters = missing
-    return _quantized(model, name, quantize).to(device) if is_quantized(model) else model.to(device).eval()
+    model.fresh_parameters = missing  # type: ignore[assignment]  # no module and no tensor
+    if not is_quantized(model):
+        return model.to(device).eval()
+    if model.device.type != torch.device(device).type:  # 8-bit weights of some libraries cannot be moved
+        model = model.to(device)
+    return _quantized(model, name, quantize)
 
 
 def find_kind(

@@ -81,6 +81,15 @@ def refuse_whole(model: nn.Module, scheme: str) -> None:
         )
 
 
+def refuse_rough(model: nn.Module, name: str) -> None:
+    """Raises InputError where activations are rounded too: two losses at θ ± εz then differ by that, not by z (docs/log.md)."""
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        raise InputError(
+            f"--model {name}: its checkpoint is in bitsandbytes' 8 bits, which round activations by more than a probe moves the "
+            "loss; take the whole model with --quantize int8, or a method that back-propagates (fo-adam, fo-sgd)"
+        )
+
+
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold a tensor's values: itself, or those that a quantised one is made of."""
     data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
