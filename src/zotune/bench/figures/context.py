@@ -31,7 +31,7 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
             if len(line):
                 axis.plot(
                     line.tokens, line.peak_bytes / 2**30, label=name, color=COLOURS[i % 8], marker=MARKERS[i % 8],
-                    linestyle=DASHES[i % 8], markersize=5,
+                    linestyle=DASHES[(i + i // 8) % 8], markersize=5,
                 )  # fmt: skip
         axis.set_xlabel("tokens a row")
         axis.set_ylabel("peak memory (GiB)")

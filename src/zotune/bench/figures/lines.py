@@ -36,7 +36,7 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
     for axis, ((model, task, scheme), group) in zip(axes, places.items(), strict=True):
         for name, line in group:
             i = names.index(name)
-            axis.plot(line.passes, line["mean"], label=name, color=COLOURS[i % 8], linestyle=DASHES[i % 8])
+            axis.plot(line.passes, line["mean"], label=name, color=COLOURS[i % 8], linestyle=DASHES[(i + i // 8) % 8])
             if (line["max"] > line["min"]).any():
                 axis.fill_between(line.passes, line["min"], line["max"], color=COLOURS[i % 8], alpha=0.15, linewidth=0)
         axis.set_xlabel("forward passes")
