@@ -239,12 +239,11 @@ def _fold_kernel(
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     inside = (n_B < N)[:, None] & (d_B < D)[None, :]
     w_BB = tl.load(at, mask=inside, other=0.0)
-    for step in range(S):
-        first = step.to(tl.int64) * G
-        w_BB = _folded(
-            w_BB, n_B, d_B, u + first * N * R, v + first * D * R, scales + first, N, D, G * R, R, SPLIT, WIDE, EXACT,
-            BN, BD, BK,
-        )  # fmt: skip
+    for _ in range(S):
+        w_BB = _folded(w_BB, n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK)
+        u += G * N * R
+        v += G * D * R
+        scales += G
     tl.store(at, w_BB, mask=inside)
 
 
