@@ -175,10 +175,9 @@ def test_two_resumptions_in_a_row_repeat_no_forward_pass_and_a_finished_run_is_l
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*") if p.name != ".lock"} == before
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"queries": 2}])
-def test_updates_that_an_engine_held_back_when_the_run_was_killed_are_not_lost(flags, tmp_path, changes):
+def test_updates_that_an_engine_held_back_when_the_run_was_killed_are_not_lost(flags, tmp_path):
     """Lines, evaluations and checkpoints fall on different steps: what each reads is current."""
-    argv = flags(engine="dual", lr="1e-3", **changes)
+    argv = flags(engine="dual", lr="1e-3", dtype="bfloat16", queries=2)
     whole, _ = whole_run(argv, tmp_path / "whole")
 
     def one(step: int) -> None:
