@@ -147,6 +147,17 @@ def check_engines(model: torch.nn.Module, ids: torch.Tensor) -> None:
                 assert not torch.equal(found, ours[0]) or by is at
                 for (_, p), w in zip(named, start, strict=True):
                     p.copy_(w)
+    seeds = tuple(range(3, 3 + len(ids)))  # a direction per row
+    engine = ZeroOrderOptimizer(model, lr=0.0, engine="lowrank", groups="batch").engine
+    rows = engine.both(loss, batch, Displacement(seeds, ((1e-2,) * len(ids),)), (1,) * len(ids))
+    assert engine.usable
+    for i, seed in enumerate(seeds):
+        for found, sign in zip(rows, (1, -1), strict=True):
+            engine.apply(Displacement((seed,), ((sign * 1e-2,),)))
+            with torch.no_grad():
+                torch.testing.assert_close(found[i], loss(batch)[i], rtol=1e-5, atol=2e-6)
+                for (_, p), w in zip(named, start, strict=True):
+                    p.copy_(w)
     after = [t for p in model.parameters() for t in inner_tensors(p)]
     assert all(torch.equal(a, b) for a, b in zip(base, after, strict=True))
 
