@@ -189,7 +189,7 @@ def _count(
     checkpointing: bool,
     quantised: bool,
 ) -> tuple[int, int, int, int, int, float, int, int]:
-    """Bytes of weights; elements, bytes and number of what trains; bytes of gradients; FLOP, calls of a forward; bytes of a step."""
+    """Bytes of weights; elements, bytes, number of what trains; bytes of gradients; FLOP, calls of a forward; bytes of a step."""
     model, extra = with_scheme(build(config, kind), scheme)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
