@@ -3,6 +3,7 @@
 suite.py     YAML → cells of a grid → the options of each run
 cost.py      forward passes a step, and the steps that a budget pays for
 plan.py      runs with their keys, what is done, what the rest will take
+choice.py    which lr and eps: validation decides
 store.py     results in SQLite
 runner.py    a process a run
 search.py    lr and eps by grid or Optuna

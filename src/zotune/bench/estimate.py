@@ -155,45 +155,68 @@ def estimate(
         if value not in known:
             raise InputError(f"--{what} {value}: {nearest(value, known)}")
     kind = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
-    model = build(copy.deepcopy(config), kind)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit < seq_len:
         raise InputError(f"--seq-len {seq_len}: the model takes {limit} tokens")
-    model, extra = with_scheme(model, scheme)
+    # Methods with the same passes differ in their state alone.
+    passes = method if method == "forward-grad" else "first" if method.startswith("fo-") else "probe"
+    key = (config.to_json_string(), kind, scheme, passes, batch_size, seq_len, answer_tokens, checkpointing, quantised)
+    if key not in _counted:
+        _counted[key] = _count(
+            copy.deepcopy(config), kind, scheme, passes, batch_size, seq_len, answer_tokens, checkpointing, quantised
+        )
+    weights, trainable, trained_bytes, tensors, gradients, flops, calls, step = _counted[key]
+    state = ZO_STATE.get(method, 0) * trainable + FO_STATES.get(method, 0) * trained_bytes
+    peak = weights + state + step
+    made = Estimate(
+        method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
+        step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries), peak,
+    )  # fmt: skip
+    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
+
+
+_counted: dict[tuple[Any, ...], tuple[int, int, int, int, int, float, int, int]] = {}
+
+
+def _count(
+    config: Any,
+    kind: torch.dtype,
+    scheme: str,
+    passes: str,
+    batch_size: int,
+    seq_len: int,
+    answer_tokens: int,
+    checkpointing: bool,
+    quantised: bool,
+) -> tuple[int, int, int, int, int, float, int, int]:
+    """Bytes of weights; elements, bytes, number of what trains; bytes of gradients; FLOP, calls of a forward; bytes of a step."""
+    model, extra = with_scheme(build(config, kind), scheme)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trainable = sum(p.numel() for p in trained)
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     batch = _batch(batch_size, seq_len + extra, answer_tokens)
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
-    first_order = method.startswith("fo-")
     gradients, held = 0, 0
     flops, calls = _forward_cost(model, loss)
     with _fused_attention(), Allocations(model) as live:
-        if first_order:
+        if passes == "first":
             with set_checkpoint_early_stop(False):  # the exception that stops would keep alive what was recomputed
                 kept = _forward(model, loss, checkpointing)
             kept.backward()
             gradients = trained_bytes
-        elif method == "forward-grad":
+        elif passes == "forward-grad":
             with torch.no_grad():
                 loss()
         else:
             held = _probe(model, loss, live)
     step = live.peak + held
-    if method == "forward-grad":  # each value has a tangent; the direction is held whole
+    if passes == "forward-grad":  # each value has a tangent; the direction is held whole
         step = 2 * live.peak + trained_bytes
-    state = ZO_STATE.get(method, 0) * trainable + FO_STATES.get(method, 0) * trained_bytes
     if quantised:
         saved, scratch = _quantised(model)
         weights -= saved
         step += scratch
-    peak = weights + state + step
-    made = Estimate(
-        method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
-        step - gradients, trainable, flops, calls + 2 * len(trained), _forwards(method, queries), peak,
-    )  # fmt: skip
-    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
+    return weights, sum(p.numel() for p in trained), trained_bytes, len(trained), gradients, flops, calls, step
 
 
 def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estimate]:

@@ -14,7 +14,7 @@ from zotune.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from zotune.bench.plan import Plan
-    from zotune.bench.runner import State
+    from zotune.bench.runner import Active, State
 
 app = typer.Typer(
     name="bench",
@@ -305,6 +305,15 @@ def show_end(state: State, output: str) -> None:
     print(f"{said}; zotune bench report {output}")
 
 
+def left(active: Active) -> float | None:
+    """Seconds that a run under way still takes, by its own pace where it has one."""
+    took, steps = time.monotonic() - active.began, int(active.run.options["steps"])
+    if active.step:
+        return took * (steps - active.step) / active.step
+    planned = active.run.planned.get("seconds")
+    return None if planned is None else max(0.0, planned - took)
+
+
 class Live:
     """A table of what runs, redrawn on a terminal; elsewhere a line for each run that ends."""
 
@@ -355,7 +364,10 @@ class Live:
             loss = "" if active.loss is None else f"{active.loss:.3f}"
             steps = f"{active.step}/{active.run.options['steps']}"
             table.add_row(active.run.cell.name, steps, loss, f"{time.monotonic() - active.began:.0f}")
-        expected = [run.planned.get("seconds") for run in [*state.waiting, *state.plan.held]]
+        at_once = max(1, len(state.active))
+        expected = [left(one) for one in state.active]
+        expected += [run.planned.get("seconds") for run in [*state.waiting, *state.plan.held]]
+        shared = [None if seconds is None else seconds / at_once for seconds in expected]
         took = time.monotonic() - self.began
-        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(expected)} min"
+        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(shared)} min"
         return table
