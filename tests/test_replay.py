@@ -13,11 +13,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from zotune import noise
+from zotune import ZeroOrderOptimizer, noise
 from zotune import replay as replays
 from zotune.cli.app import run
 from zotune.noise import reference
-from zotune.trajectory import Header, TrajectoryWriter, read_file
+from zotune.trajectory import Header, Record, TrajectoryWriter, read_file
 
 RUNS = [
     {"seed": 3},
@@ -347,6 +347,23 @@ def test_damage_and_other_noise_are_refused(material, tmp_path, capsys, monkeypa
     capsys.readouterr()
     assert replay(material, tmp_path / "out2", done / "trajectory.zot") == 2
     assert "noise definition 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 3, "engine": "lowrank"}], ids=["dense", "lowrank"])
+def test_a_replay_folds_where_the_record_says_that_the_run_folded(options):
+    draw = torch.Generator().manual_seed(0)
+    start, pairs = torch.randn(40, 30, generator=draw).bfloat16(), options.get("groups", 1)
+    g_SP = torch.randn(6, pairs, generator=draw).tolist()
+    steps = [Record(s, 1.0, 1.0, tuple(g_P), (1e-2,), (0.0,)) for s, g_P in enumerate(g_SP)]
+    forced = [dataclasses.replace(record, folded=record.step % 2 == 1) for record in steps]
+    found = {}
+    for name, every, records in (("asked", 2, steps), ("forced", 100, forced), ("never", 100, steps)):
+        param = torch.nn.Parameter(start.clone())
+        replays.apply(ZeroOrderOptimizer([("w", param)], seed=1, fold_every=every, **options), records)
+        found[name] = param.data
+    assert torch.equal(found["asked"], found["forced"])
+    assert torch.equal(found["never"], start)
+    assert not torch.equal(found["asked"], start)
 
 
 @pytest.mark.parametrize("direction", noise.DIRECTIONS)

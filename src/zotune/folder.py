@@ -213,16 +213,17 @@ def check_model_folder(path: Path, overwrite: bool) -> None:
 @contextmanager
 def model_folder(path: Path) -> Iterator[Path]:
     """A path to write a model to, which takes the place of what is at `path` when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}{STAGING}")
+    place = path.absolute()  # a dot has no name
+    temporary = place.with_name(f".{place.name}{STAGING}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         _sync_tree(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        sync(path.absolute().parent)
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(temporary, place)
+        sync(place.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]
