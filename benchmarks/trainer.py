@@ -105,7 +105,7 @@ def trained(model: Any, data: Any, collate: Any, rows: int, steps: int, chosen: 
         args = ZOTrainingArguments(
             output_dir=folder, method="zo-sgd", eps=1e-3, learning_rate=1e-9, max_steps=steps, logging_steps=10,
             per_device_train_batch_size=rows, save_strategy="no", report_to=[], disable_tqdm=True,
-            remove_unused_columns=False, dataloader_pin_memory=False, **chosen,
+            remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), **chosen,
         )  # fmt: skip
         trainer = ZOTrainer(model, args, train_dataset=data, data_collator=collate, row_loss=candidate_losses)
         trainer.add_callback(clock)

@@ -135,3 +135,28 @@ def test_what_makes_no_sense_without_a_gradient_is_refused(tmp_path):
         train(tmp_path, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="zo-sgd"):
         train(tmp_path, zo={"method": "zo-sdg"})
+
+
+def test_a_step_does_not_walk_through_the_model(tmp_path, monkeypatch):
+    """A step of a large model takes less than what the Trainer does with gradients and modes that are not there."""
+    walks = {"zero_grad": 0, "train": 0, "num_parameters": 0}
+
+    def counted(kind, name):
+        plain = getattr(kind, name)
+
+        def walk(self, *args, **kwargs):
+            walks[name] += not isinstance(self, torch.nn.Module) or isinstance(self, tf.PreTrainedModel)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, walk)
+
+    counted(torch.nn.Module, "zero_grad")
+    counted(torch.nn.Module, "train")
+    counted(tf.PreTrainedModel, "num_parameters")
+    trainer = train(tmp_path)
+    assert walks["zero_grad"] == 0
+    assert walks["train"] <= 6  # at the beginning and the end, none a step
+    assert walks["num_parameters"] == 1
+    assert "zero_grad" not in trainer.model.__dict__
+    tokens, passes = 8 * 8 * 4, 2
+    assert trainer.state.total_flos == 2 * passes * tokens * trainer.model.num_parameters(exclude_embeddings=True)

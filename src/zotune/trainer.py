@@ -22,7 +22,8 @@ RowLoss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class ZOTrainingArguments(transformers.TrainingArguments):
-    """`TrainingArguments` and the zeroth-order ones, with defaults that fit: constant lr, no gradient clipping.
+    """`TrainingArguments` and the zeroth-order ones, with defaults that fit: constant lr, no gradient clipping, losses as they are
+    (NaN too), batches copied to the device while it computes.
 
     The run's `seed` also seeds the directions, `weight_decay` is decoupled, and the schedule steps once an update.
     """
@@ -42,9 +43,13 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
     max_grad_norm: float = 0.0
+    logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dataloader_pin_memory:
+            accelerator: Any = self.accelerator_config
+            accelerator.non_blocking = True  # a copy that is waited for waits for the step before it too
         if self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm}: a zeroth-order step has no gradient to clip; leave it at 0"
@@ -114,6 +119,7 @@ class ZOTrainer(transformers.Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: its replicas are copies that no perturbation reaches
         self._micro_batches: list[Any] = []
         self._row_loss_of: Callable[[Any], Tensor] | None = None
+        self._weights: int | None = None
         super().__init__(model, args, *positional, **kwargs)
 
     @property
@@ -160,7 +166,8 @@ class ZOTrainer(transformers.Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
-        model.eval()
+        if model.training:  # it walks through all modules
+            model.eval()
         with self.compute_loss_context_manager():
             if self.row_loss is not None:
                 batch = batches[0] if len(batches) == 1 else batches
@@ -185,10 +192,29 @@ class ZOTrainer(transformers.Trainer):
         return any(type(c).__module__.split(".")[0] not in known for c in self.callback_handler.callbacks)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        own = model is not None and "zero_grad" not in model.__dict__
+        if own:
+            model.zero_grad = _nothing  # no parameter ever has a gradient, and looking takes as long as much of a step
         try:
             return super().train(*args, **kwargs)
         finally:
+            if own and "zero_grad" in model.__dict__:
+                del model.zero_grad
             self._settle()
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
+        """There is no gradient; the Trainer would look through all parameters for one."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Two operations for each weight, token and forward pass. The number of weights is counted once."""
+        model: Any = self.model
+        ids = inputs.get(getattr(model, "main_input_name", "input_ids")) if isinstance(inputs, dict) else None
+        if not isinstance(ids, Tensor) or not hasattr(model, "num_parameters"):
+            return 0
+        if self._weights is None:
+            self._weights = int(model.num_parameters(exclude_embeddings=True))
+        return 2 * self.zo_optimizer.forwards_a_step * ids.numel() * self._weights
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._settle()
@@ -232,6 +258,9 @@ class ZOTrainer(transformers.Trainer):
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
         super().log(logs, *args, **kwargs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 def _default(f: Any) -> Any:
