@@ -103,6 +103,8 @@ def test_a_state_saved_between_folds_goes_on_as_if_never_saved(at, every):
         {"rounding": "compensated", "method": "zo-adam"},
         {"rounding": "compensated", "method": "zo-sgd-cons"},
         {"rounding": "compensated", "weight_decay": 0.1},
+        {"rounding": "compensated", "groups": "batch"},
+        {"rounding": "compensated", "engine": "lowrank", "fold_every": 2},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,7 +154,7 @@ def test_nothing_changes_under_a_coefficient_of_zero():
         ({"fold_every": 2, "method": "zo-sgd-cons"}, "fold_every=2"),
         ({"fold_every": 2, "weight_decay": 0.1}, "fold_every=2"),
         ({"fold_every": 0}, "fold_every=0"),
-        ({"rounding": "compensated", "groups": "batch"}, "rounding"),
+        ({"rounding": "compensated", "groups": "batch", "weight_decay": 0.1}, "rounding"),
         ({"rounding": "up"}, "unknown rounding"),
     ],
 )

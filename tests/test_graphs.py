@@ -372,7 +372,8 @@ def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, monkeypa
         graphs, "probe", lambda *args: [torch.zeros((), dtype=torch.float64, device="meta")] * len(probes)
     )
     engine = SimpleNamespace(
-        directions=SimpleNamespace(params=[]),
+        directions=SimpleNamespace(params=[], slots={}),
+        holds=False,
         loss=lambda closure, at: closure(),
         apply=lambda by, at_once: applied.append(by.coefs_GQ),
     )

@@ -261,16 +261,20 @@ class Directions:
             noise.add_noise_steps(param.data, seeds_SQ, coefs_SQ, slot.id, self.distribution)
 
     def apply_compensated(
-        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[float | Tensor] = ()
+        self,
+        by: Displacement | HeldDisplacement,
+        residuals: Sequence[Tensor],
+        factors: Sequence[float | Tensor] = (),
+        params: Sequence[torch.nn.Parameter] | None = None,
     ) -> None:
-        """θ + r ← factor·(θ + r) + displacement, θ rounded and r what that took; r as θ in shape and dtype, in order.
+        """θ + r ← factor·(θ + r) + displacement, θ rounded and r what that took; r as θ (of these) in shape and dtype, in order.
 
         factors: as `noise.add_noise_compensated` has them, by parameter group.
         """
         if self.params and self.params[0].is_cuda:  # one tensor a group, not one a parameter
             fill = partial(torch.full, (), dtype=torch.float32, device=self.params[0].device)
             factors = [f if isinstance(f, Tensor) else fill(fill_value=f) for f in factors or [1.0] * self.groups]
-        for param, lost in zip(self.params, residuals, strict=True):
+        for param, lost in zip(self.params if params is None else params, residuals, strict=True):
             slot = self.slots[id(param)]
             factor = factors[slot.group] if factors else 1.0
             if isinstance(factor, Tensor) or not by.is_zero(slot.group) or factor != 1:

@@ -22,7 +22,7 @@ from zotune.engines.following import rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.graphs import Flight, StepGraphs
 from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
-from zotune.engines.sequential import SequentialEngine, same_draws
+from zotune.engines.sequential import SequentialEngine, Through, same_draws
 from zotune.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
 from zotune.errors import InputError, NonFiniteLoss, nearest
 from zotune.estimators import TwoSided
@@ -217,10 +217,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                     f"fold_every={self.fold_every}: only updates that are lists of coefficients can wait (zo-sgd, "
                     "forward-grad, zo-sgd-sign with sign_mode scalar; no weight decay, masks, blocks or hybrid); use 1"
                 )
-        if rule.rounding != "nearest" and (self.groups != 1 or self.engine_name == "lowrank"):
+        if rule.rounding != "nearest" and weight_decay and (self.groups != 1 or self.engine_name == "lowrank"):
             raise ValueError(
-                "rounding='compensated': low-rank updates are folded into the weights as products, which it does not serve; "
-                "use fold_every, or groups=1"
+                f"rounding='compensated' and weight_decay={weight_decay}: low-rank updates do not go with both; "
+                "leave weight_decay at 0"
             )
         if isinstance(rule, Conservative) and weight_decay:
             raise ValueError(
@@ -443,8 +443,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 assert isinstance(rule, Linear)
                 self._pending.append(rule.displacement(scalars))
                 continue
-            direct = rule.linear and rule.rounding == "nearest"
-            weights: Any = _Through(engine, self.pairs, hold) if direct else engine.directions
+            weights: Any = Through(engine, self.pairs, hold) if rule.linear else engine.directions
             rule.apply(weights, scalars, self.state)
         late.clear()
 
@@ -665,10 +664,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         assert isinstance(rule, Linear)
         if self._graphs is not None and self._graphs.fold(by, len(by.seeds_Q)):
             return
-        if rule.rounding == "nearest":
-            self.engine.apply(by, len(by.seeds_Q))
-        else:
-            rule.displace(self.engine.directions, by, self.state)
+        rule.displace(Through(self.engine, len(by.seeds_Q)), by, self.state)
 
     def _applicable(self, losses_P: Sequence[float], by: Scalars) -> bool:
         """Whether the update is finite, in the weights' own dtype too: 16 bits overflow where 32 do not."""
@@ -702,17 +698,6 @@ class _Flying:
     shares: tuple[int, ...]
     pairs: int
     settings: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
-
-
-class _Through:
-    """Directions whose displacements are applied by an engine, which may have a faster way, or directions of its own."""
-
-    def __init__(self, engine: Any, pairs: int, hold: bool) -> None:
-        self.engine, self.pairs, self.hold = engine, pairs, hold
-        self.params, self.slots = engine.directions.params, engine.directions.slots
-
-    def apply(self, by: Displacement) -> None:
-        (self.engine.hold if self.hold else self.engine.apply)(by, self.pairs)
 
 
 def _on_cuda(value: Any) -> bool:

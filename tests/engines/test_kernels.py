@@ -125,3 +125,24 @@ def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype):
     folds(w, u, v, scales)
     assert torch.equal(w, one_by_one)
     assert not torch.equal(w, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+def test_compensated_folds_add_up_where_rounded_ones_are_lost(dtype, by):
+    from zotune.engines import kernels, lowrank
+
+    fold = kernels.fold if by == "kernel" else lowrank._fold
+    w, u, v = drawn((70, 140), (3, 70, 2), (3, 140, 2), dtype=dtype)
+    scales = torch.full((3,), 1e-5, device=DEVICE)
+    wanted, rounded, kept, lost = w.double(), w.clone(), w.clone(), torch.zeros_like(w)
+    for _ in range(60):
+        wanted += torch.einsum("g,gor,gdr->od", scales.double(), u.double(), v.double())
+        fold(rounded, u, v, scales)
+        fold(kept, u, v, scales, lost)
+    off, rough = (float((x - wanted).abs().mean()) for x in (kept.double() + lost.double(), rounded.double()))
+    assert off < rough / 20
+    before, rest = kept.clone(), lost.clone()
+    fold(kept, u, v, torch.zeros_like(scales), lost)
+    assert torch.equal(kept, before)
+    assert torch.equal(lost, rest)

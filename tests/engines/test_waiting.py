@@ -281,7 +281,7 @@ def replayed(monkeypatch):
     monkeypatch.setattr(graphs.StepGraphs, "_captured", captured)
     step = ZeroOrderOptimizer._captured_step
 
-    def as_on_cuda(self, loss_of, batches, seeds_Q, shares):
+    def as_on_cuda(self, loss_of, batches, shares):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             graph_step = graphs.StepGraphs.step
@@ -291,7 +291,7 @@ def replayed(monkeypatch):
                 return graph_step(*args)
 
             patch.setattr(graphs.StepGraphs, "step", without)
-            return step(self, loss_of, batches, seeds_Q, shares)
+            return step(self, loss_of, batches, shares)
 
     monkeypatch.setattr(ZeroOrderOptimizer, "_captured_step", as_on_cuda)
 

@@ -62,6 +62,10 @@ class DualEngine(FollowingEngine):
         self.settle()
         super().apply(by, at_once)
 
+    def apply_compensated(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super().apply_compensated(*args, **kwargs)
+
     def settle(self) -> None:
         self.waiting.settle()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from zotune.directions import Displacement, HeldDisplacement, signed
 from zotune.engines.probing import centre, loss_at, probe, spread_on_device
 from zotune.engines.scratch import Scratch
-from zotune.engines.sequential import SequentialEngine
+from zotune.engines.sequential import SequentialEngine, Through
 from zotune.estimators import Estimator
 from zotune.updates import DECAY, NUMBERS, Conservative, Linear, Rule, fused
 
@@ -151,11 +151,8 @@ class StepGraphs:
 
         hold: it may wait for the next read of the weights.
         """
-        if self.rule.rounding == "nearest":
-            (self.engine.hold if hold else self.engine.apply)(by, at_once)
-        else:
-            assert isinstance(self.rule, Linear)
-            self.rule.displace(self.engine.directions, by, self.state, factors)
+        assert isinstance(self.rule, Linear)
+        self.rule.displace(Through(self.engine, at_once, hold), by, self.state, factors)
 
     def fold(self, by: Displacement, pairs: int) -> bool:
         """Updates that waited, applied together; False where they have to be without a graph. pairs: directions of a step."""

@@ -198,11 +198,11 @@ def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype
 
 
 @triton.jit
-def _folded(
-    w_BB, n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+def _products(
+    n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of W + Σ_g scales[g]·U_g·V_gᵀ, rounded once; k runs over directions and ranks."""
+    """A tile of Σ_g scales[g]·U_g·V_gᵀ, float32, and how many scales are not 0; k runs over directions and ranks."""
     total_BB = tl.zeros((BN, BD), dtype=tl.float32)
     nonzero = 0
     for first in range(0, GR, BK):
@@ -225,43 +225,57 @@ def _folded(
                 total_BB = tl.dot(low_BK, v_KB, total_BB)
         else:
             total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
-    return tl.where(nonzero != 0, (w_BB.to(tl.float32) + total_BB).to(w_BB.dtype), w_BB)
+    return total_BB, nonzero
 
 
 @triton.jit(do_not_specialize=["S"])
 def _fold_kernel(
-    w, u, v, scales, S, N, D, G, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    w, lost, u, v, scales, S, N, D, G, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    COMPENSATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """W (N, D) takes S folds one after the other, each rounded."""
+    """W (N, D) takes S folds one after the other, each rounded; lost, where there is one, keeps what that took."""
     n_B = tl.program_id(0) * BN + tl.arange(0, BN)
     d_B = tl.program_id(1) * BD + tl.arange(0, BD)
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     inside = (n_B < N)[:, None] & (d_B < D)[None, :]
     w_BB = tl.load(at, mask=inside, other=0.0)
+    lost_BB = w_BB
+    if COMPENSATED:
+        lost_BB = tl.load(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], mask=inside, other=0.0)
     for _ in range(S):
-        w_BB = _folded(w_BB, n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK)
+        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK)
+        total_BB += w_BB.to(tl.float32)
+        if COMPENSATED:
+            total_BB += lost_BB.to(tl.float32)
+        moved_BB = total_BB.to(w_BB.dtype)
+        if COMPENSATED:
+            rest_BB = (total_BB - moved_BB.to(tl.float32)).to(w_BB.dtype)
+            lost_BB = tl.where(nonzero != 0, rest_BB, lost_BB)
+        w_BB = tl.where(nonzero != 0, moved_BB, w_BB)
         u += G * N * R
         v += G * D * R
         scales += G
+    if COMPENSATED:
+        tl.store(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], lost_BB, mask=inside)
     tl.store(at, w_BB, mask=inside)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
-def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor) -> None:
-    """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W."""
-    folds(matrix_ND, u_GNR, v_GDR, scales_G[None])
+def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor, lost_ND: Tensor | None = None) -> None:
+    """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W. lost: added first, then what rounding took."""
+    folds(matrix_ND, u_GNR, v_GDR, scales_G[None], lost_ND)
 
 
-def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor) -> None:
+def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor, lost_ND: Tensor | None = None) -> None:
     """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), fold by fold."""
     (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
     split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
     side = 64 if exact else 128
     _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, 128))](
-        matrix_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED, EXACT=exact,
-        BN=side, BD=128, BK=16 if groups * rank <= 16 else 32, num_warps=4 if exact else 8,
+        matrix_ND, lost_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED,
+        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=128, BK=16 if groups * rank <= 16 else 32,
+        num_warps=4 if exact else 8,
     )  # fmt: skip

@@ -113,6 +113,23 @@ class LowRankEngine(FollowingEngine):
 
         Where that is more than a probe's, the factors of one parameter at a time are drawn.
         """
+        self._apply(by, at_once, {})
+
+    def apply_compensated(
+        self,
+        by: Displacement | HeldDisplacement,
+        residuals: Sequence[Tensor],
+        factors: Sequence[float | Tensor] = (),
+        at_once: int = 1,
+    ) -> None:
+        if any(isinstance(factor, Tensor) or factor != 1 for factor in factors):
+            raise ValueError(
+                "rounding='compensated': engine lowrank does not decay weights beside it; leave weight_decay at 0"
+            )
+        self._apply(by, at_once, {id(p): lost for p, lost in zip(self.directions.params, residuals, strict=True)})
+
+    def _apply(self, by: Displacement | HeldDisplacement, at_once: int, lost: dict[int, Tensor]) -> None:
+        """lost: what rounding took, by parameter, where that is kept."""
         each = min(at_once, max(1, MOST_AT_ONCE // self.rank))
         for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
@@ -132,8 +149,11 @@ class LowRankEngine(FollowingEngine):
                     drawn.draw(some, again=True)
                 if slot.group not in scaled:
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
-                self._fold(param, drawn, scaled[slot.group])
-            self.directions.apply(some, self.dense)
+                self._fold(param, drawn, scaled[slot.group], lost.get(id(param)))
+            if lost:
+                self.directions.apply_compensated(some, [lost[id(p)] for p in self.dense], params=self.dense)
+            else:
+                self.directions.apply(some, self.dense)
 
     def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
         """`apply` of one after the other, to the bit; on CUDA a tile of a weight takes many before the next tile is read."""
@@ -156,13 +176,10 @@ class LowRankEngine(FollowingEngine):
                 found[0].folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
         self.directions.apply_each(folds, self.dense)
 
-    def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor) -> None:
-        u_GOR, v_GDR = drawn.of[id(param)]
+    def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor, lost: Tensor | None) -> None:
         matrix = param.data.view(param.shape[0], -1)
-        if (kernels := kernels_for(param)) is not None:
-            kernels.fold(matrix, u_GOR, v_GDR, scaled_G)
-        else:
-            _fold(matrix, u_GOR, v_GDR, scaled_G)
+        fold = _fold if (kernels := kernels_for(param)) is None else kernels.fold
+        fold(matrix, *drawn.of[id(param)], scaled_G, None if lost is None else lost.view(matrix.shape))
 
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
@@ -325,15 +342,26 @@ def _sides(param: Tensor) -> tuple[int, int]:
     return param.shape[0], param.numel() // max(1, param.shape[0])
 
 
-def _fold(matrix_OD: Tensor, u_GOR: Tensor, v_GDR: Tensor, scaled_G: Tensor) -> None:
-    """W += Σ_g scaled_g·U_g·V_gᵀ, the sum in float32 (float64 for float64 weights) and rounded once."""
+def _fold(matrix_OD: Tensor, u_GOR: Tensor, v_GDR: Tensor, scaled_G: Tensor, lost_OD: Tensor | None = None) -> None:
+    """W += Σ_g scaled_g·U_g·V_gᵀ, the sum in float32 (float64 for float64 weights) and rounded once.
+
+    lost: added first, then what rounding took; neither changes where all scales are 0.
+    """
     wide = torch.float64 if matrix_OD.dtype == torch.float64 else torch.float32
     left = (u_GOR * scaled_G.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
     right = v_GDR.to(wide).permute(0, 2, 1).flatten(0, 1)
-    if matrix_OD.dtype == wide:
+    if lost_OD is None and matrix_OD.dtype == wide:
         matrix_OD.addmm_(left, right)
+        return
+    if lost_OD is not None and not bool(scaled_G.any()):
         return
     rows = max(1, (16 << 20) // (4 * matrix_OD.shape[1]))
     for first in range(0, len(matrix_OD), rows):
-        tile = matrix_OD[first : first + rows]
-        tile.copy_(torch.addmm(tile.float(), left[first : first + rows], right))
+        part = slice(first, first + rows)
+        total = matrix_OD[part].to(wide)
+        if lost_OD is not None:
+            total = total + lost_OD[part].to(wide)
+        total = torch.addmm(total, left[part], right)
+        matrix_OD[part] = total.to(matrix_OD.dtype)
+        if lost_OD is not None:
+            lost_OD[part] = (total - matrix_OD[part].to(wide)).to(matrix_OD.dtype)

@@ -111,6 +111,16 @@ class SequentialEngine:
         """θ ← θ + displacement. at_once: as `lowrank` has it."""
         self.directions.apply(by)
 
+    def apply_compensated(
+        self,
+        by: Displacement | HeldDisplacement,
+        residuals: Sequence[Tensor],
+        factors: Sequence[float | Tensor] = (),
+        at_once: int = 1,
+    ) -> None:
+        """θ + r ← factor·(θ + r) + displacement, see `Directions.apply_compensated`."""
+        self.directions.apply_compensated(by, residuals, factors)
+
     def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
         """`apply` of one after the other, to the bit, with fewer passes over the weights."""
         self.directions.apply_each(moves)
@@ -153,6 +163,22 @@ class SequentialEngine:
         finally:
             for param, own in swapped:
                 param.data = own
+
+
+class Through:
+    """Directions whose displacements are applied by an engine, which may have a faster way, or directions of its own."""
+
+    def __init__(self, engine: SequentialEngine, pairs: int, hold: bool = False) -> None:
+        self.engine, self.pairs, self.hold = engine, pairs, hold
+        self.params, self.slots = engine.directions.params, engine.directions.slots
+
+    def apply(self, by: Displacement | HeldDisplacement) -> None:
+        (self.engine.hold if self.hold else self.engine.apply)(by, self.pairs)
+
+    def apply_compensated(
+        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[Any] = ()
+    ) -> None:
+        self.engine.apply_compensated(by, residuals, factors, self.pairs)
 
 
 class _PerturbedReads(TorchFunctionMode):
