@@ -19,7 +19,15 @@ class Expected:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{readable(self.peak_bytes)} at the peak, about {self.seconds / 60:.1f} minutes"
+        return f"{readable(self.peak_bytes)} at the peak, about {time_of(self.seconds)}"
+
+
+def time_of(seconds: float) -> str:
+    """
+    >>> time_of(2.14), time_of(264.0)
+    ('2.1 s', '4.4 minutes')
+    """
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
 
 
 def expected(ready: Prepared) -> Expected:

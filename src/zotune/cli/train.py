@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zotune import run
-from zotune.cli.expected import Expected
+from zotune.cli.expected import Expected, time_of
 from zotune.cli.preview import show_row
 from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
@@ -53,11 +53,13 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
     if result["one_class"]:
         table.add_row("always one class", f"{result['one_class']:.1f} %")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
-    minutes = f"{result['wall_seconds'] / 60:.1f} minutes" + (f" (expected {told.seconds / 60:.1f})" if told else "")
-    table.add_row("wall time", f"{minutes}   {result['device']}")
+    took = time_of(result["wall_seconds"]) + (f" (expected {time_of(told.seconds)})" if told else "")
+    table.add_row("wall time", f"{took}   {result['device']}")
     peak = readable(result["peak_memory_bytes"]) + (f" (expected {readable(told.peak_bytes)})" if told else "")
     table.add_row("peak memory", f"{peak}   evaluation alone: {readable(result['evaluation_peak_bytes'])}")
-    table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   computed: gradients, moments, activations")
+    alone = ", without the process's own" if result["device"].startswith("cpu") else ""
+    adam = readable(result["adam_memory_bytes"])
+    table.add_row("with Adam", f"{adam}   computed: weights, gradients, moments, activations{alone}")
     if result["skipped_steps"]:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
