@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/zotune train --config examples/demo/demo.yaml --overwrite
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Counts: ZOTUNE_SOAK_KILLS, _CALLS_EVERY, _CALLS_FROM, _RACES, _FUZZ, _SEED, _AT_ONCE (docs/reliability.md).
 soak: $(VENV)/installed-dev
