@@ -106,8 +106,9 @@ def test_on_cuda_a_replay_gives_the_bits_of_a_run_of_captured_steps(material, tm
     assert replay(material, tmp_path / "there", done / "trajectory.zot", *at, "--device", "cuda") == 0
     first, second = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in ("here", "there"))
     step = {"bfloat16": 2**-7, "float16": 2**-10}.get(str(changes.get("dtype")), 2**-20)
-    for name in first:  # after 12 roundings, each of which may fall the other way
-        torch.testing.assert_close(first[name].float(), second[name].float(), rtol=12 * step, atol=2e-5)
+    for name in first:  # after 12 roundings, each of which may fall the other way, of numbers as large as the tensor's
+        atol = 12 * step * float(first[name].float().abs().mean()) + 2e-5
+        torch.testing.assert_close(first[name].float(), second[name].float(), rtol=12 * step, atol=atol)
 
 
 @pytest.mark.gpu
