@@ -91,6 +91,7 @@ def refused(capsys, *argv: str, code: int = 2) -> str:
 def test_a_run_leaves_what_the_contract_names(flags, tmp_path, capsys, scheme, dtype, model, data):
     out = tmp_path / "run"
     assert run(["train", *flags, "--output", str(out), "--scheme", scheme, "--dtype", dtype]) == 0
+    assert "engine sequential: no other is faster" in capsys.readouterr().err
     result = json.loads((out / "result.json").read_text())
     assert result.keys() >= KEYS
     assert (result["steps"], result["forward_passes"], result["task"]) == (6, 12, data.name)
@@ -242,7 +243,7 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(flags, tmp_path, c
     assert run(["train", *flags, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    for part in ("lr: 0.01", "It was", "forward passes", "12", "memory", "minutes", "nothing was written"):
+    for part in ("lr: 0.01", "It was", "forward passes", "12", "memory", "minutes", "sequential: no", "nothing was written"):
         assert part in said
 
 

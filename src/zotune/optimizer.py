@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.calibration import Norms, measure
 from zotune.directions import Directions, Displacement
-from zotune.engines import make_engine
+from zotune.engines import choose, make_engine
 from zotune.engines.following import rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.graphs import Flight, StepGraphs
@@ -29,6 +30,8 @@ from zotune.estimators import TwoSided
 from zotune.methods import make_method
 from zotune.trajectory import Record
 from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, clip, fused, steps_of
+
+logger = logging.getLogger(__name__)
 
 NamedParams = Iterable[tuple[str, nn.Parameter]]
 
@@ -159,6 +162,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(self._by_order(_groups(params)), defaults)
         self.engine  # noqa: B018  # built now, so that a wrong name or a collision is an error of the constructor
+        logger.info("engine %s", self.chosen_engine)
 
     @property
     def engine(self) -> Any:
@@ -179,6 +183,21 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 for engine in self._blocks:
                     engine.scratch = self._engine.scratch
         return self._engine
+
+    @property
+    def chosen_engine(self) -> str:
+        """The engine, and why it was taken where it was not named."""
+        name, own = (
+            self.engine.name,
+            self.method.first_order or self.method.forward_mode or self.enhancements.sequential,
+        )
+        if self.method.first_order:
+            return "back-propagation: the method's own"
+        if self.engine_name != "auto":
+            return f"{name}: as asked for"
+        if own:
+            return f"{name}: what the method and its enhancements are served by"
+        return f"{name}: {choose(all(p.is_cuda for p in self.engine.directions.params), self.groups)[1]}"
 
     @property
     def blocks(self) -> list[Any]:

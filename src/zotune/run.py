@@ -434,6 +434,8 @@ class _Run:
         except ValueError as error:
             raise InputError(str(error)) from None
         assert isinstance(optimizer, ZeroOrderOptimizer)
+        if config.engine == "auto":
+            self.listener.say(f"engine {optimizer.chosen_engine}")
         optimizer.pairs = config.pairs // config.queries
         optimizer.norms = NormsFolder(self.folder / CALIBRATION)
         trainer.remove_callback(transformers.PrinterCallback)

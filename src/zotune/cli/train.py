@@ -86,7 +86,7 @@ def dry_run(config: TrainConfig) -> None:
     console.print(Text("rows as the model will see them (answer in bold)", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         show_row(console, example, encoded, ready.tokenizer)
-    step_seconds, row_seconds, forwards = _time(ready)
+    step_seconds, row_seconds, forwards, engine = _time(ready)
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * evaluations
     lengths = [row.tokens for row in ready.train]
@@ -104,6 +104,7 @@ def dry_run(config: TrainConfig) -> None:
     if one_class := ready.one_class(ready.test):
         table.add_row("always one class", f"{one_class:.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
+    table.add_row("engine", engine)
     table.add_row(
         "forward passes",
         f"{config.steps * forwards * config.accumulate:,}",
@@ -118,8 +119,8 @@ def dry_run(config: TrainConfig) -> None:
     console.print("nothing was written")
 
 
-def _time(ready: run.Prepared) -> tuple[float, float, int]:
-    """Seconds a step, seconds a scored row, and forwards a step: the last of three steps, and one evaluation batch."""
+def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
+    """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
     config = ready.config
     ready.model.eval()
     optimizer = ZeroOrderOptimizer(
@@ -147,7 +148,8 @@ def _time(ready: run.Prepared) -> tuple[float, float, int]:
     scored = ready.validation[: 2 * config.batch_size]
     ready.score(scored, run.Listener(), "timing")
     # a step at lr 0 skips the update, which reads and writes the weights once more: half a probe's share of noise
-    return seconds * config.accumulate, (_now(ready.device) - began) / len(scored), optimizer.forwards_a_step
+    row_seconds = (_now(ready.device) - began) / len(scored)
+    return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
 
 
 def _now(device: torch.device) -> float:

@@ -20,16 +20,29 @@ ENGINES = {
 }
 
 
-def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
-    """The named engine; `auto` takes the fastest that draws the directions as the method has them.
+def choose(on_cuda: bool, groups: int | str = 1) -> tuple[str, str]:
+    """What `auto` takes, and why: the fastest that draws the directions as the method has them (docs/performance.md).
 
-    That is `lowrank` where the rows of a batch are to have directions of their own, else `dual` on CUDA and `sequential` on
-    the CPU, where dual is no faster and needs more memory (docs/performance.md). Unknown names, and groups with another
-    engine, raise ValueError.
+    >>> choose(on_cuda=False)
+    ('sequential', 'no other is faster on a CPU, and it needs the least memory')
+    """
+    if groups != 1:
+        return "lowrank", "it gives rows directions of their own"
+    if on_cuda:
+        return "dual", "one forward gives both losses, the faster way on CUDA"
+    return "sequential", "no other is faster on a CPU, and it needs the least memory"
+
+
+def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
+    """The named engine, or the one that `choose` takes for `auto`. Unknown names, and groups with another engine, raise
+    ValueError.
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
-    if name == "lowrank" or (name == "auto" and groups != 1):
+    asked = name
+    if asked == "auto":
+        name, _ = choose(all(p.is_cuda for p in directions.params), groups)
+    if name == "lowrank":
         from zotune.engines.lowrank import LowRankEngine
 
         return LowRankEngine(directions, rank)
@@ -37,10 +50,10 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         raise ValueError(
             f"groups={groups!r}: engine {name!r} gives a batch one direction; use engine='lowrank' or 'auto'"
         )
-    if name == "sequential" or (name == "auto" and not all(p.is_cuda for p in directions.params)):
+    if name == "sequential":
         from zotune.engines.sequential import SequentialEngine
 
         return SequentialEngine(directions)
     from zotune.engines.dual import DualEngine
 
-    return DualEngine(directions, may_hold=name == "dual")  # with `auto` weights are current after each step
+    return DualEngine(directions, may_hold=asked == "dual")  # with `auto` weights are current after each step
