@@ -243,7 +243,16 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(flags, tmp_path, c
     assert run(["train", *flags, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    for part in ("lr: 0.01", "It was", "forward passes", "12", "memory", "minutes", "sequential: no", "nothing was written"):
+    for part in (
+        "lr: 0.01",
+        "It was",
+        "forward passes",
+        "12",
+        "memory",
+        "minutes",
+        "sequential: no",
+        "nothing was written",
+    ):
         assert part in said
 
 

@@ -57,9 +57,8 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
     table.add_row("wall time", f"{took}   {result['device']}")
     peak = readable(result["peak_memory_bytes"]) + (f" (expected {readable(told.peak_bytes)})" if told else "")
     table.add_row("peak memory", f"{peak}   evaluation alone: {readable(result['evaluation_peak_bytes'])}")
-    alone = ", without the process's own" if result["device"].startswith("cpu") else ""
-    adam = readable(result["adam_memory_bytes"])
-    table.add_row("with Adam", f"{adam}   computed: weights, gradients, moments, activations{alone}")
+    alone = ", the process's own left out" if result["device"].startswith("cpu") else ""
+    table.add_row("with Adam", f"{readable(result['adam_memory_bytes'])}   computed{alone}")
     if result["skipped_steps"]:
         table.add_row("skipped steps", f"{result['skipped_steps']}   their loss was not finite")
     if result["cut_rows"]:
