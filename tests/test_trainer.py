@@ -160,3 +160,26 @@ def test_a_step_does_not_walk_through_the_model(tmp_path, monkeypatch):
     assert "zero_grad" not in trainer.model.__dict__
     tokens, passes = 8 * 8 * 4, 2
     assert trainer.state.total_flos == 2 * passes * tokens * trainer.model.num_parameters(exclude_embeddings=True)
+
+
+class StopsAt(tf.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_run_that_is_stopped_early_ends_with_all_its_updates(tmp_path, monkeypatch):
+    def stopped(step, fold_every):
+        trained = model()
+        args = ZOTrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-3, report_to="none",
+            use_cpu=True, save_strategy="no", disable_tqdm=True, fold_every=fold_every,
+        )  # fmt: skip
+        trainer = ZOTrainer(trained, args, train_dataset=ROWS, data_collator=collate, callbacks=[StopsAt(step)])
+        trainer.train()
+        assert not trainer.zo_optimizer._pending
+        return trained
+
+    assert same(stopped(4, 4), stopped(4, 8))

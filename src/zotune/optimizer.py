@@ -281,7 +281,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         group = dict(param_group)
         if "names" not in group:
             group = _named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
-        self.settle()
+        if self.param_groups:  # steps under way are those of the groups before
+            self.flush()
         super().add_param_group(group)
         self._engine = None
 
@@ -312,9 +313,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
         is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; not
-        with masks, blocks, hybrid training or forward-grad. It returns when the device has been given the step: the loss is a
-        tensor there, and the step is one of the past (in `last`, for `watch`, as a skipped one of those that end in
-        `NonFiniteLoss`) with the next one, or when somebody asks.
+        with masks, blocks, hybrid training, forward-grad or back-propagation. It returns when the device has been given the
+        step: the loss is a tensor there, and the step is one of the past (in `last`, for `watch`, as a skipped one of those
+        that end in `NonFiniteLoss`) with the next one, or when somebody asks.
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
@@ -593,16 +594,16 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         step before: what the host has to do meets with what the device does.
         """
         groups, rule, more = self.param_groups, self.method.rule, self.enhancements
-        if not rule.capturable or self.method.forward_mode or more.sequential:
+        if not rule.capturable or self.method.forward_mode or self.method.first_order or more.sequential:
             return None
         if not all(_on_cuda(p) for g in groups for p in g["params"]) or not all(
             isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches
         ):
             return None
         settings = lr_G, decay_G, eps_G = self._settings()
-        if not rule.linear:
+        if rule.counts:
             self.land()  # how many steps were applied decides what Adam does next
-        steps_G = [0] * len(groups) if rule.linear else steps_of(self.engine.directions, self.state)
+        steps_G = steps_of(self.engine.directions, self.state) if rule.counts else [0] * len(groups)
         if steps_G is None or ((not rule.linear or any(decay_G)) and fused(self.engine.directions) is None):
             return None
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
@@ -632,7 +633,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's. An update that is held back is written first, or given up where the weights were loaded since the last step."""
-        self.land()
+        while self._flying:  # what they found is not what is loaded
+            self._flying.popleft().flight.taken()
         for engine in self._blocks:
             (engine.settle if self._version == self._weights_version else engine.drop)()
         super().load_state_dict(state_dict)
@@ -701,8 +703,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= self.max_skipped:
+            step = self.steps if self._last is None else self._last.step + 1
             raise NonFiniteLoss(
-                f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {self.steps}); "
+                f"the loss or its estimate was not finite in {self._skipped_in_a_row} steps in a row (step {step}); "
                 "nothing of them was applied: try a smaller lr or eps, or look at the data of these batches"
             )
 

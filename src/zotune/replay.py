@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -187,6 +188,7 @@ def apply(
     optimizer: ZeroOrderOptimizer, records: Sequence[Record], advance: Callable[[int], None] = lambda steps: None
 ) -> None:
     """Do to the weights what the recorded steps did, in order; many steps in a pass where a step is a list of coefficients."""
+    optimizer.land()
     for first in range(0, len(records), AT_ONCE):
         some = records[first : first + AT_ONCE]
         if not _together(optimizer, some):
@@ -206,7 +208,7 @@ def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
         return False
     moves, waiting = [], optimizer._pending
     for record in records:
-        if not record.skipped:
+        if not record.skipped and not any(map(math.isnan, record.g)):
             optimizer.pairs = len(record.g) // optimizer.method.estimator.queries
             g_GQ = (record.g,) * engine.directions.groups
             by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)

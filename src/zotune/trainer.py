@@ -197,7 +197,10 @@ class ZOTrainer(transformers.Trainer):
         if own:
             model.zero_grad = _nothing  # no parameter ever has a gradient, and looking takes as long as much of a step
         try:
-            return super().train(*args, **kwargs)
+            done = super().train(*args, **kwargs)
+            if isinstance(self.zo_optimizer, ZeroOrderOptimizer):
+                self.zo_optimizer.flush()  # a run that was stopped early has updates that wait
+            return done
         finally:
             if own and "zero_grad" in model.__dict__:
                 del model.zero_grad

@@ -63,6 +63,7 @@ class Rule:
     buffers = ()  # type: tuple[str, ...]
     kernel = ""  # in `zotune.fused`, which does what `move` does; without one, tile by tile everywhere
     linear = False
+    counts = False  # whether `numbers` depends on how many steps were applied
     capturable = False  # as part of a CUDA graph: what it decides can be decided on the device
     extra_forwards = 0
     state_copies = 0  # of the trainable parameters
@@ -377,6 +378,7 @@ class Adam(Rule):
 
     buffers = ("m", "v")
     kernel = "adam"
+    counts = True
     capturable = True
     state_copies = 2
 

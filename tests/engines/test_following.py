@@ -283,3 +283,19 @@ def test_the_format_of_a_base_under_an_adapter_counts_in_the_check_of_the_first_
     optimizer.step(rows, batch={"input_ids": torch.randint(0, 64, (4, 8))})
     assert optimizer.engine.usable
     assert optimizer.engine._eps == torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("engine", ["dual", "lowrank"])
+def test_autocast_over_float32_weights_is_followed(engine):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    x = torch.randn(4, 8)
+    optimizer = ZeroOrderOptimizer(model, lr=1e-2, eps=1e-2, engine=engine)
+
+    def rows(batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch["x"]).float().square().mean(1)
+
+    optimizer.step(rows, batch={"x": x})
+    assert optimizer.engine.usable, optimizer.engine.why
+    assert torch.isfinite(torch.tensor(optimizer.last.losses_P)).all()

@@ -59,15 +59,14 @@ def test_a_layer_norm_has_each_part_s_scale_and_shift(parts, rows, wide, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("parts", "rows", "wide"), [(3, 5, 300), (1, 40, 17)])
-def test_scales_and_shifts_are_each_part_s_own(parts, rows, wide, dtype):
-    from zotune.engines.kernels import affine
+@pytest.mark.parametrize("own", [True, False])
+def test_a_shift_is_each_part_s_own_or_all_of_theirs(parts, rows, wide, dtype, own):
+    from zotune.engines.kernels import add_shift
 
-    draw = torch.Generator().manual_seed(0)
-    y, scale, shift = (
-        torch.randn(*s, generator=draw).to(DEVICE, dtype) for s in ((parts, rows, wide), (parts, wide), (wide,))
-    )
-    wanted = y.float() * scale.float()[:, None] + shift.float()
-    affine(y, scale, shift)
+    y, each, shared = drawn((parts, rows, wide), (parts, wide), (wide,), dtype=dtype)
+    shift = each if own else shared
+    wanted = y.float() + shift.float().expand(parts, wide)[:, None]
+    add_shift(y, shift)
     torch.testing.assert_close(y.float(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 

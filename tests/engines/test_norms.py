@@ -72,3 +72,68 @@ def test_kernels_give_the_losses_that_torch_gives(family, engine, monkeypatch):
         found.append(torch.tensor(optimizer.last.losses_P))
         assert "forward" not in next(m for n, m in model.named_modules() if "norm" in n or "ln" in n).__dict__
     torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
+
+
+class Gated(nn.Module):
+    """An RMS norm, unless it is given a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8) + 0.5), 1e-6
+
+    def forward(self, x, gate=None):
+        x = x if gate is None else x * gate
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+def by_kernels_and_without(monkeypatch, make, rows, **engine):
+    """The losses of a step after one that has learned, by kernels and by torch."""
+    pytest.importorskip("triton")
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", []
+    for kernels in (set(), {device}):
+        monkeypatch.setattr(parts, "KERNEL_DEVICES", kernels)
+        torch.manual_seed(0)
+        model = make().to(device)
+        x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1)).to(device)
+        optimizer = ZeroOrderOptimizer(model, lr=0.0, eps=1e-2, **engine)
+        for _ in range(2):
+            optimizer.step(lambda batch, model=model: rows(model, batch["x"]), batch={"x": x})
+            assert optimizer.engine.usable, optimizer.engine.why
+        found.append(torch.tensor(optimizer.last.losses_P))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("engine", [{"engine": "dual"}, {"engine": "lowrank"}])
+def test_a_norm_that_is_given_a_gate_computes_as_it_is_written(monkeypatch, engine):
+    make = lambda: nn.ModuleList([nn.Linear(8, 8), Gated()])  # noqa: E731
+
+    def rows(model, x):
+        h = model[0](x)
+        return (model[1](h, gate=h.sigmoid()) + model[1](h, None) + model[1](h)).square().mean((1, 2))
+
+    by_kernels_and_without(monkeypatch, make, rows, **engine)
+
+
+def test_a_forward_that_somebody_puts_on_a_norm_stays_there():
+    model = nn.ModuleList([nn.Linear(8, 8), Gated()])
+    norms = FusedNorms(list(model.parameters()))
+    with norms.learning(), torch.no_grad():
+        model[1](torch.ones(2, 8))
+    assert norms
+    model[1].forward = own = lambda x: x
+    with norms.standing_in(None):
+        assert model[1].forward is own
+    assert model[1].forward is own
+
+
+@pytest.mark.parametrize("engine", [{"engine": "lowrank"}, {"engine": "lowrank", "groups": "batch"}])
+def test_transposed_hidden_states_and_ones_changed_in_place_give_the_losses_that_torch_gives(monkeypatch, engine):
+    make = lambda: nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5)])  # noqa: E731
+
+    def rows(model, x):
+        h = model[0](x.transpose(1, 2))
+        first = model[1](h)
+        h.mul_(0.5)
+        return (first * model[2](h)).mean((1, 2))
+
+    by_kernels_and_without(monkeypatch, make, rows, **engine)

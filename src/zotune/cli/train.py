@@ -131,6 +131,9 @@ def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
         queries=config.queries,
         groups=config.groups,
         rank=config.rank,
+        fold_every=config.fold_every,
+        rounding=config.rounding,
+        weight_decay=config.weight_decay,
         engine=config.engine,
         **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
     )
@@ -146,7 +149,6 @@ def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
     began = _now(ready.device)
     scored = ready.validation[: 2 * config.batch_size]
     ready.score(scored, run.Listener(), "timing")
-    # a step at lr 0 skips the update, which reads and writes the weights once more: half a probe's share of noise
     row_seconds = (_now(ready.device) - began) / len(scored)
     return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
 

@@ -1,6 +1,8 @@
 """How the loss at displaced weights is obtained. An engine knows no method and no task.
 
-An engine is built over `Directions` and has `loss(closure, at)`, `both(loss, batch, at)`, `apply(by)` and the count `forwards`.
+An engine is built over `Directions` and has `loss(closure, at)`, `both(loss, batch, at)`, the count `forwards`, and ways to move
+the weights: `apply(by)`, `apply_compensated`, `apply_each`. One that may leave an update to its next read of the weights also has
+`holds`, `hold`, `settle`, `arm` and `drop`, of which `SequentialEngine` says what they are for.
 """
 
 from __future__ import annotations

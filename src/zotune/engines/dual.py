@@ -66,6 +66,10 @@ class DualEngine(FollowingEngine):
         self.settle()
         super().apply_compensated(*args, **kwargs)
 
+    def apply_each(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super().apply_each(*args, **kwargs)
+
     def settle(self) -> None:
         self.waiting.settle()
 

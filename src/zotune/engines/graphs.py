@@ -135,6 +135,7 @@ class StepGraphs:
             self.engine.settle()
         captured.load(batches, seeds_Q, lr_G, numbers_GN)
         captured.graph.replay()
+        self.engine.replayed()
         return Flight(captured.found, captured.loss_near.clone())
 
     def update(self, kernel: str) -> Any:
@@ -167,6 +168,7 @@ class StepGraphs:
             self._graphs[key] = held
         held.load(by)
         held.graph.replay()
+        self.engine.replayed()
         return True
 
     def _capture(self, captured: _Captured) -> bool:
@@ -271,8 +273,8 @@ class _Captured:
         def at(query: int, sign: int) -> HeldDisplacement | Displacement:
             if sign == 0:
                 return Displacement()
-            own = self.seeds_Q[query * self.pairs : (query + 1) * self.pairs]
-            return HeldDisplacement(own, self.eps_GQ)
+            own = HeldDisplacement(self.seeds_Q[query * self.pairs : (query + 1) * self.pairs], self.eps_GQ)
+            return own if sign > 0 else own.negated()
 
         losses_P = torch.stack(probe(graphs.engine, graphs.estimator, self.loss, self.batches, at, self.shares))
         self.found[:-1].copy_(losses_P)

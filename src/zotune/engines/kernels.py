@@ -92,37 +92,29 @@ def _layer_norm_kernel(
 
 
 @triton.jit
-def _affine_kernel(
-    y, scale, shift, M, N, stride_p, stride_m, scale_p, shift_p,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """y (P, M, N) ← y·scale + shift, of each part its own."""
+def _shift_kernel(y, shift, M, N, stride_p, stride_m, shift_p, BM: tl.constexpr, BN: tl.constexpr):
+    """y (P, M, N) += shift, of each part its own."""
     part = tl.program_id(0).to(tl.int64)
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
     n_B = tl.program_id(2) * BN + tl.arange(0, BN)
     inside = (m_B < M)[:, None] & (n_B < N)[None, :]
     at = y + part * stride_p + m_B.to(tl.int64)[:, None] * stride_m + n_B[None, :]
     y_BB = tl.load(at, mask=inside, other=0.0)
-    total_BB = y_BB.to(tl.float32)
-    if HAS_SCALE:
-        total_BB *= tl.load(scale + part * scale_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
-        total_BB += tl.load(shift + part * shift_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
+    shift_B = tl.load(shift + part * shift_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)
+    tl.store(at, (y_BB.to(tl.float32) + shift_B[None, :]).to(y_BB.dtype), mask=inside)
 
 
 def _rows_at_once(parts: int, rows: int) -> int:
     return 16 if parts * rows < 4096 else 32
 
 
-def affine(y_PMN: Tensor, scale_PN: Tensor | None, shift_PN: Tensor | None) -> None:
-    """y ← y·scale + shift in place, computed in float32 and rounded once. A vector (N,) serves all parts."""
+def add_shift(y_PMN: Tensor, shift_PN: Tensor) -> None:
+    """y += shift in place, computed in float32 and rounded once. A vector (N,) serves all parts."""
     parts, rows, wide = y_PMN.shape
     many = _rows_at_once(parts, rows)
-    strides = [0 if v is None or v.dim() == 1 else v.stride(0) for v in (scale_PN, shift_PN)]
-    _affine_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(wide, 256))](
-        y_PMN, scale_PN, shift_PN, rows, wide, y_PMN.stride(0), y_PMN.stride(1), *strides,
-        HAS_SCALE=scale_PN is not None, HAS_SHIFT=shift_PN is not None, BM=many, BN=256,
+    _shift_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(wide, 256))](
+        y_PMN, shift_PN, rows, wide, y_PMN.stride(0), y_PMN.stride(1), 0 if shift_PN.dim() == 1 else shift_PN.stride(0),
+        BM=many, BN=256,
     )  # fmt: skip
 
 

@@ -52,7 +52,9 @@ class LowRankEngine(FollowingEngine):
         self._ids = noise.parameter_ids([*names, *own])
         self._stacks: dict[int, Stacks] = {}
         self._factors: dict[int, _Factors] = {}  # by the number of directions that probes have
-        self.readers: dict[int, list[torch.nn.Parameter]] = {}  # weights that take one x, by the first
+        self.readers: dict[
+            tuple[int, int], list[torch.nn.Parameter]
+        ] = {}  # weights that take one x, by the first and its side
         self._folds: dict[int, list[_Factors]] = {}  # by the number folded at once, one a factored parameter
 
     def both(
@@ -91,6 +93,11 @@ class LowRankEngine(FollowingEngine):
         plus = self.loss(lambda: loss(batch), at, shares or (1,))
         redraw()
         return plus, self.loss(lambda: loss(batch), at.negated(), shares or (1,))
+
+    def replayed(self) -> None:
+        """The graph has drawn into the buffers that probes use."""
+        for factors in self._factors.values():
+            factors.forget()
 
     def _reads(self, at: Displacement | HeldDisplacement, shares: tuple[int, ...], copies: int) -> PartedReads:
         groups = len(at.seeds_Q)
@@ -221,6 +228,10 @@ class _Factors:
         self._many.draw(seeds_G[:, None].contiguous(), ones)
         self._held = at.seeds_Q if isinstance(at, Displacement) else None
 
+    def forget(self) -> None:
+        """What is in the buffers is no longer what was last drawn."""
+        self._held = None
+
 
 class _LowRankReads(PartedReads):
     def __init__(
@@ -235,8 +246,10 @@ class _LowRankReads(PartedReads):
         super().__init__(parts, engine.directions.params, stacks.of)
         self.engine, self.at, self.factors, self.signs = engine, at, factors, signs
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._last: tuple[Any, dict[int, Tensor]] = None, {}  # the x of the last product, and scale·x·in by weight
+        # the x of the last product, how often it had been written, and scale·x·in by weight
+        self._last: tuple[Any, int, dict[int, Tensor]] = None, 0, {}
         self._readers: list[Any] = []
+        self._side = 0
         self.special |= {torch.addmm: self._addmm}
 
     def _scale(self, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -289,19 +302,22 @@ class _LowRankReads(PartedReads):
 
     def _inner(self, kernels: Any, x: Tensor, weight: Any, side: int, scale_P: Tensor) -> Tensor:
         """scale·x·in, made at once for the weights that took the same x in an earlier forward."""
-        held, found = self._last
-        if held is None or held() is not x:
-            readers = self.engine.readers.setdefault(id(weight), [weight])
+        held, version, found = self._last
+        if held is None or held() is not x or version != x._version:
+            readers = self.engine.readers.setdefault((id(weight), side), [weight])
             found = {}
-            self._last = weakref.ref(x), found
-            self._readers = readers
+            self._last = weakref.ref(x), x._version, found
+            self._readers, self._side = readers, side
         if id(weight) not in found:
             some = self._readers if self._readers[0] is weight else [weight]
-            if id(weight) not in map(id, self._readers) and len(self._readers) < kernels.MOST_READERS:
+            room = side == self._side and len(self._readers) < kernels.MOST_READERS
+            if room and id(weight) not in map(id, self._readers):
                 slots, first = self.engine.directions.slots, self._readers[0]
                 if first.dtype == weight.dtype and slots[id(first)].group == slots[id(weight)].group:
                     self._readers.append(weight)
             x_PMD = self.parts.by_part(x).flatten(1, -2)
+            if x_PMD.stride(-1) != 1:  # a transposed x, whose parts have a row each
+                x_PMD = x_PMD.contiguous()
             ins = [self.factors.of[id(w)][side] for w in some]
             t_SPMR = kernels.low_rank_inner(x_PMD, ins, scale_P)
             found |= {id(w): t_PMR for w, t_PMR in zip(some, t_SPMR, strict=True)}
@@ -309,6 +325,7 @@ class _LowRankReads(PartedReads):
 
     def _add_by_products(self, y: Tensor, x: Tensor, in_GDR: Tensor, out_GOR: Tensor, scale_P: Tensor) -> None:
         copies = len(scale_P) // len(in_GDR)
+        x, in_GDR, out_GOR = (t.to(y.dtype) for t in (x, in_GDR, out_GOR))  # under autocast they may be wider
         if self.parts.equal:
             x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
             in_PDR, out_PRO = in_GDR.repeat(copies, 1, 1), out_GOR.transpose(1, 2).repeat(copies, 1, 1)

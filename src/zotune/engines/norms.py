@@ -97,7 +97,8 @@ class FusedNorms:
     @contextmanager
     def standing_in(self, mode: PartedReads) -> Iterator[None]:
         """Those modules compute by the kernel meanwhile, where they see the batch."""
-        some = list(self._found.items())  # more may be learned meanwhile
+        # more may be learned meanwhile; where somebody has put a forward of theirs on a module since, that is what it does
+        some = [(module, norm) for module, norm in self._found.items() if "forward" not in module.__dict__]
         for module, norm in some:
             module.forward = partial(_forward, mode, module, module.forward, norm)
         try:
@@ -107,7 +108,10 @@ class FusedNorms:
                 del module.forward  # the class's own again
 
 
-def _forward(mode: PartedReads, module: Any, plain: Any, norm: RmsNorm, x: Tensor) -> Any:
+def _forward(mode: PartedReads, module: Any, plain: Any, norm: RmsNorm, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a gate, say: it may do more than a norm
+        return plain(*args, **kwargs)
+    x = args[0]
     scale_PN, kernels = mode.stack_of(module.weight), kernels_for(x)
     served = kernels is not None and scale_PN is not None and mode.parts.equal and mode.is_batch(x)
     if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:

@@ -253,7 +253,7 @@ class PartedReads(TorchFunctionMode):
     def plus_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """y (n, …, O), changed in place, and a bias (P, O) or (O,)."""
         if (kernels := self._in_one_pass(y, bias)) is not None:
-            kernels.affine(self.parts.by_part(y).flatten(1, -2), None, bias)
+            kernels.add_shift(self.parts.by_part(y).flatten(1, -2), bias)
             return y
         if bias.dim() == 1:
             return y.add_(bias)

@@ -129,6 +129,8 @@ def shares(rows: int, groups: int) -> tuple[int, ...]:
     >>> shares(10, 4)
     (3, 2, 3, 2)
     """
+    if groups < 1 or rows < groups:
+        raise ValueError(f"groups: {rows} rows for {groups} directions; each direction needs a row")
     bounds = [-(-rows * g // groups) for g in range(groups + 1)]
     return tuple(b - a for a, b in pairwise(bounds))
 

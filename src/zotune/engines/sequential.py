@@ -142,6 +142,9 @@ class SequentialEngine:
     def drop(self) -> None:
         """Give up what `hold` or `arm` left."""
 
+    def replayed(self) -> None:
+        """A captured step was replayed: what it wrote into buffers is not what the host left there."""
+
     def _run(self, closure: Callable[[], Any]) -> Any:
         self.forwards += 1
         return closure()
