@@ -177,3 +177,26 @@ def test_a_low_rank_update_of_many_directions_is_the_sum_of_its_parts():
         second.engine.apply(moved, 1)
     for a, b in zip(at_once.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_group_that_is_added_begins_with_no_update_of_the_others_waiting():
+    model, more = small(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = ZeroOrderOptimizer(model, lr=1e-2, fold_every=3)
+    before = copy.deepcopy(model)
+    optimizer.step(rows_of(model), batch=data())
+    optimizer.add_param_group({"params": [("more", more)]})
+    assert not torch.equal(model[0].weight, before[0].weight)
+    for _ in range(3):
+        optimizer.step(lambda batch: rows_of(model)(batch) + more.sum(), batch=data())
+    assert bool(more.any())
+
+
+def test_a_stranger_s_record_that_is_no_number_moves_nothing_in_a_replay_either():
+    from zotune import replay
+
+    model = small(torch.float32)
+    before = copy.deepcopy(model)
+    optimizer = ZeroOrderOptimizer(model, lr=0.0)
+    replay.apply(optimizer, [Record(0, 1.0, 1.0, (float("nan"),), (1e-2,), (0.0,))])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    assert optimizer.steps == 1
