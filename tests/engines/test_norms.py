@@ -25,6 +25,15 @@ class Squared(nn.Module):
         return self.weight * x / (x.abs().pow(self.power).mean(-1, keepdim=True) + self.eps) ** (1 / self.power)
 
 
+def test_a_trial_is_not_seen_by_hooks_and_changes_nothing():
+    seen, module = [], Gated()
+    module.register_forward_hook(lambda *args: seen.append(args))
+    before = module.weight.detach().clone()
+    assert recognised(module) is not None
+    assert not seen
+    assert torch.equal(module.weight, before)
+
+
 def test_a_module_is_known_by_what_it_computes():
     assert recognised(Squared(2.0)) is not None
     assert recognised(Squared(3.0)) is None
