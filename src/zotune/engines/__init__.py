@@ -26,13 +26,13 @@ def choose(on_cuda: bool, groups: int | str = 1) -> tuple[str, str]:
     """What `auto` takes, and why: the fastest that draws the directions as the method has them (docs/performance.md).
 
     >>> choose(on_cuda=False)
-    ('sequential', 'no other is faster on a CPU, and it needs the least memory')
+    ('sequential', 'it serves any module, in the least memory')
     """
     if groups != 1:
         return "lowrank", "it gives rows directions of their own"
     if on_cuda:
         return "dual", "one forward gives both losses, the faster way on CUDA"
-    return "sequential", "no other is faster on a CPU, and it needs the least memory"
+    return "sequential", "it serves any module, in the least memory"
 
 
 def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
