@@ -19,7 +19,7 @@ from zotune import noise
 from zotune.calibration import Norms, measure
 from zotune.directions import Directions, Displacement
 from zotune.engines import choose, make_engine
-from zotune.engines.following import rows_in
+from zotune.engines.following import FollowingEngine, rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.graphs import Flight, StepGraphs
 from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
@@ -628,6 +628,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         counts = {"forward_passes": self.forward_passes, "skipped_steps": self.skipped_steps}
         return super().state_dict() | {
             "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
+            "trust": getattr(self.engine, "trust", None),
             "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self._pending],
         }
 
@@ -650,6 +651,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._skipped_steps = counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.pairs = counts.get("pairs", self.pairs)
+        if isinstance(self.engine, FollowingEngine):
+            self.engine.trust = state_dict.get("trust")
         self._pending = [
             Displacement(tuple(seeds_Q), tuple(map(tuple, coefs_GQ)))
             for seeds_Q, coefs_GQ in state_dict.get("pending", ())

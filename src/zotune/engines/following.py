@@ -31,6 +31,7 @@ class FollowingEngine(SequentialEngine):
         super().__init__(directions)
         self.usable = True
         self.why = ""  # it is not
+        self.trust: bool | None = None  # what a process before this one found, so that a resumed run takes the same way
         self._checked = False
         self._norms = FusedNorms(directions.params)
         self._eps = 0.0  # of the narrowest format that activations were seen in
@@ -49,6 +50,8 @@ class FollowingEngine(SequentialEngine):
         at: Displacement | HeldDisplacement,
         shares: tuple[int, ...] | None = None,
     ) -> tuple[Any, Any]:
+        if self.trust is False and self.usable:
+            self.usable, self.why = False, "it stepped aside before the run was resumed"
         if not self.usable or not isinstance(batch, Mapping):
             return self._separate(loss, batch, at, shares)
         try:
@@ -57,8 +60,9 @@ class FollowingEngine(SequentialEngine):
                 if self._norms:  # the forward that is checked is the one that is used
                     found = self._doubled(loss, batch, at, shares)
                     self.forwards -= 2
-                self._check(found, loss, batch, at, shares)
-                self._checked = True
+                if self.trust is None:
+                    self._check(found, loss, batch, at, shares)
+                self._checked = self.trust = True
         except (Unfollowed, RuntimeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError) or capturing():
                 raise
@@ -109,7 +113,7 @@ class FollowingEngine(SequentialEngine):
             raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")
 
     def _give_up(self, why: str) -> None:
-        self.usable, self.why = False, why
+        self.usable, self.why, self.trust = False, why, False
         logger.warning("engine %s: %s; steps go on by two separate forwards", self.name, why)
 
 
