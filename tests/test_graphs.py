@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zotune import ZeroOrderOptimizer, optimizer, updates
 from zotune.engines import graphs
 from zotune.engines.graphs import StepGraphs, _Captured, applicable, projected
+from zotune.engines.probing import spread, spread_on_device
 from zotune.estimators import OneSided, TwoSided
 from zotune.trajectory import Record, float32
 from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
@@ -391,3 +392,14 @@ def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, monkeypa
             step.armed.copy_(torch.tensor(1.0))
     assert all(c.dtype == torch.float32 and c.device.type == "meta" for coefs in applied for c in coefs)
     assert applied
+
+
+@pytest.mark.parametrize("shares", [(3, 3, 2), (1, 1), (2, 2, 2, 2)], ids=str)
+def test_directions_of_unequal_rows_need_no_number_from_the_host(shares):
+    """A short last batch, say, has weights that are not 1; the same bits come as from the host's own floats."""
+    losses_P = torch.randn(2 * 2 * len(shares), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    got = spread_on_device(TwoSided(2), losses_P, shares, 4)
+    assert got.tolist() == spread(TwoSided(2), losses_P.tolist(), shares, 4)
+    elsewhere_P = losses_P.to("meta")
+    with NoHost():
+        assert spread_on_device(TwoSided(2), elsewhere_P, shares, 4).shape == (8,)

@@ -163,7 +163,8 @@ def spread_on_device(estimator: Estimator, losses_P: Tensor, shares_G: Sequence[
     plus_QG, minus_QG = losses_P.view(-1, len(shares_G), 2).unbind(-1)
     d_QG = (plus_QG - minus_QG) / 2
     if any(weight != 1 for weight in weights):
-        d_QG = d_QG * torch.tensor(weights, dtype=d_QG.dtype).to(d_QG.device)
+        # by floats, one a direction: a tensor of weights would be a copy from the host, which a capture refuses
+        d_QG = torch.stack([d_Q * weight for d_Q, weight in zip(d_QG.unbind(1), weights, strict=True)], 1)
     return torch.nn.functional.pad(d_QG, (0, pairs - len(shares_G))).flatten()
 
 
