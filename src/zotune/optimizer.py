@@ -187,15 +187,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     @property
     def chosen_engine(self) -> str:
         """The engine, and why it was taken where it was not named."""
-        name, own = (
-            self.engine.name,
-            self.method.first_order or self.method.forward_mode or self.enhancements.sequential,
-        )
+        name = self.engine.name
         if self.method.first_order:
             return "back-propagation: the method's own"
         if self.engine_name != "auto":
             return f"{name}: as asked for"
-        if own:
+        if self._brings_its_engine:
             return f"{name}: what the method and its enhancements are served by"
         return f"{name}: {choose(all(p.is_cuda for p in self.engine.directions.params), self.groups)[1]}"
 
@@ -216,8 +213,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         held = (value for own in self.state.values() for value in own.values() if isinstance(value, Tensor))
         return sum(value.numel() * value.element_size() for value in held)
 
+    @property
+    def _brings_its_engine(self) -> bool:
+        return self.method.first_order or self.method.forward_mode or self.enhancements.sequential
+
     def _engine_over(self, named: list[list[tuple[str, nn.Parameter]]]) -> Any:
-        if self.method.first_order or self.method.forward_mode or self.enhancements.sequential:
+        if self._brings_its_engine:
             directions = Directions(named, self.direction)
             if self._mask is not None:
                 directions = MaskedDirections(named, self.direction)
