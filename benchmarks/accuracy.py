@@ -80,7 +80,9 @@ class Run:
             tuple[int, int, float, float, float]
         ] = []  # step, forward passes, seconds, validation, test
         self.best: dict[str, torch.Tensor] = {}
+        self.windows: list[float] = []  # milliseconds a step between two evaluations
         self.before = self._score(ready.test)
+        self.since = (0, time.perf_counter())
         self.failed = ""
 
     def _batches(self) -> Iterator[Any]:
@@ -107,7 +109,16 @@ class Run:
             except NonFiniteLoss as error:
                 self.failed = str(error)
             if self.taken % self.config.evaluates_every == 0 or self.done:
+                self._time()
                 self._evaluate()
+                self.since = (self.taken, time.perf_counter())
+
+    def _time(self) -> None:
+        if self.cuda:
+            torch.cuda.current_stream().synchronize()
+        steps, began = self.taken - self.since[0], self.since[1]
+        if steps:
+            self.windows.append(1e3 * (time.perf_counter() - began) / steps)
 
     def _step(self) -> None:
         config = self.config
@@ -162,6 +173,7 @@ class Run:
             "engine": "in place" if self.in_place else self.optimizer.engine.name,
             "captured": graphs is not None and graphs.usable,
             "skipped": 0 if self.in_place else self.optimizer.skipped_steps,
+            "step_ms": round(statistics.median(self.windows[1:] or self.windows), 3),  # the first warms up
             "seconds_beside_others": round(time.perf_counter() - self.began, 1),
         } | ({"failed": self.failed} if self.failed else {})
 

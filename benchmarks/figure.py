@@ -4,7 +4,7 @@
         --line "zo-sgd, float32=results.json:engine=dual,dtype=float32" --line "…"
 
 A line is LABEL=FILE:CELL, the mean over the cell's seeds of test accuracy at each evaluation, with its least and greatest. Seconds
-are those of the run of the cell in the file named by --seconds FILE (runs that had the device for themselves), where it is there.
+are steps times what a step of the cell took in the file named by --seconds FILE (runs that had the device for themselves).
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def main() -> None:
         by_passes.fill_between(passes, low, high, alpha=0.15, color=drawn.get_color(), linewidth=0)
         timed = of_cell(alone, cell)
         if timed:
-            by_seconds.plot([0, *(v[2] for v in timed[0]["validation"])], mean, color=drawn.get_color())
+            took = [0.0, *(step[0][0] * timed[0]["step_ms"] / 1e3 for step in steps)]
+            by_seconds.plot(took, mean, color=drawn.get_color())
     by_passes.set_xscale("symlog", linthresh=100)
     by_passes.set_xlabel("forward passes (a step of back-propagation counts 1)")
-    by_seconds.set_xlabel("seconds of training and evaluation, one run alone")
+    by_seconds.set_xlabel("seconds of training, one run alone")
     by_seconds.set_xscale("symlog", linthresh=1)
     by_passes.set_ylabel("test accuracy, %")
     for axes in (by_passes, by_seconds):

@@ -46,10 +46,10 @@ FLAGS = {
     F1: ["--method", "zo-sgd", "--loss", "f1"],
 }
 GRID = {  # (lr, eps); of fo-adam eps is not used
-    ROW: [("1e-5", "1e-3"), ("3e-5", "1e-3"), ("1e-4", "1e-3")],
-    ZO: [("3e-6", "1e-3"), ("1e-5", "1e-3"), ("3e-5", "1e-3")],
-    FO: [("1e-6", "1e-3"), ("1e-5", "1e-3"), ("1e-4", "1e-3")],
-    F1: [("3e-5", "3e-3"), ("1e-4", "3e-3")],
+    ROW: [("1e-5", "1e-2"), ("3e-5", "1e-2")],
+    ZO: [("1e-5", "5e-3"), ("3e-5", "5e-3")],
+    FO: [("1e-5", "1e-3"), ("3e-5", "1e-3")],
+    F1: [("3e-5", "5e-3"), ("1e-4", "5e-3")],
 }
 KEPT = (
     "test_before", "test_after", "validation_best", "chosen_step", "steps", "forward_passes", "one_class", "test_rows", "metric",
@@ -117,6 +117,7 @@ class Bench:
         flags += ["--steps", str(steps), "--eval-every", str(max(1, steps // 8)), "--batch-size", str(args.batch_size)]
         flags += ["--dtype", args.dtype, "--device", args.device, "--log-every", str(max(1, steps // 20)), "--resume"]
         flags += ["--eval-size", str(size)] if size else []
+        flags += ["--tf32"] if args.tf32 else []
         return Job(key, tuple(flags), folder / "result.json")
 
     def baseline(self, task: str, shots: int) -> Job:
@@ -310,8 +311,8 @@ def main() -> None:
         "--stop-after", type=float, default=float("inf"), help="stop what runs; it saves, and can go on"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--fo-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--fo-steps", type=int, default=300)
     parser.add_argument("--f1-steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--eval-size", type=int, help="validation and test rows at most [default: 500, 1000]")
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", nargs="+", help="cells whose name has one of these in it, such as 'sst2' 'zo-sgd'")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="products of float32 numbers on tensor cores")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     bench = Bench(args)

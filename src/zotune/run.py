@@ -253,7 +253,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             listener.say(f"{folder.path}: this run is finished; nothing to do")
             folder.finish(config.keep is not None)  # as its process may have been killed before
             return done
-        with _deterministic(config.deterministic):
+        with _deterministic(config.deterministic), _tf32(config.tf32):
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
@@ -283,6 +283,17 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Tensor cores for products of float32 tensors; weights, noise and updates stay float32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, wanted or matmul.allow_tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 @dataclass

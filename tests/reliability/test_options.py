@@ -99,6 +99,17 @@ def test_a_deterministic_run_asks_torch_for_it_and_gives_the_same_bits_on_the_cp
     assert all(a[part] == b[part] for part in ("weights", "metrics", "trajectory"))
 
 
+def test_tf32_is_asked_for_while_a_run_lasts(flags, tmp_path, monkeypatch):
+    asked, matmul, step = [], torch.backends.cuda.matmul, runs._TaskTrainer.training_step
+    monkeypatch.setattr(
+        runs._TaskTrainer, "training_step", lambda *args: (asked.append(matmul.allow_tf32), step(*args))[1]
+    )
+    for name, extra in (("a", []), ("b", ["--tf32"])):
+        assert run([*flags(steps=2), *extra, "--output", str(tmp_path / name)]) == 0
+    assert asked == [False] * 2 + [True] * 2
+    assert not matmul.allow_tf32
+
+
 def test_an_operation_that_has_no_deterministic_algorithm_is_named_in_a_line(flags, tmp_path):
     class Chance(runs.Listener):
         def begin(self, what: str, total: int) -> None:
