@@ -278,7 +278,9 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
             second = resumed
     assert same(replayed, captured)
     for p, q in zip(captured.parameters(), host.parameters(), strict=True):
-        torch.testing.assert_close(p, q, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-4}))
+        # Adam moves an element whose estimate is near zero by a ratio of two small numbers, up to lr
+        near = 1e-3 if options["method"] == "zo-adam" else 1e-4
+        torch.testing.assert_close(p, q, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": near}))
     assert not same(captured, start)
     assert second.forward_passes == first.forward_passes
     assert second.state_bytes == first.state_bytes

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from zotune.bench.estimate import CARDS, METHODS, SCHEMES, build, compare, estimate, model_config
+from zotune.bench.estimate import CARDS, METHODS, SCHEMES, Allocations, build, compare, estimate, model_config
 from zotune.cli.app import run
 from zotune.errors import InputError
 
@@ -145,3 +146,10 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         model_config(str(tmp_path))
+
+
+def test_a_value_that_is_there_is_the_model_s_own():
+    """Only what the meta device cannot tell is answered for it: OPT draws a number before each layer to skip it."""
+    with Allocations(nn.Linear(1, 1)):
+        assert not bool(torch.rand([]) < 0.0)
+        assert bool(torch.ones(2, dtype=torch.bool, device="meta").all())

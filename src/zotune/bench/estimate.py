@@ -299,7 +299,7 @@ class Allocations(TorchDispatchMode):
         self._alive: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # A model asks for a value: whether a batch is plain (not packed, not padded). It is.
             return args[0].dtype == torch.bool
         self.calls += 1

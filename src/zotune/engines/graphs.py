@@ -9,9 +9,11 @@ precision. Whether it is skipped, and a conservative step's choice, are decided 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +200,10 @@ class StepGraphs:
                     raise RuntimeError("the loss draws from torch's generator (dropout?)")
                 torch.cuda.synchronize(device)
                 captured.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"):
+                with (
+                    _uncollected(),
+                    torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"),
+                ):
                     captured.run()
             except Exception as error:  # anything a model does may be what a graph cannot hold
                 self.usable = False
@@ -208,6 +213,19 @@ class StepGraphs:
             finally:
                 self.engine.scratch, self.engine.forwards = own, forwards
         return True
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A graph of an optimizer that is gone may wait for Python's collector, and to free it ends whatever capture is under way."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Captured:
