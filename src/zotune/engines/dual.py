@@ -34,15 +34,15 @@ WHOLE_BYTES = 64 << 20  # of a copy, so that scratch stays an eighth of a GiB
 class DualEngine(FollowingEngine):
     """L(θ + displacement) and L(θ − displacement) of every row of a batch, for one direction.
 
-    may_hold: updates given to `hold` are written on the next doubled forward's read of each weight. Whoever else reads the
-    weights calls `settle` first.
+    asked: updates given to `hold` are written on the next doubled forward's read of each weight. Whoever else reads the
+    weights calls `settle` first. An engine that nobody named leaves the weights current.
     """
 
     name = "dual"
 
-    def __init__(self, directions: Directions, may_hold: bool = False) -> None:
-        super().__init__(directions)
-        self.may_hold = may_hold
+    def __init__(self, directions: Directions, asked: bool = False) -> None:
+        super().__init__(directions, asked)
+        self.may_hold = asked
         self.waiting = Waiting(directions)
         small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES and p.is_contiguous()]
         self.stacks = Stacks(directions, small, parts=2)
