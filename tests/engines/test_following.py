@@ -402,3 +402,23 @@ def test_what_auto_takes():
         optimizer = ZeroOrderOptimizer(model, **options)
         assert optimizer.chosen_engine.startswith(said)
         assert not optimizer.engine.holds
+
+
+def test_auto_takes_long_batches_by_separate_forwards_on_a_cpu(monkeypatch):
+    from zotune.engines import dual as dual_engine
+
+    model, calls = torch.nn.Linear(8, 4), []
+    monkeypatch.setattr(dual_engine, "WORTH_ON_CPU", 24)
+
+    def loss(batch):
+        calls.append(len(batch["x"]))
+        return model(batch["x"]).square().mean(1)
+
+    ours, named = (ZeroOrderOptimizer(model, lr=0.0, engine=e) for e in ("auto", "dual"))
+    for optimizer in (ours, named):
+        optimizer.step(loss, batch={"x": torch.ones(3, 8)})  # the first batch is checked
+    for optimizer, rows, wanted in ((ours, 3, [6]), (ours, 4, [4, 4]), (named, 4, [8])):
+        calls.clear()
+        optimizer.step(loss, batch={"x": torch.ones(rows, 8)})
+        assert calls == wanted
+        assert optimizer.engine.usable

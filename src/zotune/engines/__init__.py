@@ -26,11 +26,11 @@ def choose(groups: int | str = 1) -> tuple[str, str]:
     """What `auto` takes, and why: the fastest that draws the directions as the method has them (docs/performance.md).
 
     >>> choose(groups=1)
-    ('dual', 'one forward gives both losses of a batch, the faster way')
+    ('dual', 'one forward gives both losses of a batch; on a CPU of up to 512 tokens')
     """
     if groups != 1:
         return "lowrank", "it gives rows directions of their own"
-    return "dual", "one forward gives both losses of a batch, the faster way"
+    return "dual", "one forward gives both losses of a batch; on a CPU of up to 512 tokens"
 
 
 def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:

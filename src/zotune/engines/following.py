@@ -54,7 +54,7 @@ class FollowingEngine(SequentialEngine):
     ) -> tuple[Any, Any]:
         if self.trust is False and self.usable:
             self.usable, self.why = False, "it stepped aside before the run was resumed"
-        if not self.usable or not isinstance(batch, Mapping):
+        if not self.usable or not isinstance(batch, Mapping) or not self._worth(batch):
             return self._separate(loss, batch, at, shares)
         redraw = same_draws(self.directions.params)
         try:
@@ -77,6 +77,10 @@ class FollowingEngine(SequentialEngine):
             found = self._separate(loss, batch, at, shares)  # where the batch is at fault, this raises
             self._give_up((str(error).splitlines() or [type(error).__name__])[0])
         return found
+
+    def _worth(self, batch: Mapping[str, Any]) -> bool:
+        """Whether one forward over the doubled batch is the way to be preferred."""
+        return True
 
     def _doubled(
         self,
