@@ -1,11 +1,12 @@
 """Seconds a step, side by side in one run: two forwards of the batch, zotune's step, and the MeZO step in place.
 
     python benchmarks/step_time.py --model MODEL [--tokens 24] [--batch 16] [--dtype float32] [--methods zo-adam …]
-        [--output step_time.json]
+        [--only dual auto …] [--output step_time.json]
 
 All take the loss over label words, with logits at the last position alone and no key-value cache, from the same tokens. A round
 takes each once, in turn, so that a busy machine slows all alike; the ratios are medians over the rounds. Memory is the process's
 resident set on the CPU, what torch allocated on CUDA, at the peak of one step; evaluation is one forward, in the same process.
+"dual" leaves its update to the next step's read of the weights, "auto" is what the optimizer takes if nothing is named.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--methods", nargs="*", default=[], help="a step of these too; their state counts in the peaks")
+    parser.add_argument("--only", nargs="*", default=[], help="the steps whose name holds one of these")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -61,28 +63,35 @@ def main() -> None:
     steps: dict[str, Callable[[], Any]] = {"two forwards": lambda: (forward(), forward())}
     loss_of = partial(candidate_losses, model)
     for direction in ("rademacher", "gaussian"):
-        for engine in ("sequential", "dual"):
+        for engine in ("sequential", "dual", "auto"):
             optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, direction=direction, engine=engine)
             steps[f"zotune {engine}, {direction}"] = partial(optimizer.step, loss_of, batch=batch)
+    for every in (1, 8):
+        optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, engine="lowrank", fold_every=every)
+        name = "zotune lowrank" + (f", fold every {every}" if every > 1 else "")
+        steps[name] = partial(optimizer.step, loss_of, batch=batch)
     per_row = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, groups="batch")
     steps["zotune lowrank, a direction per row"] = partial(per_row.step, loss_of, batch=batch)
     for method in args.methods:
         other = ZeroOrderOptimizer(model, method, lr=1e-9, eps=1e-3)
         steps[f"zotune {method}, gaussian"] = partial(other.step, loss_of, batch=batch)
+    steps = chosen(steps, args.only)
     peak = peaks(steps, device)  # before the step in place, which leaves the process larger than it found it
     for direction in ("rademacher", "gaussian"):
         reference = InPlaceMeZO(model, 1e-9, 1e-3, direction=direction)
         steps[f"MeZO in place, {direction}"] = partial(reference.step, forward)
+    steps = chosen(steps, args.only)
     peak |= peaks({name: step for name, step in steps.items() if name not in peak}, device)
     took = rounds(steps, device, args.rounds)
 
     adapted = get_scheme("lora").prepare(model)
     forward_lora = torch.no_grad()(partial(candidate_losses, adapted, batch))
-    lora, lora_loss = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3), partial(candidate_losses, adapted)
-    lora_steps = {
-        "two forwards": lambda: (forward_lora(), forward_lora()),
-        "zotune lora, gaussian": partial(lora.step, lora_loss, batch=batch),
-    }
+    lora_loss = partial(candidate_losses, adapted)
+    lora_steps: dict[str, Callable[[], Any]] = {"two forwards": lambda: (forward_lora(), forward_lora())}
+    for engine in ("sequential", "dual", "auto"):
+        optimizer = ZeroOrderOptimizer(adapted, lr=1e-9, eps=1e-3, engine=engine)
+        lora_steps[f"zotune LoRA, {engine}, gaussian"] = partial(optimizer.step, lora_loss, batch=batch)
+    lora_steps = chosen(lora_steps, args.only)
     peak_lora = peaks(lora_steps, device)
     took_lora = rounds(lora_steps, device, args.rounds)
 
@@ -113,6 +122,11 @@ def main() -> None:
             )
     if args.output:
         args.output.write_text(json.dumps(report, indent=1))
+
+
+def chosen(steps: dict[str, Callable[[], Any]], only: list[str]) -> dict[str, Callable[[], Any]]:
+    """The floor, and the steps that are asked for."""
+    return {k: v for k, v in steps.items() if not only or k == "two forwards" or any(part in k for part in only)}
 
 
 def peaks(steps: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, int]:

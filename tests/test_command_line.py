@@ -91,7 +91,7 @@ def refused(capsys, *argv: str, code: int = 2) -> str:
 def test_a_run_leaves_what_the_contract_names(flags, tmp_path, capsys, scheme, dtype, model, data):
     out = tmp_path / "run"
     assert run(["train", *flags, "--output", str(out), "--scheme", scheme, "--dtype", dtype]) == 0
-    assert "engine sequential: it serves any module" in capsys.readouterr().err
+    assert "engine dual: one forward gives both losses" in capsys.readouterr().err
     result = json.loads((out / "result.json").read_text())
     assert result.keys() >= KEYS
     assert (result["steps"], result["forward_passes"], result["task"]) == (6, 12, data.name)
@@ -250,7 +250,7 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(flags, tmp_path, c
         "12",
         "memory",
         "minutes",
-        "sequential: it",
+        "dual: one",
         "nothing was written",
     ):
         assert part in said

@@ -194,7 +194,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             return f"{name}: as asked for"
         if self._brings_its_engine:
             return f"{name}: what the method and its enhancements are served by"
-        return f"{name}: {choose(all(p.is_cuda for p in self.engine.directions.params), self.groups)[1]}"
+        return f"{name}: {choose(self.groups)[1]}"
 
     @property
     def blocks(self) -> list[Any]:

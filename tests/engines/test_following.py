@@ -322,3 +322,103 @@ def test_a_resumed_run_takes_the_way_that_the_run_took(caplog):
         second.load_state_dict(first.state_dict())
         second.step(mixed if usable else rows, batch={"x": x})
         assert second.engine.usable == usable
+
+
+@pytest.mark.parametrize("engine", ["auto", "dual"])
+def test_a_loss_that_draws_has_the_same_draws_in_both_probes(engine, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)).train()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    first, second = (ZeroOrderOptimizer(model, lr=0.0, eps=1e-2, engine=e) for e in (engine, "sequential"))
+    with caplog.at_level(logging.INFO):
+        for optimizer in (first, second):
+            torch.manual_seed(7)
+            optimizer.step(lambda batch: model(batch["x"]).square().mean(1), batch={"x": x})
+    assert first.last.losses_P == second.last.losses_P
+    said = [record for record in caplog.records if "dropout" in record.message]
+    assert [record.levelno for record in said] == [logging.WARNING if engine == "dual" else logging.INFO]
+
+
+def test_a_batch_that_cannot_be_doubled_is_served_without_a_warning(caplog):
+    """A loss may read what is no tensor, its batch by attribute, or the number of its rows: `auto` must not ask for more."""
+    model = torch.nn.Linear(8, 4)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+    class Batch(dict):
+        x = property(lambda self: self["x"])
+
+    def by_text(batch):
+        return torch.stack(
+            [row.square().mean() * len(t) for row, t in zip(model(batch["x"]), batch["text"], strict=True)]
+        )
+
+    losses = (
+        (by_text, {"x": x, "text": ["a", "bb", "ccc"]}),
+        (lambda batch: model(batch.x).square().mean(1), Batch(x=x)),
+        (lambda batch: model(batch["x"]).square().mean(), {"x": x}),
+        (lambda batch: float(model(batch["x"]).square().mean()), {"x": x}),
+        (lambda batch: model(batch["x"]).square().mean(1) * torch.arange(3.0), {"x": x}),
+    )
+    for loss, batch in losses:
+        ours, plain = (ZeroOrderOptimizer(model, lr=0.0, eps=1e-2, engine=e) for e in ("auto", "sequential"))
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                for optimizer in (ours, plain):
+                    optimizer.step(loss, batch=batch)
+                assert ours.last.losses_P == plain.last.losses_P
+        assert not ours.engine.usable
+        assert ours.forward_passes == plain.forward_passes == 4
+    assert not caplog.records
+
+
+def test_a_closure_that_raises_is_no_reason_to_step_aside():
+    model, fails = torch.nn.Linear(8, 4), [True]
+
+    def loss(batch):
+        if fails[0]:
+            raise KeyError("a bad row")
+        return model(batch["x"]).square().mean(1)
+
+    optimizer = ZeroOrderOptimizer(model, lr=0.0)
+    with pytest.raises(KeyError):
+        optimizer.step(loss, batch={"x": torch.ones(3, 8)})
+    fails[0] = False
+    optimizer.step(loss, batch={"x": torch.ones(3, 8)})
+    assert optimizer.engine.usable
+    fails[0] = True
+    with pytest.raises(KeyError):
+        optimizer.step(loss, batch={"x": torch.ones(3, 8)})
+    assert optimizer.engine.usable
+
+
+def test_what_auto_takes():
+    model = torch.nn.Linear(8, 4)
+    chosen = [
+        ({}, "dual: one forward"),
+        ({"groups": "batch"}, "lowrank: it gives rows"),
+        ({"engine": "sequential"}, "sequential: as asked for"),
+        ({"sparsity": 0.5}, "sequential: what the method and its enhancements are served by"),
+    ]
+    for options, said in chosen:
+        optimizer = ZeroOrderOptimizer(model, **options)
+        assert optimizer.chosen_engine.startswith(said)
+        assert not optimizer.engine.holds
+
+
+def test_auto_takes_long_batches_by_separate_forwards_on_a_cpu(monkeypatch):
+    from zotune.engines import dual as dual_engine
+
+    model, calls = torch.nn.Linear(8, 4), []
+    monkeypatch.setattr(dual_engine, "WORTH_ON_CPU", 24)
+
+    def loss(batch):
+        calls.append(len(batch["x"]))
+        return model(batch["x"]).square().mean(1)
+
+    ours, named = (ZeroOrderOptimizer(model, lr=0.0, engine=e) for e in ("auto", "dual"))
+    for optimizer in (ours, named):
+        optimizer.step(loss, batch={"x": torch.ones(3, 8)})  # the first batch is checked
+    for optimizer, rows, wanted in ((ours, 3, [6]), (ours, 4, [4, 4]), (named, 4, [8])):
+        calls.clear()
+        optimizer.step(loss, batch={"x": torch.ones(rows, 8)})
+        assert calls == wanted
+        assert optimizer.engine.usable

@@ -22,17 +22,15 @@ ENGINES = {
 }
 
 
-def choose(on_cuda: bool, groups: int | str = 1) -> tuple[str, str]:
+def choose(groups: int | str = 1) -> tuple[str, str]:
     """What `auto` takes, and why: the fastest that draws the directions as the method has them (docs/performance.md).
 
-    >>> choose(on_cuda=False)
-    ('sequential', 'it serves any module, in the least memory')
+    >>> choose(groups=1)
+    ('dual', 'one forward gives both losses of a batch; on a CPU of up to 512 tokens')
     """
     if groups != 1:
         return "lowrank", "it gives rows directions of their own"
-    if on_cuda:
-        return "dual", "one forward gives both losses, the faster way on CUDA"
-    return "sequential", "it serves any module, in the least memory"
+    return "dual", "one forward gives both losses of a batch; on a CPU of up to 512 tokens"
 
 
 def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: int = 1) -> SequentialEngine:
@@ -43,7 +41,7 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
     asked = name
     if asked == "auto":
-        name, _ = choose(all(p.is_cuda for p in directions.params), groups)
+        name, _ = choose(groups)
     if name == "lowrank":
         from zotune.engines.lowrank import LowRankEngine
 
@@ -58,4 +56,4 @@ def make_engine(name: str, directions: Directions, groups: int | str = 1, rank: 
         return SequentialEngine(directions)
     from zotune.engines.dual import DualEngine
 
-    return DualEngine(directions, may_hold=asked == "dual")  # with `auto` weights are current after each step
+    return DualEngine(directions, asked=asked == "dual")  # with `auto` weights are current after each step

@@ -23,6 +23,10 @@ from zotune.engines.waiting import Waiting
 ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
 TILE_BYTES = 16 << 20  # of a copy: both stay in a GPU's second cache
 
+# Numbers of a batch, tokens mostly, up to which one forward is worth it on a CPU. It saves a draw of each weight, whatever the
+# batch; a doubled batch's activations leave the caches and are allocated anew, which grows with it (docs/performance.md).
+WORTH_ON_CPU = 512
+
 # A product adds a bias on its way out only where it is one half's, by a whole copy, since cuBLAS has no such end for batches of
 # products nor for outputs with gaps. Else the bias is a pass over the outputs, 2·2n·O elements read and written. Two products in
 # turn must each fill a GPU, and copies over TILE_BYTES cost writing 2·O·D elements to memory: so only where 2n is at least D.
@@ -34,15 +38,16 @@ WHOLE_BYTES = 64 << 20  # of a copy, so that scratch stays an eighth of a GiB
 class DualEngine(FollowingEngine):
     """L(θ + displacement) and L(θ − displacement) of every row of a batch, for one direction.
 
-    may_hold: updates given to `hold` are written on the next doubled forward's read of each weight. Whoever else reads the
-    weights calls `settle` first.
+    asked: updates given to `hold` are written on the next doubled forward's read of each weight. Whoever else reads the
+    weights calls `settle` first. An engine that nobody named leaves the weights current, and takes long batches by separate
+    forwards on a CPU.
     """
 
     name = "dual"
 
-    def __init__(self, directions: Directions, may_hold: bool = False) -> None:
-        super().__init__(directions)
-        self.may_hold = may_hold
+    def __init__(self, directions: Directions, asked: bool = False) -> None:
+        super().__init__(directions, asked)
+        self.may_hold = asked
         self.waiting = Waiting(directions)
         small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES and p.is_contiguous()]
         self.stacks = Stacks(directions, small, parts=2)
@@ -82,6 +87,11 @@ class DualEngine(FollowingEngine):
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         self.settle()
         return super().loss(closure, at)
+
+    def _worth(self, batch: Mapping[str, Any]) -> bool:
+        if self.asked or self.directions.params[0].device.type != "cpu":
+            return True
+        return max((t.numel() for t in batch.values() if isinstance(t, Tensor)), default=0) <= WORTH_ON_CPU
 
     def _doubled(
         self,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.norms import FusedNorms
-from zotune.engines.parts import PartedReads, Unfollowed
-from zotune.engines.sequential import SequentialEngine
+from zotune.engines.parts import PartedReads, Unfollowed, kernels_for
+from zotune.engines.sequential import SequentialEngine, same_draws
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,14 @@ class FollowingEngine(SequentialEngine):
     """Both losses of every row from one forward over the doubled batch, where the model allows it.
 
     The first batch is also computed by `sequential`, and the losses compared: a model that mixes rows, or hides them from
-    the first dimension, is found out before it trains on wrong numbers. Then, and where the forward cannot be followed,
-    `sequential` does the work, and a line says so once.
+    the first dimension, is found out before it trains on wrong numbers. Then, and where the forward cannot be followed or
+    draws (dropout, which both signs must share), `sequential` does the work, and a line says so once: a warning where the
+    engine was asked for.
     """
 
-    def __init__(self, directions: Directions) -> None:
+    def __init__(self, directions: Directions, asked: bool = True) -> None:
         super().__init__(directions)
+        self.asked = asked
         self.usable = True
         self.why = ""  # it is not
         self.trust: bool | None = None  # what a process before this one found, so that a resumed run takes the same way
@@ -52,10 +54,13 @@ class FollowingEngine(SequentialEngine):
     ) -> tuple[Any, Any]:
         if self.trust is False and self.usable:
             self.usable, self.why = False, "it stepped aside before the run was resumed"
-        if not self.usable or not isinstance(batch, Mapping):
+        if not self.usable or not isinstance(batch, Mapping) or not self._worth(batch):
             return self._separate(loss, batch, at, shares)
+        redraw = same_draws(self.directions.params)
         try:
             found = self._doubled(loss, batch, at, shares)
+            if redraw.needed():
+                raise Unfollowed("the loss draws from torch's generator (dropout?)")
             if not self._checked and not capturing():
                 if self._norms:  # the forward that is checked is the one that is used
                     found = self._doubled(loss, batch, at, shares)
@@ -63,12 +68,19 @@ class FollowingEngine(SequentialEngine):
                 if self.trust is None:
                     self._check(found, loss, batch, at, shares)
                 self._checked = self.trust = True
-        except (Unfollowed, RuntimeError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or capturing():
+        except Exception as error:
+            # A loss that was written for its own batch may raise anything at a doubled one; later it raises of itself.
+            expected = isinstance(error, (Unfollowed, RuntimeError, IndexError)) or not self._checked
+            if not expected or isinstance(error, torch.OutOfMemoryError) or capturing():
                 raise
+            redraw()
+            found = self._separate(loss, batch, at, shares)  # where the batch is at fault, this raises
             self._give_up((str(error).splitlines() or [type(error).__name__])[0])
-            return self._separate(loss, batch, at, shares)
         return found
+
+    def _worth(self, batch: Mapping[str, Any]) -> bool:
+        """Whether one forward over the doubled batch is the way to be preferred."""
+        return True
 
     def _doubled(
         self,
@@ -81,7 +93,8 @@ class FollowingEngine(SequentialEngine):
         doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
             mode.watching = not self._checked
-            learning = nullcontext() if self._checked or self._norms else self._norms.learning()
+            known = self._checked or self._norms or kernels_for(self.directions.params[0]) is None
+            learning = nullcontext() if known else self._norms.learning()
             with learning, self._norms.standing_in(mode):
                 losses = loss(doubled)
         self.forwards += 2
@@ -114,7 +127,8 @@ class FollowingEngine(SequentialEngine):
 
     def _give_up(self, why: str) -> None:
         self.usable, self.why, self.trust = False, why, False
-        logger.warning("engine %s: %s; steps go on by two separate forwards", self.name, why)
+        level = logging.WARNING if self.asked else logging.INFO  # who named nothing has nothing to change
+        logger.log(level, "engine %s: %s; steps go on by two separate forwards", self.name, why)
 
 
 def capturing() -> bool:

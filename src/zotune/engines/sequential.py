@@ -284,20 +284,30 @@ def reads_no_values(func: Any) -> bool:
     return name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES)
 
 
-def same_draws(params: Sequence[Tensor]) -> Callable[[], None]:
-    """A function to call before each probe but the first: torch's generators go back to where they are now."""
-    devices = sorted({p.device.index or 0 for p in params if p.is_cuda})
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return lambda: None
-    cpu = torch.get_rng_state()
-    cuda = [torch.cuda.get_rng_state(i) for i in devices]
+class same_draws:
+    """Called before each probe but the first: torch's generators go back to where they were when this was made."""
 
-    def redraw() -> None:
-        torch.set_rng_state(cpu)
-        for i, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, i)
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._cpu: Tensor | None = None  # while a graph is captured there is nothing to look at
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        self._cpu = torch.get_rng_state()
+        self._cuda = {
+            i: torch.cuda.get_rng_state(i) for i in sorted({p.device.index or 0 for p in params if p.is_cuda})
+        }
 
-    return redraw
+    def __call__(self) -> None:
+        if self._cpu is not None:
+            torch.set_rng_state(self._cpu)
+            for i, state in self._cuda.items():
+                torch.cuda.set_rng_state(state, i)
+
+    def needed(self) -> bool:
+        """Whether somebody has drawn since."""
+        return self._cpu is not None and not (
+            torch.equal(self._cpu, torch.get_rng_state())
+            and all(torch.equal(state, torch.cuda.get_rng_state(i)) for i, state in self._cuda.items())
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -144,10 +144,15 @@ def _add_normals(total, coef, radius_words, turn_words, lane, u, m, r):
         total[4 * b + lane + 1] += coef * (r[b] * y)
 
 
-@njit(nogil=True, cache=True)
-def _add_signs(total, coef, x0, x1, x2, x3, word):
+@njit(inline="always")
+def _in_order(word, x0, x1, x2, x3):
     for b in range(_SIGN_BLOCKS):
         word[4 * b], word[4 * b + 1], word[4 * b + 2], word[4 * b + 3] = x0[b], x1[b], x2[b], x3[b]
+
+
+@njit(nogil=True, cache=True)
+def _add_signs(total, coef, x0, x1, x2, x3, word):
+    _in_order(word, x0, x1, x2, x3)
     for k in range(4 * _SIGN_BLOCKS):
         bits = word[k]
         for j in range(32):
@@ -155,16 +160,39 @@ def _add_signs(total, coef, x0, x1, x2, x3, word):
 
 
 @njit(nogil=True, cache=True)
-def _buffers():
-    words = np.empty((4, _NORMAL_BLOCKS), np.uint32)
-    return words, np.empty(4 * _SIGN_BLOCKS, np.uint32), np.empty((3, _NORMAL_BLOCKS), np.float32)
+def _buffers(total, gaussian, coefs):
+    """Room for a chunk's words, and, for one direction of signs alone, ±its coefficient for all signs that a byte can hold.
+
+    Then what `_look_up` moves, as it moves it: a view costs more than a chunk should.
+    """
+    words, word = np.empty((4, _NORMAL_BLOCKS), np.uint32), np.empty(4 * _SIGN_BLOCKS, np.uint32)
+    table = np.empty((256 if not gaussian and coefs.size == 1 and coefs[0] != _f(0) else 0, 8), np.float32)
+    for byte in range(table.shape[0]):
+        for j in range(8):
+            table[byte, j] = -coefs[0] if (byte >> j) & 1 else coefs[0]
+    views = total.view(np.uint64), table.view(np.uint64), word.view(np.uint8)
+    return words, word, np.empty((3, _NORMAL_BLOCKS), np.float32), views
+
+
+@njit(inline="always")
+def _look_up(pairs, table, signs):
+    """total ← ±coef, what `_add_signs` adds to zeros: eight elements a byte, moved as four pairs."""
+    for k in range(signs.size):
+        byte = np.intp(signs[k])
+        for j in range(4):
+            pairs[4 * k + j] = table[byte, j]
 
 
 @njit(nogil=True, cache=True)
 def _sum(total, chunk, seeds, coefs, pid, gaussian, buffers):
     """total ← Σ_q coefs[q]·z(seeds[q]) over the elements of a chunk."""
-    words, word, floats = buffers
+    words, word, floats, (pairs, table, signs) = buffers
     x0, x1, x2, x3 = words[0], words[1], words[2], words[3]
+    if table.size:
+        _words(x0, x1, x2, x3, _SIGN_BLOCKS, uint64(chunk * _SIGN_BLOCKS), pid, uint32(0), seeds[0])
+        _in_order(word, x0, x1, x2, x3)
+        _look_up(pairs, table, signs)
+        return
     total[:] = _f(0)
     for q in range(seeds.size):
         if coefs[q] == _f(0):
@@ -183,7 +211,8 @@ def _sum(total, chunk, seeds, coefs, pid, gaussian, buffers):
 
 @njit(nogil=True, cache=True)
 def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):
-    buffers, total = _buffers(), np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, np.float32)
+    buffers = _buffers(total, gaussian, coefs)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start  # element j of the chunk is element shift + j of w
@@ -191,14 +220,28 @@ def _add_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):
         # slices, since an index that might be negative keeps a loop from becoming vector code
         to, here, part = out[shift + low : shift + high], w[shift + low : shift + high], total[low:high]
         for j in range(part.size):
-            part[j] += here[j]
-        to[:] = part
+            to[j] = here[j] + part[j]
+
+
+@njit(nogil=True, cache=True)
+def _move_float32(out, w, first, last, start, seeds, coefs, pid, gaussian):
+    """`_add_float32` where out is w. A loop over two names of one place would not become vector code."""
+    total = np.empty(CHUNK, np.float32)
+    buffers = _buffers(total, gaussian, coefs)
+    for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
+        _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
+        shift = chunk * CHUNK - start
+        low, high = max(0, first - shift), min(CHUNK, last - shift)
+        here, part = w[shift + low : shift + high], total[low:high]
+        for j in range(part.size):
+            here[j] += part[j]
 
 
 @njit(nogil=True, cache=True)
 def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):
     """out and w as their bits, uint16."""
-    buffers, total, wide = _buffers(), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    total, wide = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    buffers = _buffers(total, gaussian, coefs)
     total_bits, wide_bits = total.view(np.uint32), wide.view(np.uint32)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
@@ -219,7 +262,8 @@ def _add_bfloat16(out, w, first, last, start, seeds, coefs, pid, gaussian):
 @njit(nogil=True, cache=True)
 def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):
     """out ← the sum itself, float32; w is not read."""
-    buffers, total = _buffers(), np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, np.float32)
+    buffers = _buffers(total, gaussian, coefs)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
         shift = chunk * CHUNK - start
@@ -230,13 +274,14 @@ def _only_sum(out, w, first, last, start, seeds, coefs, pid, gaussian):
 @njit(nogil=True, cache=True)
 def _both_float32(plus, minus, w, first, last, start, update_seeds, update_coefs, seeds, coefs, pid, gaussian):
     """The update first, in place, where it has pairs."""
-    buffers, total = _buffers(), np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, np.float32)
+    moves, buffers = _buffers(total, gaussian, update_coefs), _buffers(total, gaussian, coefs)
     for chunk in range((start + first) // CHUNK, (start + last + CHUNK - 1) // CHUNK):
         shift = chunk * CHUNK - start
         low, high = max(0, first - shift), min(CHUNK, last - shift)
         here, part = w[shift + low : shift + high], total[low:high]
         if update_seeds.size:
-            _sum(total, chunk, update_seeds, update_coefs, pid, gaussian, buffers)
+            _sum(total, chunk, update_seeds, update_coefs, pid, gaussian, moves)
             for j in range(part.size):
                 here[j] += part[j]
         _sum(total, chunk, seeds, coefs, pid, gaussian, buffers)
@@ -278,7 +323,7 @@ def _parallel(kernel: Any) -> Any:
     return over
 
 
-_PARALLEL = {kernel: _parallel(kernel) for kernel in (_add_float32, _add_bfloat16, _only_sum)}
+_PARALLEL = {kernel: _parallel(kernel) for kernel in (_add_float32, _move_float32, _add_bfloat16, _only_sum)}
 
 
 def _over_threads(kernel: Any, n: int, start: int, out: Any, w: Any, *rest: Any) -> None:
@@ -303,7 +348,8 @@ def _add_flat(out: Tensor, w: Tensor, seeds: Any, coefs: Any, pid: int, directio
     n, tail = w.numel(), (np.uint32(pid), direction == "gaussian")
     narrow = coefs.astype(np.float32)
     if w.dtype == torch.float32:
-        _over_threads(_add_float32, n, start, out.numpy(), w.numpy(), seeds, narrow, *tail)
+        kernel = _move_float32 if out.data_ptr() == w.data_ptr() else _add_float32
+        _over_threads(kernel, n, start, out.numpy(), w.numpy(), seeds, narrow, *tail)
     elif w.dtype == torch.bfloat16:
         bits_out, bits_w = out.view(torch.uint16).numpy(), w.view(torch.uint16).numpy()
         _over_threads(_add_bfloat16, n, start, bits_out, bits_w, seeds, narrow, *tail)
