@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from zotune.bench.estimate import CARDS, METHODS, SCHEMES, Allocations, build, compare, estimate, model_config
+from zotune.bench.probe import _until_free
 from zotune.cli.app import run
 from zotune.errors import InputError
 
@@ -153,3 +154,18 @@ def test_a_value_that_is_there_is_the_model_s_own():
     with Allocations(nn.Linear(1, 1)):
         assert not bool(torch.rand([]) < 0.0)
         assert bool(torch.ones(2, dtype=torch.bool, device="meta").all())
+
+
+def test_a_gpu_that_cannot_even_be_asked_is_waited_for(monkeypatch):
+    """As long as another process that ends holds all of its memory."""
+    asked = []
+
+    def memory():
+        asked.append(len(asked))
+        if len(asked) < 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return (100, 100) if len(asked) > 3 else (10, 100)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    _until_free(seconds=60.0)
+    assert len(asked) == 4

@@ -58,12 +58,13 @@ def _alone() -> Iterator[None]:
 
 
 def _until_free(seconds: float = 10.0) -> None:
-    """The driver takes a moment to hand back what a process that has ended held."""
+    """The driver takes a moment to hand back what a process that has ended held; until then not even a context may fit."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        free, total = torch.cuda.mem_get_info()
-        if free > 0.95 * total:
-            return
+        with contextlib.suppress(RuntimeError):  # CUDA error: out of memory
+            free, total = torch.cuda.mem_get_info()
+            if free > 0.95 * total:
+                return
         time.sleep(0.1)
 
 
