@@ -28,7 +28,7 @@ from zotune.tasks.scoring import candidate_losses
 
 
 class Timed(ZOTrainer):
-    """Milliseconds a step between two of its steps. Not a callback: where there is one of one's own, each step settles the weights."""
+    """Milliseconds a step between two of its steps. No callback: with one of one's own, each step settles the weights."""
 
     first: int
     last: int
