@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Task:
     prompt: a format string over a row's fields, `'{sentence} It was'`. plain: the same without the template's words, for
         `--alignment none`.
     words: label → word, labels compared as strings (JSON's 1 is CSV's "1"). None where rows bring their candidates.
-    label_field: the right label (or, with choices_field, the index or the text of the right choice).
+    label_field: the right label (or, with choices_field, the right choice: a number is its index, a text its text or index).
     answer_field: the text to generate, or a list of texts that are all right, the first of which is trained on.
     text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
         answer_field: over those of that second list alone).
@@ -203,17 +203,27 @@ class Task:
         return choices
 
     def _label(self, row: Row, candidates: list[str]) -> int:
-        label = _text(row[self.label_field])
+        given = _read(row[self.label_field])
         if self.words is not None:
+            label = _label_text(given, self.words)
             if label not in self.words:
                 known = ", ".join(self.words)
                 raise InputError(f"{row.where}: label {label!r} has no word (labels with one: {known})")
             return self.labels.index(label)
-        if label in candidates:
-            return candidates.index(label)
-        if label.isdecimal() and int(label) < len(candidates):
-            return int(label)
-        raise InputError(f"{row.where}: label {label!r} is neither one of the {len(candidates)} choices nor an index")
+        label = _label_text(given, ())
+        index = int(label) if label.isdecimal() and int(label) < len(candidates) else None
+        named = candidates.index(label) if label in candidates and isinstance(given, (str, bool)) else None
+        if named is not None and index is not None and named != index:
+            raise InputError(
+                f"{row.where}: label {label!r} is the text of choice {named} and the index of another; give the index {named} "
+                "as a number"
+            )
+        found = index if named is None else named
+        if found is None:
+            raise InputError(
+                f"{row.where}: label {label!r} is neither one of the {len(candidates)} choices nor an index"
+            )
+        return found
 
 
 def join(prompt: str, answer: str) -> str:
@@ -241,7 +251,7 @@ def _shown(messages: list[dict[str, str]]) -> str:
 
 def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:
     """The index that a row's label stands for. Raises InputError for another one."""
-    label = _text(row[field])
+    label = _label_text(row[field], known)
     if label not in known:
         raise InputError(f"{row.where}: field {field!r} is {label!r}; it must be one of {', '.join(known)}")
     return known[label]
@@ -266,6 +276,18 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
+def _label_text(value: Any, known: Container[str]) -> str:
+    """A label as text: 1.0 is the label 1, as tables hold whole numbers beside gaps, unless 1.0 is known itself."""
+    value, text = _read(value), _text(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and text not in known else text
+
+
 def _text(value: Any) -> str:
     """A field as text, the same from JSON and CSV."""
+    value = _read(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(value: Any) -> Any:
+    """A number of NumPy or a tensor without dimensions as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () else value
