@@ -13,6 +13,7 @@ from zotune.tasks import TASKS, get_task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.metrics import CHOICE_METRICS, accuracy, binary_f1, chosen_f1, exact, text_f1, text_metric
 from zotune.tasks.rows import Row
+from zotune.tasks.splits import find_source
 
 PAIR = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
 GOLDEN = {
@@ -77,6 +78,17 @@ def test_a_row_is_asked_as_its_task_asks(name):
     assert unlabelled.label is None
     assert unlabelled.prompt == prompt
     assert unlabelled.golds == ()
+
+
+@pytest.mark.parametrize(
+    ("split", "golds"),
+    [("train", ("Schilens and Schilens and Russell",)), ("validation", ("Schilens", "Russell"))],
+)
+def test_spans_of_drop_are_one_answer_where_trained_on_and_alternatives_elsewhere(split, golds, tmp_path):
+    spans = {"spans": ["Schilens", "Schilens", "Russell"], "types": ["span"] * 3}
+    tiny.write_rows(tmp_path / f"{split}.jsonl", [{"passage": "p", "question": "Who?", "answers_spans": spans}])
+    rows = find_source(get_task("drop"), str(tmp_path), None).rows(split)
+    assert get_task("drop").example(rows[0]).golds == golds
 
 
 def test_record_compares_entities_and_squad_all_answers():

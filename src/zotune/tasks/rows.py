@@ -19,10 +19,11 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """A row's fields and where it stands, as `file:line`, for the errors that name it."""
+    """A row's fields and where it stands, as `file:line`, for the errors that name it; its split, where that is known."""
 
     fields: dict[str, Any]
     where: str
+    split: str = ""
 
     def __getitem__(self, field: str) -> Any:
         if field not in self.fields:
@@ -198,7 +199,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with fields under other names: columns maps a row's own name to the name that is wanted."""
     for name in columns:
         row[name]  # says so where the row lacks it
-    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where)
+    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where, row.split)
 
 
 def split_file(folder: Path, split: str) -> Path | None:

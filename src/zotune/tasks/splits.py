@@ -40,8 +40,10 @@ class Source:
         Rows that are none, or that `ask` cannot ask about, are refused together, or skipped; see `BadRows`.
         """
         if split not in self._read_before:
-            rows = self._read(split)
-            self._read_before[split] = self.usable(rows, self._checked) if rows is not None else None
+            rows, of = self._read(split), "" if self.single else split
+            self._read_before[split] = (
+                self.usable(rows, lambda row: self._checked(replace(row, split=of))) if rows is not None else None
+            )
         return self._read_before[split]
 
     def usable(self, given: Sequence[T], use: Callable[[T], U]) -> list[U]:
