@@ -42,14 +42,14 @@ from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine, start
 from zotune.tasks import Task
-from zotune.tasks.encoding import MASK, Encoded, Encoder
+from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 from zotune.tasks.own import data_of, described, encoded
 from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
-from zotune.tasks.task import LOWER_IS_BETTER
+from zotune.tasks.task import LOWER_IS_BETTER, MASK
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import (
     Header,

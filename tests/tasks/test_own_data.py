@@ -9,7 +9,9 @@ import tiny
 
 from zotune.cli.app import run
 from zotune.errors import InputError
+from zotune.tasks import Task
 from zotune.tasks.rows import Row, read_file, renamed
+from zotune.tasks.splits import demonstrations, find_source, scored_rows, shown
 
 
 @pytest.fixture
@@ -57,15 +59,12 @@ def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
 
 
 def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
-    from zotune.tasks import Task
-    from zotune.tasks.splits import demonstrations, find_source
-
     task = Task(name="t", prompt="{question}", answer_field="completion")
     source = find_source(task, str(folder), None)
-    shown = demonstrations(task, source, 3, 0)
-    assert shown.count("\n\n") == 3
-    assert shown == demonstrations(task, source, 3, 0) != demonstrations(task, source, 3, 1)
-    assert all(line.endswith((" good", " bad")) for line in shown.strip().split("\n\n"))
+    drawn = demonstrations(task, source, 3, 0)
+    assert drawn == demonstrations(task, source, 3, 0) != demonstrations(task, source, 3, 1)
+    assert shown(drawn).count("\n\n") == 3
+    assert all(line.endswith((" good", " bad")) for line in shown(drawn).strip().split("\n\n"))
     model = tiny.save_model(tmp_path / "model")
     own = ["--template", "{question}", "--answer-field", "completion", "--max-length", "60"]
     flags = ["--model", str(model), "--data", str(folder), "--device", "cpu", *own]
@@ -73,6 +72,34 @@ def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "f.json").read_text())["shots"] == 2
     assert run(["eval", *flags, "--shots", "99"]) == 2
     assert "has 12 training rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_no_scored_row_is_shown_with_its_answer(single, tmp_path, capsys):
+    task = Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"})
+    data = tiny.save_data(tmp_path / "data", train=20)
+    source = find_source(task, str(data / "train.jsonl" if single else data), None)
+    rows, _ = scored_rows(source, 4)
+    for seed in range(9):
+        drawn = demonstrations(task, source, 16, seed, rows)
+        assert len(drawn) == 16
+        assert not {example.where for example in drawn} & {row.where for row in rows}
+    with pytest.raises(InputError, match="has 20 training rows, 16 of them not scored; name fewer by --eval-size"):
+        demonstrations(task, source, 17, 0, rows)
+
+
+def test_what_asks_nothing_shows_no_examples(folder):
+    for field, said in (("text_field", "is plain text"), ("messages_field", "is a conversation; earlier turns")):
+        task = Task(name="t", **{field: "question"})
+        with pytest.raises(InputError, match=said):
+            demonstrations(task, find_source(task, str(folder), None), 2, 0)
+
+
+@pytest.mark.parametrize("mask", ["<mask>", "[M]"])
+def test_an_answer_that_is_shown_stands_in_the_mask_s_place(mask):
+    task = Task(name="t", prompt=f"{{text}} It was {mask}.", words={"0": "bad", "1": "good"})
+    examples = [task.example(Row({"text": text, "label": label}, "f:1")) for text, label in (("a", 1), ("b", 0))]
+    assert shown(examples, "[M]") == "a It was good.\n\nb It was bad.\n\n"
 
 
 def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):

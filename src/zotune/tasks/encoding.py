@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zotune.errors import InputError
 from zotune.tasks.chat import conversation_ids, question_ids
-from zotune.tasks.task import Example
+from zotune.tasks.task import MASK, Example
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,6 @@ class Encoded:
     @property
     def classified(self) -> bool:
         return len(self.candidates) > 1 and not any(self.candidates)
-
-
-MASK = "<mask>"  # in a template, where a masked model's answer stands
 
 
 class Encoder:

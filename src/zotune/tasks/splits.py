@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
 from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, rows_of, split_file
-from zotune.tasks.task import Example, Task
+from zotune.tasks.task import MASK, Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
 SPLITS = ("train", "validation", "test")
@@ -221,19 +221,37 @@ def _balanced(task: Task, rows: list[Row], size: int, seed: int) -> list[Row]:
     return _draw(drawn, len(drawn), seed, "balanced")
 
 
-def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
-    """Training rows with their right answers, blank lines between them and behind, to stand before a prompt."""
+def demonstrations(task: Task, source: Source, shots: int, seed: int, scored: Sequence[Row] = ()) -> list[Example]:
+    """Training rows to show with their right answers before a prompt, none of those that are scored."""
     if task.models:
-        raise InputError(
-            f"--shots {shots}: task {task.name!r} models text itself; there is no question to show answers of"
+        kind = (
+            "is a conversation; earlier turns are its examples"
+            if task.messages_field
+            else "is plain text, which asks nothing"
         )
+        raise InputError(f"--shots {shots}: task {task.name!r} {kind}")
     rows = source.rows("train")
     if rows is None:
         raise InputError(f"--shots {shots}: {source} has no train split to show rows of")
-    if len(rows) < shots:
-        raise InputError(f"--shots {shots}: {source} has {len(rows)} training rows")
-    examples = [task.example(row) for row in _draw(rows, shots, seed, "shots")]
-    return "".join(f"{e.prompt}{e.candidates[e.label or 0]}\n\n" for e in examples)
+    asked = {row.where for row in scored}
+    free = [row for row in rows if row.where not in asked]
+    if len(free) < shots:
+        apart = f", {len(free)} of them not scored; name fewer by --eval-size" if len(free) < len(rows) else ""
+        raise InputError(f"--shots {shots}: {source} has {len(rows)} training rows{apart}")
+    return [task.example(row) for row in _draw(free, shots, seed, "shots")]
+
+
+def shown(examples: Sequence[Example], mask: str | None = None) -> str:
+    """The examples with their right answers, blank lines between them and behind.
+
+    An answer stands in the place of `<mask>`, or of the tokenizer's own mask, where a prompt has one, else behind it.
+    """
+    texts = []
+    for example in examples:
+        answer, prompt = example.candidates[example.label or 0], example.prompt
+        place = next((one for one in (MASK, mask) if one and one in prompt), None)
+        texts.append(prompt.replace(place, answer.strip(), 1) if place else prompt + answer)
+    return "".join(f"{text}\n\n" for text in texts)
 
 
 def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:

@@ -12,6 +12,7 @@ from zotune.tasks.rows import Row
 
 CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
+MASK = "<mask>"  # in a template, where a masked model's answer stands
 LOWER_IS_BETTER = ("perplexity", "loss")  # of the metrics; they are no percentages either
 
 
