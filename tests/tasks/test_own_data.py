@@ -116,6 +116,18 @@ def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):
     assert "(30 rows of test, 1 of them cut)" in capsys.readouterr().out
 
 
+def test_a_preview_knows_how_much_the_model_takes(tmp_path, capsys):
+    model = tiny.save_model(tmp_path / "model")
+    rows = tiny.write_rows(tmp_path / "a.jsonl", [{"text": "the film " * 60}])
+    flags = ["preview", "--data", str(rows), "--model", str(model)]
+    assert run(flags) == 2
+    assert f"the text is 182 tokens, the model takes {tiny.TAKES}" in capsys.readouterr().err
+    assert run([*flags, "--max-length", str(tiny.TAKES + 1)]) == 2
+    assert f"--max-length {tiny.TAKES + 1}: the model takes {tiny.TAKES} tokens" in capsys.readouterr().err
+    assert run([*flags, "--max-length", str(tiny.TAKES)]) == 0
+    assert "1 of 1 rows cut" in capsys.readouterr().out
+
+
 def test_prompts_alone_are_enough_to_predict(tmp_path):
     model = tiny.save_model(tmp_path / "model")
     rows = tiny.write_rows(tmp_path / "new.jsonl", [{"prompt": f"the film {i} was"} for i in range(3)])

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zotune.config import PreviewConfig
-from zotune.models.loading import find_kind, load_tokenizer
+from zotune.models.loading import find_kind, limit_of, load_tokenizer
 from zotune.run import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
@@ -32,7 +32,9 @@ def preview(options: PreviewConfig) -> None:
         tokenizer = load_tokenizer(options.model, **extra)
         kind, _ = find_kind(options.model, options.model_kind, **extra)
         check_kind(kind, task)
-        examples, ids = encoded(Encoder(tokenizer, None, options.max_length, kind), source, examples)
+        examples, ids = encoded(
+            Encoder(tokenizer, limit_of(options.model, kind, **extra), options.max_length, kind), source, examples
+        )
         for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
             show_row(console, example, row, tokenizer)
         lengths = sorted(row.tokens for row in ids)

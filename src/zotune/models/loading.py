@@ -114,11 +114,19 @@ def find_kind(
     return asked, []
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     import transformers
 
-    with _said_as_one_line(name, None):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _said_as_one_line(name, gguf_file):
+        extra = {"gguf_file": gguf_file} if gguf_file else {}
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
+
+
+def limit_of(name: str, kind: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """`length_limit` of a model whose weights are not read."""
+    config = load_config(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    with _said_as_one_line(name, gguf_file), torch.device("meta"):
+        return length_limit(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
