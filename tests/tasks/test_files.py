@@ -68,7 +68,7 @@ def test_a_file_that_is_none_is_said(tmp_path, capsys):
 
 def test_a_function_that_has_no_name_is_refused():
     with pytest.raises(InputError, match="must be one of a module"):
-        definition(Task(name="t", prompt="p", ask=lambda row, labelled: shouted(row, labelled)))
+        definition(Task(name="t", ask=lambda row, labelled: shouted(row, labelled)))
 
 
 def shouted(row: Row, labelled: bool):
@@ -78,9 +78,24 @@ def shouted(row: Row, labelled: bool):
 
 
 def test_a_file_may_name_a_function(tmp_path):
-    task = make_task({"name": "t", "prompt": "…", "ask": f"{__name__}:shouted"})
+    task = make_task({"name": "t", "ask": f"{__name__}:shouted"})
     assert task.example(Row({"text": "loud", "label": 1}, "f:1")).prompt == "LOUD"
     assert make_task(definition(task)) == task
+
+
+@pytest.mark.parametrize(
+    "idle", [{"prompt": "{text}"}, {"plain": "{text}"}, {"label_field": "stars"}, {"answer_field": "answer"}]
+)
+def test_a_key_that_a_function_makes_idle_is_refused(idle):
+    with pytest.raises(InputError, match=f"key '{next(iter(idle))}' has no effect beside 'ask'"):
+        make_task({"name": "t", "ask": f"{__name__}:shouted"} | idle)
+
+
+def test_a_copy_says_which_function_asks_and_holds_nothing_that_it_makes_idle():
+    text = written(TASKS["squad"])
+    assert text.startswith("# zotune.tasks.reading:ask_squad makes prompt and answers; ")
+    assert "prompt:" not in text
+    assert not written(TASKS["sst2"]).startswith("#")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from zotune.config import Options, fault_line, read_yaml
 from zotune.errors import InputError, nearest
-from zotune.tasks.task import METRICS, Hub, Task
+from zotune.tasks.task import MADE_BY_ASK, METRICS, Hub, Task
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -98,6 +98,8 @@ def definition(task: Task) -> dict[str, Any]:
         value = getattr(task, field.name)
         if field.name in Definition.model_fields and field.name not in found:
             found[field.name] = dict(value) if isinstance(value, Mapping) else value
+    if task.ask is not None:
+        found = {key: value for key, value in found.items() if key not in MADE_BY_ASK}
     if task.models:
         del found["prompt"]  # follows from the field
     if task.ask is not None:
@@ -111,18 +113,21 @@ def definition(task: Task) -> dict[str, Any]:
 
 
 def written(task: Task, name: str | None = None) -> str:
-    """The task as YAML."""
+    """The task as YAML, with a comment where a function asks."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Texts of several lines in quotes, with their ends written out."""
 
-    def text(dumper: Any, value: str) -> Any:
+    def scalar(dumper: Any, value: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
-    Dumper.add_representer(str, text)
+    Dumper.add_representer(str, scalar)
     block = definition(task) | ({"name": name} if name else {})
-    return str(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    text = str(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    if task.ask is None:
+        return text
+    return f"# {block['ask']} makes prompt and answers; for other ones name a function of your own, or give prompt instead of ask\n{text}"
 
 
 def named_function(name: str, option: str) -> Callable[..., Any]:

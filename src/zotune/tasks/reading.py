@@ -43,10 +43,10 @@ def ask_drop(row: Row, labelled: bool) -> Asked:
 
 
 squad = Task(
-    name="squad", source=Hub("rajpurkar/squad", test_split="validation"), prompt="Context: … Question: … Answer:",
+    name="squad", source=Hub("rajpurkar/squad", test_split="validation"),
     ask=ask_squad, metric="f1", generates=True,
 )  # fmt: skip
 drop = Task(
-    name="drop", source=Hub("ucinlp/drop", test_split="validation"), prompt="Passage: … Question: … Answer:",
+    name="drop", source=Hub("ucinlp/drop", test_split="validation"),
     ask=ask_drop, metric="f1", generates=True,
 )  # fmt: skip

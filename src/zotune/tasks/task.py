@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from zotune.tasks.rows import Row
 
 CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
+MADE_BY_ASK = ("prompt", "plain", "label_field", "choices_field", "answer_field")  # keys that say nothing beside `ask`
 MASK = "<mask>"  # in a template, where a masked model's answer stands
 LOWER_IS_BETTER = ("perplexity", "loss")  # of the metrics; they are no percentages either
 
@@ -69,7 +71,7 @@ class Task:
     answer_field: the text to generate, or a list of texts that are all right, the first of which is trained on.
     text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
         answer_field: over those of that second list alone).
-    ask: a function of the row (and whether its label is wanted) where format strings do not reach.
+    ask: a function of the row (and whether its label is wanted) where format strings do not reach; it makes prompt and answers.
     metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
     """
 
@@ -100,7 +102,14 @@ class Task:
             object.__setattr__(self, "prompt", f"{{{field}}}")
             object.__setattr__(self, "metric", "perplexity")
             return
-        if self.ask is None:
+        if self.ask is not None:
+            idle = [name for name in MADE_BY_ASK if getattr(self, name) != getattr(Task, name)]
+            if idle:
+                raise InputError(
+                    f"task {self.name!r}: key {idle[0]!r} has no effect beside 'ask', whose function makes prompt and answers; "
+                    "leave out one of them"
+                )
+        else:
             template_fields(self.prompt)
             given = [self.words, self.choices_field, self.answer_field]
             if sum(one is not None for one in given) != 1:
@@ -126,6 +135,13 @@ class Task:
     def models(self) -> bool:
         """Whether text itself is modelled: there is nothing to choose, and a row's own tokens are scored."""
         return self.text_field is not None or self.messages_field is not None
+
+    @property
+    def asked(self) -> str:
+        """The prompt in quotes, or the first sentence that the task's function says of itself."""
+        if self.ask is None:
+            return repr(self.prompt)
+        return re.split(r"\.\s|\.$|\n", (self.ask.__doc__ or self.ask.__name__).strip())[0]
 
     @property
     def labels(self) -> list[str]:
