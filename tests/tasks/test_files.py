@@ -153,6 +153,9 @@ def test_tasks_are_shown_and_copied_to_be_changed(tmp_path, capsys, monkeypatch)
     assert "sst2 → mine.yaml" in capsys.readouterr().out
     assert get_task("sst2.yaml") == TASKS["sst2"]
     assert get_task("mine.yaml").name == "mine"
+    tiny.write_rows(tiny.save_data(tmp_path / "rows" / "sst2") / "train.jsonl", [{"sentence": "so", "label": 1}])
+    assert run(["preview", "--task", "mine.yaml", "--data-dir", "rows"]) == 0
+    assert "mine, train: 1 rows" in capsys.readouterr().out
     for argv, said in (
         (["cp", "sst2"], "sst2.yaml: exists"),
         (["cp", "sst2", "a.txt"], "try a.yaml"),

@@ -27,6 +27,7 @@ class Definition(Options):
     subset: str | None = None
     test_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    folder: str | None = None
     prompt: str = ""
     plain: str | None = None
     words: dict[str, str] | None = None
@@ -123,11 +124,14 @@ def written(task: Task, name: str | None = None) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
     Dumper.add_representer(str, scalar)
-    block = definition(task) | ({"name": name} if name else {})
+    block = definition(task)
+    if name and name != task.name:  # a copy finds the rows of what it is a copy of
+        block |= {"name": name, "folder": task.folder or task.name}
     text = str(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
     if task.ask is None:
         return text
-    return f"# {block['ask']} makes prompt and answers; for other ones name a function of your own, or give prompt instead of ask\n{text}"
+    note = f"# {block['ask']} makes prompt and answers; for other ones name a function of your own, or give prompt instead of ask"
+    return f"{note}\n{text}"
 
 
 def named_function(name: str, option: str) -> Callable[..., Any]:

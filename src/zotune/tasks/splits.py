@@ -139,9 +139,13 @@ def _find_source(task: Task | None, data: str | None, data_dir: str | None, subs
         return Source(hub=(data, subset, "test"))
     assert task is not None
     if data_dir is not None:
-        folder = Path(data_dir).expanduser() / task.name
+        name = task.folder or task.name
+        folder = Path(data_dir).expanduser() / name
         if not folder.is_dir():
-            raise InputError(f"--data-dir {data_dir}: no folder {task.name!r} in it (wanted {folder}/train.jsonl, …)")
+            raise InputError(
+                f"--data-dir {data_dir}: no folder {name!r} in it (wanted {folder}/train.jsonl, …); --data takes a folder of "
+                "any name"
+            )
         return Source(folder=folder)
     if task.source is None:
         raise InputError(f"task {task.name!r}: names no data; give --data, or a line `data:` in its file")

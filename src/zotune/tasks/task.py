@@ -73,6 +73,7 @@ class Task:
         answer_field: over those of that second list alone).
     ask: a function of the row (and whether its label is wanted) where format strings do not reach; it makes prompt and answers.
     metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
+    folder: where its rows are in --data-dir, if not under its name.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Task:
     generates: bool = False
     validation_size: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.models:
