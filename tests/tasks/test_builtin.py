@@ -184,6 +184,33 @@ def test_a_batch_of_answers_is_each_alone():
     assert together == alone
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_answer_is_the_likeliest_token_each_time_whatever_the_checkpoint_asks_for(adapted):
+    import torch
+    import transformers as tf
+
+    from zotune.models import schemes
+    from zotune.tasks.generation import generate_answers
+
+    model, tokenizer = tiny.causal_model(), tiny.tokenizer(bos=True)
+    prompt = tokenizer("a great terrible day It was")["input_ids"]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    wanted = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip().split("\n")[0].strip()
+    assert wanted
+    asks = tf.GenerationConfig(
+        eos_token_id=1, repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[ids[len(prompt)]], num_beams=3,
+        bad_words_ids=[[ids[len(prompt)]]], min_new_tokens=8, forced_eos_token_id=1, do_sample=True, temperature=9.0,
+    )  # fmt: skip
+    model.generation_config = asks
+    model = schemes.prepare(model, "lora") if adapted else model
+    rows = [Encoded(tuple(prompt), ((),), -1)]
+    assert generate_answers(model, tokenizer, rows, batch_size=1, pad_id=1, most=8) == [wanted]
+    assert model.generation_config is asks
+
+
 def test_an_answer_ends_where_the_model_does():
     """Position tables end there, as OPT's and GPT-2's do; a prompt that fills them is refused in a line."""
     import transformers as tf
