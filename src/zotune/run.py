@@ -45,7 +45,7 @@ from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import objective
+from zotune.tasks.objectives import generates, objective
 from zotune.tasks.own import data_of, described, encoded
 from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
@@ -157,7 +157,7 @@ def load(
     adapter = getattr(options, "adapter", None)
     kind, known = find_kind(options.model, options.model_kind, adapter=adapter, **extra)
     if task is not None:
-        check_kind(kind, task)
+        check_kind(kind, task, getattr(options, "loss", "answer"))
         labels = task.labels
     tokenizer = load_tokenizer(options.model, **extra)
     common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
@@ -168,8 +168,12 @@ def load(
     return model, tokenizer
 
 
-def check_kind(kind: str, task: Task) -> None:
-    """Raises InputError for a task that models of the kind cannot do."""
+def check_kind(kind: str, task: Task, loss: str = "answer") -> None:
+    """Raises InputError for a task, or a loss, that models of the kind cannot do."""
+    if kind != "causal" and generates(loss):
+        raise InputError(
+            f"--loss {loss}: scores a generated answer, which a {kind} model cannot write; use answer or accuracy"
+        )
     if kind != "causal" and task.generates:
         raise InputError(f"--model-kind {kind}: task {task.name!r} generates its answers, which a causal model does")
     if kind == "classifier" and not task.labels:

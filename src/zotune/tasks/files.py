@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ class Definition(Options):
         if self.metric is not None:
             given["metric"] = self.metric
             if ":" in self.metric:
-                named_function(self.metric, "metric")  # says now what cannot be imported
+                own_score(self.metric, "metric")  # says now what cannot be imported
         return Task(**given)
 
 
@@ -146,3 +149,31 @@ def named_function(name: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{option} {name}: is no function")
     return found
+
+
+def own_score(name: str, option: str) -> Callable[[str, str, Sequence[str]], float]:
+    """The named function of prompt, answer and right answers, as a score. Raises InputError where it gives no finite number."""
+    function = named_function(name, option)
+    told = f"{option} {name}: called with prompt, answer and golds it"
+    try:
+        inspect.signature(function).bind("", "", [])
+    except TypeError as error:
+        raise InputError(f"{told} does not fit ({error})") from None
+    except ValueError:
+        pass  # one that tells no signature
+
+    def score(prompt: str, answer: str, golds: Sequence[str]) -> float:
+        try:
+            found = function(prompt, answer, list(golds))
+        except Exception as error:  # anything a stranger's function may raise
+            said = (str(error).splitlines() or ["no message"])[0]
+            raise InputError(f"{told} raises {type(error).__name__} ({said})") from error
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{told} gives {reprlib.repr(found)}; a finite number is wanted")
+        return value
+
+    return score
