@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
-from zotune.models.kinds import auto_class, head_modules, kind_of_config, without_adapter
+from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, without_adapter
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,6 +87,11 @@ def load_model(
         raise InputError(
             f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
             "give --model-kind classifier for a fresh head over label words"
+        )
+    if kind == "causal" and is_encoder(model.config) and _looks_ahead(model):
+        raise InputError(
+            f"--model {name}: an encoder, whose tokens see what comes after them, so that it predicts no next one; give --model-kind "
+            "masked or classifier"
         )
     model.fresh_parameters = missing  # type: ignore[assignment]  # no module and no tensor
     if not is_quantized(model):
@@ -169,6 +174,15 @@ def _positions_unused(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+@torch.inference_mode()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether another last token changes the logits of those before it."""
+    one, other = (
+        model(input_ids=torch.tensor([[5, 6, 7, last]], device=model.device)).logits[0, :-1] for last in (5, 6)
+    )
+    return not torch.equal(one, other)
 
 
 def _some(names: set[str]) -> str:
