@@ -90,8 +90,8 @@ def load_model(
         )
     if kind == "causal" and is_encoder(model.config) and _looks_ahead(model):
         raise InputError(
-            f"--model {name}: an encoder, whose tokens see what comes after them, so that it predicts no next one; give --model-kind "
-            "masked or classifier"
+            f"--model {name}: an encoder, whose tokens see what comes after them, so that it predicts no next one; give "
+            "--model-kind masked or classifier"
         )
     model.fresh_parameters = missing  # type: ignore[assignment]  # no module and no tensor
     if not is_quantized(model):
@@ -179,9 +179,8 @@ def _positions_unused(model: nn.Module) -> int:
 @torch.inference_mode()
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether another last token changes the logits of those before it."""
-    one, other = (
-        model(input_ids=torch.tensor([[5, 6, 7, last]], device=model.device)).logits[0, :-1] for last in (5, 6)
-    )
+    texts = (torch.tensor([[5, 6, 7, last]], device=model.device) for last in (5, 6))
+    one, other = (model(input_ids=ids, use_cache=False).logits[0, :-1] for ids in texts)
     return not torch.equal(one, other)
 
 
