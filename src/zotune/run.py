@@ -133,6 +133,13 @@ class Prepared:
             counts[row.label] = counts.get(row.label, 0) + 1
         return 100 * max(counts.values()) / len(rows)
 
+    @property
+    def cut_rows(self) -> int:
+        """Rows that were cut, each once however often it is drawn or scored."""
+        drawn, rows = self.splits, [*self.train, *self.validation, *self.test]
+        examples = [*drawn.train, *drawn.validation, *drawn.test]
+        return len({example.where for example, row in zip(examples, rows, strict=True) if row.cut})
+
     def adam_cost(self) -> AdamCost:
         longest = max(self.train, key=lambda row: row.tokens)
         asked = objective(self.config.loss, self.task, self.tokenizer, self.pad_id)
@@ -366,7 +373,7 @@ class _Run:
             "chosen_step": chosen,
             "resumed_at": self.progress["resumed_at"],
             "skipped_steps": optimizer.skipped_steps,
-            "cut_rows": sum(bool(row.cut) for rows in (ready.train, ready.validation, ready.test) for row in rows),
+            "cut_rows": ready.cut_rows,
             "bad_rows": len(ready.bad.said),
             "stopped_early": trainer.state.global_step < config.steps,
             "forward_passes": optimizer.forward_passes,

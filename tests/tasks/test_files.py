@@ -127,13 +127,13 @@ def test_a_file_serves_train_eval_predict_and_preview_and_is_recorded_whole(task
     assert run(["preview", "--config", str(block), "--rows", "1"]) == 0
     said = capsys.readouterr().out
     assert "mine, train: 60 rows" in said
-    assert "It was bad" in said
+    assert "It was⟦ bad⟧" in said
 
 
 def test_a_task_asks_about_other_rows_where_data_names_them(tmp_path, capsys):
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"sentence": "so it goes", "label": 1}] * 3)
     assert run(["preview", "--task", "sst2", "--data", str(rows), "--rows", "1"]) == 0
-    assert "so it goes It was great" in capsys.readouterr().out
+    assert "so it goes It was⟦ great⟧" in capsys.readouterr().out
     assert run(["preview", "--task", "sst2", "--data", str(rows), "--template", "{sentence}"]) == 2
     assert "--template: belongs to --data without --task" in capsys.readouterr().err
     assert run(["preview"]) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 
 import pytest
 import tiny
@@ -32,7 +34,7 @@ def test_prompt_and_completion_need_no_option(folder, tmp_path, capsys):
     assert run(["train", *flags, *columns, "--steps", "2", "--lr", "1e-3", "--output", str(done)]) == 0
     assert json.loads((done / "result.json").read_text())["metric"] == "f1"
     assert run(["preview", "--data", str(folder), *columns, "--rows", "1"]) == 0
-    assert "the film 0 was bad" in capsys.readouterr().out
+    assert "the film 0 was⟦ bad⟧" in capsys.readouterr().out
     assert run(["eval", *flags]) == 2
     assert "no field 'prompt' (has 'question', 'completion'); name one by --columns" in capsys.readouterr().err
 
@@ -116,6 +118,20 @@ def test_cut_rows_are_counted_wherever_rows_are_encoded(tmp_path, capsys):
     assert "(30 rows of test, 1 of them cut)" in capsys.readouterr().out
 
 
+def test_a_cut_row_counts_once_however_often_it_is_drawn_or_scored(tmp_path, capsys):
+    """Two long rows of the rare class come again, and validation, with one, is test too."""
+    model = tiny.save_model(tmp_path / "model")
+    long = {"text": "the film " * 40, "label": 1}
+    rows = [{"text": "a film", "label": 0}] * 16
+    for split, given in (("train", [*rows, long, long]), ("validation", [*rows, long])):
+        tiny.write_rows(tmp_path / f"{split}.jsonl", given)
+    flags = [*tiny.flags(model, tmp_path, max_length=40, steps=2), "--output", str(tmp_path / "run")]
+    assert run(["train", *flags, "--balance-classes", "--dry-run"]) == 0
+    assert re.search(r"cut rows +3 ", capsys.readouterr().out)
+    assert run(["train", *flags, "--balance-classes"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["cut_rows"] == 3
+
+
 def test_a_preview_knows_how_much_the_model_takes(tmp_path, capsys):
     model = tiny.save_model(tmp_path / "model")
     rows = tiny.write_rows(tmp_path / "a.jsonl", [{"text": "the film " * 60}])
@@ -135,3 +151,25 @@ def test_prompts_alone_are_enough_to_predict(tmp_path):
     assert run(["predict", *flags, "--output", str(tmp_path / "p.jsonl")]) == 0
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
     assert run(["eval", *flags]) == 2
+
+
+def test_a_preview_marks_what_counts_in_a_file_and_on_a_terminal(tmp_path, monkeypatch, capsys):
+    import rich.console
+
+    model = tiny.save_model(tmp_path / "model")
+    rows = tiny.write_rows(tmp_path / "a.jsonl", [{"prompt": "the film was", "completion": "good"}])
+    flags = ["preview", "--data", str(rows)]
+    for more in ([], ["--model", str(model)]):
+        assert run([*flags, *more]) == 0
+        said = capsys.readouterr().out
+        assert "what counts stands between ⟦ and ⟧" in said
+        assert "the film was⟦ good⟧" in said
+    terminal = functools.partial(rich.console.Console, force_terminal=True, color_system="standard", width=400)
+    monkeypatch.setattr("zotune.cli.preview.Console", terminal)
+    for more in ([], ["--model", str(model)]):
+        assert run([*flags, *more]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "the film was" in line)
+        place, rest = line.split("a.jsonl:1  ")
+        assert place.startswith("\x1b[2m")
+        assert "the film was\x1b[1;7m good\x1b[0m" in rest  # neither is dim
+        assert "⟦" not in line

@@ -15,13 +15,17 @@ from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded
 
+MARKS = "⟦⟧"  # around what counts, where there is no terminal to show it in reverse
+
 
 def preview(options: PreviewConfig) -> None:
-    """The first rows of a split: prompt, right answer in reverse, the other candidates, lengths and cuts."""
+    """The first rows of a split: prompt, right answer (in reverse, or in marks), the other candidates, lengths and cuts."""
     task, source = data_of(options)
     split, rows = source.first()
     console = Console(soft_wrap=True)
     console.print(Text(f"{task.name}, {split}: {len(rows)} rows, scored by {task.metric}", style="bold"))
+    if not console.is_terminal:
+        console.print(f"what counts stands between {MARKS[0]} and {MARKS[1]}")
     examples = [task.example(row) for row in rows]
     if options.model is None:
         for example in examples[: options.rows]:
@@ -49,32 +53,35 @@ def preview(options: PreviewConfig) -> None:
 
 def show_text(console: Console, example: Example) -> None:
     right = example.candidates[example.label or 0]
-    line = Text(f"{example.where}  ", style="dim").append(Text(_plain(example.prompt)))
-    line.append(_plain(right), style="bold reverse")
+    line = Text.assemble((f"{example.where}  ", "dim"), _plain(example.prompt))
+    line.append(_counted(console, _plain(right)))
     console.print(line)
     _others(console, example)
 
 
 def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -> None:
     """What the ids decode to, so that what the tokenizer adds or cuts is seen."""
-    line = Text(f"{example.where}  ", style="dim").append(Text(_plain(tokenizer.decode(list(ids.prompt)))))
+    line = Text.assemble((f"{example.where}  ", "dim"), _plain(tokenizer.decode(list(ids.prompt))))
     if ids.classified:
-        line.append(f" → {example.candidates[ids.label].strip()}", style="bold reverse")
+        line.append(" → ").append(_counted(console, example.candidates[ids.label].strip()))
     else:
         answer = ids.candidates[ids.label]
         counted = set(ids.counted or range(len(answer)))
         for counts, places in groupby(
             range(len(answer)), counted.__contains__
         ):  # a conversation has questions in between
-            line.append(
-                _plain(tokenizer.decode([answer[place] for place in places])), style="bold reverse" if counts else None
-            )
+            text = _plain(tokenizer.decode([answer[place] for place in places]))
+            line.append(_counted(console, text) if counts else Text(text))
         line.append(_plain(tokenizer.decode(list(ids.tail))))
     line.append(f"   {ids.tokens} tokens", style="dim")
     if ids.cut:
         line.append(f", {ids.cut} cut", style="dim")
     console.print(line)
     _others(console, example)
+
+
+def _counted(console: Console, text: str) -> Text:
+    return Text(text, style="bold reverse") if console.is_terminal else Text(f"{MARKS[0]}{text}{MARKS[1]}")
 
 
 def _others(console: Console, example: Example) -> None:
