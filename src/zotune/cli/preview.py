@@ -33,9 +33,9 @@ def preview(options: PreviewConfig) -> None:
         console.print(Text("lengths in tokens: with --model", style="dim"))
     else:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
-        tokenizer = load_tokenizer(options.model, **extra)
         kind, _ = find_kind(options.model, options.model_kind, **extra)
         check_kind(kind, task)
+        tokenizer = load_tokenizer(options.model, **extra)
         examples, ids = encoded(
             Encoder(tokenizer, limit_of(options.model, kind, **extra), options.max_length, kind), source, examples
         )

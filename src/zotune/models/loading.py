@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,7 @@ def find_kind(
     trust_remote_code: bool = False,
 ) -> tuple[str, list[str]]:
     """The kind that is asked for, or the adapter's, or the checkpoint's; and the labels of an adapter's classifier."""
+    _refuse_adapter(name)
     if adapter and (Path(adapter).expanduser() / "config.json").is_file():
         config = load_config(str(Path(adapter).expanduser()))
         kind = kind_of_config(config) if asked == "auto" else asked
@@ -117,6 +119,21 @@ def find_kind(
     if asked == "auto":
         asked = "causal" if gguf_file else kind_of_config(load_config(name, trust_remote_code=trust_remote_code))
     return asked, []
+
+
+def _refuse_adapter(name: str) -> None:
+    """transformers would look for its base, and train that."""
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file() or any(folder.glob("model*.safetensors")):
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise InputError(
+        f"--model {name}: this is an adapter; give --model {base or 'BASE'} --adapter {name}, or make a model of the two by "
+        "`zotune merge`"
+    )
 
 
 def load_config(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
