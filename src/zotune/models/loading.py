@@ -196,7 +196,7 @@ def _positions_unused(model: nn.Module) -> int:
 @torch.inference_mode()
 def _looks_ahead(model: nn.Module) -> bool:
     """Whether another last token changes the logits of those before it."""
-    texts = (torch.tensor([[5, 6, 7, last]], device=model.device) for last in (5, 6))
+    texts = (torch.tensor([[5, 6, 7, last]], device=next(model.parameters()).device) for last in (5, 6))
     one, other = (model(input_ids=ids, use_cache=False).logits[0, :-1] for ids in texts)
     return not torch.equal(one, other)
 
