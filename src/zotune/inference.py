@@ -93,6 +93,8 @@ def _outcome(
         before = shown(shots, tokenizer.mask_token)
         examples = [replace(example, prompt=before + example.prompt) for example in examples]
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
+    if source.unread:
+        listener.say(source.unread)
     if source.bad.said:
         listener.say(f"bad rows: {source.bad}")
     listener.begin("rows", len(rows))

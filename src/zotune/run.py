@@ -99,6 +99,7 @@ class Prepared:
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
+    unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
 
     @property
@@ -231,7 +232,8 @@ def prepare(config: TrainConfig) -> Prepared:
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
     splits = Splits(train, validation, test, splits.test_split)
-    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows, base)
+    rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
+    return Prepared(config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -268,6 +270,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
+            if ready.unread:
+                listener.say(ready.unread)
             ready.config = config = resolved(config, ready.model)
             folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
             listener.prepared(ready)

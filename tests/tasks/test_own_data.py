@@ -46,6 +46,54 @@ def test_a_column_that_is_not_there_is_named():
         renamed(row, {"c": "x"})
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"question": "completion"}, "--columns 'question' → 'completion' would overwrite the field 'completion'"),
+        ({"question": "prompt", "completion": "prompt"}, "both 'question' and 'completion' → 'prompt'"),
+    ],
+)
+def test_no_column_is_lost_under_another_s_name(columns, said, folder, capsys):
+    assert run(["preview", "--data", str(folder), "--columns", json.dumps(columns)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_two_columns_may_change_names(folder, capsys):
+    swap = json.dumps({"question": "completion", "completion": "question"})
+    own = ["--template", "{question}", "--answer-field", "completion"]
+    assert run(["preview", "--data", str(folder), "--columns", swap, *own, "--rows", "1"]) == 0
+    assert "bad⟦ the film 0 was⟧" in capsys.readouterr().out
+
+
+def test_files_that_are_no_split_are_named(folder, tmp_path, capsys):
+    model = tiny.save_model(tmp_path / "model")
+    (folder / "validation.jsonl").rename(folder / "dev.jsonl")
+    (folder / "more.csv").write_text("a\n")
+    own = ["--data", str(folder), "--template", "{question}", "--answer-field", "completion", "--device", "cpu"]
+    train = ["--model", str(model), "--steps", "2", "--batch-size", "4", "--output", str(tmp_path / "run")]
+    for argv in (["preview", *own[:-2]], ["train", *own, *train], ["train", *own, *train[:-1], "x", "--dry-run"]):
+        assert run(argv) == 0
+        streams = capsys.readouterr()
+        assert "more.csv not read, for no split (train, validation, test) is called so" in (
+            " ".join((streams.out + streams.err).split())
+        )
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_split"] == "test"
+
+
+@pytest.mark.parametrize("data", ["data/missing", "rows.jsonl", "no/rows.csv", "a/b/c"])
+def test_a_path_that_is_missing_is_not_looked_up_on_the_hub(data, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(f"data: {data}\nprompt: '{{question}}'\nanswer_field: completion\n")
+    assert run(["preview", "--data", data]) == 2
+    assert f"--data {data}: no such file or folder" in capsys.readouterr().err
+    if data != "data/missing":  # a task's may be a data set whose owner's name is that of a folder
+        assert run(["preview", "--task", "own.yaml"]) == 2
+        assert f"task 'own': data {data}: no such file or folder" in capsys.readouterr().err
+
+
 def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -47,6 +47,8 @@ def preview(options: PreviewConfig) -> None:
             f"tokens a row: {lengths[len(lengths) // 2]} median, {lengths[-1]} most; {cut} of {len(lengths)} rows cut"
         )
         console.print(Text(said, style="bold"))
+    if source.unread:
+        console.print(Text(source.unread, style="bold"))
     if source.bad.said:
         console.print(Text(f"bad rows: {source.bad}", style="bold"))
 

@@ -118,6 +118,8 @@ def dry_run(config: TrainConfig) -> None:
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")
     console.print(table)
+    if ready.unread:
+        console.print(Text(ready.unread))
     console.print("nothing was written")
 
 

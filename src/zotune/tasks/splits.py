@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, rows_of, split_file
+from zotune.tasks.rows import (
+    SUFFIXES,
+    BadRows,
+    Row,
+    other_files,
+    read_file,
+    read_hub,
+    refuse_overwriting,
+    renamed,
+    rows_of,
+    split_file,
+)
 from zotune.tasks.task import MASK, Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
@@ -41,6 +52,7 @@ class Source:
         """
         if split not in self._read_before:
             rows, of = self._read(split), "" if self.single else split
+            refuse_overwriting(rows or [], self.columns)
             self._read_before[split] = (
                 self.usable(rows, lambda row: self._checked(replace(row, split=of))) if rows is not None else None
             )
@@ -72,12 +84,22 @@ class Source:
         for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
-        has = self.has(".jsonl, .csv or .parquet files")
+        has = self.has("wanted train.jsonl, …, or .csv, .tsv, .parquet")
         raise InputError(f"{self}: no train, validation or test split in it{has}")
 
     def has(self, wanted: str) -> str:
         """The tail of an error about a split that is not there."""
         return f" (it has {', '.join(self._hub_splits)})" if self.hub else f" ({wanted})" if self.folder else ""
+
+    @property
+    def unread(self) -> str | None:
+        """A line that names the folder's files of rows that are no split's, if there are any."""
+        names = other_files(self.folder) if self.folder is not None else []
+        return (
+            f"{self}: {', '.join(names)} not read, for no split (train, validation, test) is called so"
+            if names
+            else None
+        )
 
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
@@ -132,10 +154,8 @@ def _find_source(task: Task | None, data: str | None, data_dir: str | None, subs
         if (local := _local(data)) is not None:
             return local
         path = Path(data).expanduser()
-        if path.suffix or path.is_absolute() or data.count("/") != 1 or data.startswith("."):
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = f"; {nearest(path.name, near)}" if near else ""
-            raise InputError(f"--data {data}: no such file or folder{hint}")
+        if path.suffix or data.count("/") != 1 or _looks_local(data) or path.parent.is_dir():
+            raise InputError(f"--data {data}: no such file or folder{_nearest_to(path)}")
         return Source(hub=(data, subset, "test"))
     assert task is not None
     if data_dir is not None:
@@ -149,14 +169,28 @@ def _find_source(task: Task | None, data: str | None, data_dir: str | None, subs
         return Source(folder=folder)
     if task.source is None:
         raise InputError(f"task {task.name!r}: names no data; give --data, or a line `data:` in its file")
-    if (local := _local(task.source.name)) is not None:
+    if (local := _local(data := task.source.name)) is not None:
         return local
+    if _looks_local(data):
+        raise InputError(
+            f"task {task.name!r}: data {data}: no such file or folder{_nearest_to(Path(data).expanduser())}"
+        )
     return Source(hub=(task.source.name, task.source.subset, task.source.test_split))
 
 
 def _local(name: str) -> Source | None:
     path = Path(name).expanduser()
     return Source(folder=path) if path.is_dir() else Source(file=path) if path.is_file() else None
+
+
+def _looks_local(name: str) -> bool:
+    """Whether no data set of the hub is called so."""
+    return name.lower().endswith(SUFFIXES) or name.startswith((".", "~", "/")) or name.count("/") > 1
+
+
+def _nearest_to(path: Path) -> str:
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"; {nearest(path.name, near)}" if near else ""
 
 
 @dataclass(frozen=True)
