@@ -72,7 +72,9 @@ class DataOptions(Options):
     eval_size: Positive | None = Field(
         None, description="at most so many validation and test rows [default: 500, 1000]"
     )
-    max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
+    max_length: Positive | None = Field(
+        None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
 
     _tables: dict[str, list[Any]] | None = PrivateAttr(None)

@@ -91,7 +91,7 @@ def _outcome(
         model = put_adapter(model, options.adapter, options.allow_pickle)
     if shots:
         before = shown(shots, tokenizer.mask_token)
-        examples = [replace(example, prompt=before + example.prompt) for example in examples]
+        examples = [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
     if source.unread:
         listener.say(source.unread)

@@ -46,7 +46,8 @@ class Example:
     An empty prompt: every token of the one candidate counts (plain text). messages: a conversation, which the tokenizer's chat
     template writes; assistant turns from message number `learned` on count, and prompt and candidates only show it.
     golds: what counts as right besides: the texts that an answer is compared with. names: what each candidate answers, where
-    its text says more. A task that generates has one candidate, the text it is trained on.
+    its text says more. fields: where in the prompt the row's own texts begin and end, if a template tells. A task that generates
+    has one candidate, the text it is trained on.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Example:
     names: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
     learned: int = 0
+    fields: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,17 @@ class Task:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{row.where}: field {self.text_field!r} must be a text")
             return Example("", (text,), 0, row.where)
-        values = {field: _text(row[field]) for field in template_fields(self.prompt)}
-        prompt = self.prompt.format(**values)
+        prompt, fields = _filled(self.prompt, row)
         if not prompt.strip():
             raise InputError(f"{row.where}: an empty prompt")
         if self.answer_field is not None:
             if not labelled:
-                return Example(prompt, ("",), None, row.where)
+                return Example(prompt, ("",), None, row.where, fields=fields)
             answers = self._answers(row)
-            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers)
+            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers, fields=fields)
         texts = self._candidates(row)
         label = self._label(row, texts) if labelled else None
-        return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where)
+        return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where, fields=fields)
 
     def _conversation(self, row: Row, labelled: bool) -> Example:
         assert self.messages_field is not None
@@ -293,6 +294,16 @@ def template_fields(template: str) -> list[str]:
     if not fields:
         raise InputError(f"template {template!r} names no field; write one in braces, such as '{{text}} It was'")
     return fields
+
+
+def _filled(template: str, row: Row) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The template with the row's fields in it, and where each begins and ends."""
+    text, places = "", []
+    for words, name, _, _ in string.Formatter().parse(template):
+        text += words
+        if name is not None:
+            places.append((len(text), len(text := text + _text(row[name]))))
+    return text, tuple(places)
 
 
 def _label_text(value: Any, known: Container[str]) -> str:
