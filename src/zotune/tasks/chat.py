@@ -57,7 +57,10 @@ def conversation_ids(tokenizer: Any, messages: Messages, learned: int, where: st
 
 
 def remaining(messages: Messages, learned: int) -> Iterator[tuple[Messages, int]]:
-    """The conversation and `learned`, then without its first turns, one question less each time, to the last. System messages stay."""
+    """The conversation and `learned`, then both without its first turns, one question less each time, down to the last.
+
+    System messages at its head stay.
+    """
     head = next((i for i, message in enumerate(messages) if message["role"] in ("user", "assistant")), 0)
     yield messages, learned
     for i, message in enumerate(messages[:learned] if learned else messages):

@@ -136,8 +136,10 @@ class Encoder:
         return Encoded(tuple(ids[:1]), (tuple(ids[1:]),), 0, cut)
 
     def _conversation(self, example: Example) -> Encoded:
-        """The chat template's words; assistant turns count. What is too long loses its oldest turns, then the start of its question."""
+        """The chat template's words; assistant turns count. What is too long loses its oldest turns, then the question's start."""
         asks, limit, longest = example.label is None, self.max_length or self.model_takes, 0
+        ids: list[int] = []
+        places: list[int] = []  # of what counts
         for messages, learned in remaining(example.messages, example.learned):
             if asks:
                 ids, places = question_ids(self.tokenizer, messages, example.where), []
