@@ -344,6 +344,8 @@ class PreviewConfig(DataOptions):
     model_kind: Literal["auto", "causal", "masked", "classifier"] = Field("auto", description="as in `zotune train`")
     gguf_file: str | None = Field(None, description="read the tokenizer from this GGUF file of the model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    scheme: str = Field("full", description="as in `zotune train`: prefix and prompt take tokens of the model's length")
+    shots: Annotated[int, Field(ge=0)] = Field(0, description="as in `zotune eval`: the rows that it scores are shown")
     rows: Positive = Field(5, description="rows to show")
 
 

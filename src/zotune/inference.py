@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from zotune.config import EvalConfig, PredictConfig
@@ -14,7 +13,7 @@ from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.own import data_of, encoded
-from zotune.tasks.splits import Source, demonstrations, scored_rows, shown
+from zotune.tasks.splits import Source, after_shots, demonstrations, scored_rows
 
 Loader = Callable[[EvalConfig | PredictConfig, Task], tuple[Any, Any]]
 
@@ -90,8 +89,7 @@ def _outcome(
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
     if shots:
-        before = shown(shots, tokenizer.mask_token)
-        examples = [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
+        examples = after_shots(examples, shots, tokenizer.mask_token)
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
     if source.unread:
         listener.say(source.unread)

@@ -192,6 +192,24 @@ def test_a_preview_knows_how_much_the_model_takes(tmp_path, capsys):
     assert "1 of 1 rows cut" in capsys.readouterr().out
 
 
+def test_a_preview_shows_what_eval_shows_and_the_length_that_a_scheme_leaves(folder, tmp_path, capsys):
+    model = tiny.save_model(tmp_path / "model")
+    own = ["preview", "--data", str(folder), "--template", "{question}", "--answer-field", "completion", "--rows", "1"]
+    for more in ([], ["--model", str(model)]):
+        assert run([*own, "--shots", "1", *more]) == 0
+        said = capsys.readouterr().out
+        assert "data, test: 12 rows" in said
+        assert len(re.findall("the film [0-9]+ was", said)) == 2
+        assert "\\n\\nthe film" in said  # a blank line between the two
+    limit = ["--model", str(model), "--max-length", str(tiny.TAKES)]
+    assert run([*own, *limit]) == 0
+    for scheme, left in (("prefix", tiny.TAKES - 5), ("prompt", tiny.TAKES - 10)):
+        assert run([*own, *limit, "--scheme", scheme]) == 2
+        assert f"the model takes {left} tokens" in capsys.readouterr().err
+    assert run([*own, "--scheme", "lara"]) == 2
+    assert "did you mean 'lora'" in capsys.readouterr().err
+
+
 def test_prompts_alone_are_enough_to_predict(tmp_path):
     model = tiny.save_model(tmp_path / "model")
     rows = tiny.write_rows(tmp_path / "new.jsonl", [{"prompt": f"the film {i} was"} for i in range(3)])

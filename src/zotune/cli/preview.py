@@ -10,25 +10,35 @@ from rich.text import Text
 
 from zotune.config import PreviewConfig
 from zotune.models.loading import find_kind, limit_of, load_tokenizer
+from zotune.models.schemes import get_scheme
 from zotune.run import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded
+from zotune.tasks.splits import after_shots, demonstrations, scored_rows
 
 MARKS = "⟦⟧"  # around what counts, where there is no terminal to show it in reverse
 
 
 def preview(options: PreviewConfig) -> None:
-    """The first rows of a split: prompt, right answer (in reverse, or in marks), the other candidates, lengths and cuts."""
+    """The first rows of a split: prompt, right answer (in reverse, or in marks), the other candidates, lengths and cuts.
+
+    With `shots` they are rows that `zotune eval` scores, each behind what it shows.
+    """
     task, source = data_of(options)
-    split, rows = source.first()
+    taken = get_scheme(options.scheme).tokens
+    if options.shots:
+        rows, split = scored_rows(source, options.eval_size, seed=options.seed)
+        shots = demonstrations(task, source, options.shots, options.seed, rows)
+    else:
+        (split, rows), shots = source.first(), []
     console = Console(soft_wrap=True)
     console.print(Text(f"{task.name}, {split}: {len(rows)} rows, scored by {task.metric}", style="bold"))
     if not console.is_terminal:
         console.print(f"what counts stands between {MARKS[0]} and {MARKS[1]}")
     examples = [task.example(row) for row in rows]
     if options.model is None:
-        for example in examples[: options.rows]:
+        for example in after_shots(examples[: options.rows], shots):
             show_text(console, example)
         console.print(Text("lengths in tokens: with --model", style="dim"))
     else:
@@ -36,9 +46,11 @@ def preview(options: PreviewConfig) -> None:
         kind, _ = find_kind(options.model, options.model_kind, **extra)
         check_kind(kind, task)
         tokenizer = load_tokenizer(options.model, **extra)
-        examples, ids = encoded(
-            Encoder(tokenizer, limit_of(options.model, kind, **extra), options.max_length, kind), source, examples
-        )
+        if shots:
+            examples = after_shots(examples, shots, tokenizer.mask_token)
+        limit = limit_of(options.model, kind, **extra)
+        limit = limit - taken if limit is not None else None
+        examples, ids = encoded(Encoder(tokenizer, limit, options.max_length, kind), source, examples)
         for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
             show_row(console, example, row, tokenizer)
         lengths = sorted(row.tokens for row in ids)

@@ -292,6 +292,12 @@ def shown(examples: Sequence[Example], mask: str | None = None) -> str:
     return "".join(f"{text}\n\n" for text in texts)
 
 
+def after_shots(examples: Sequence[Example], shots: Sequence[Example], mask: str | None = None) -> list[Example]:
+    """The examples, each behind those that are shown. What is too long loses these first."""
+    before = shown(shots, mask)
+    return [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
+
+
 def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:
     """The rows that `eval` scores and their split: those that a run of this seed and size scores as test.
 
