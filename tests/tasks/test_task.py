@@ -132,7 +132,7 @@ def test_a_text_that_is_one_choice_and_another_s_index_is_refused():
     assert example(task=CHOICE, text="x", choices=NUMBERS, label="4").label == 3  # there is no fifth
 
 
-@pytest.mark.parametrize("label", [1.0, np.float64(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)])
+@pytest.mark.parametrize("label", [1.0, "1.0", np.float64(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)])
 def test_a_whole_number_is_a_label_in_whatever_type_it_comes(label):
     assert example(text="x", label=label).label == 1
     assert get_task("copa").example(Row(COPA | {"label": label}, "f:1")).label == 1

@@ -230,7 +230,7 @@ class Task:
                 known = ", ".join(self.words)
                 raise InputError(f"{row.where}: label {label!r} has no word (labels with one: {known})")
             return self.labels.index(label)
-        label = _label_text(given, ())
+        label = _label_text(given, candidates if isinstance(given, str) else ())
         index = int(label) if label.isdecimal() and int(label) < len(candidates) else None
         named = candidates.index(label) if label in candidates and isinstance(given, (str, bool)) else None
         if named is not None and index is not None and named != index:
@@ -308,8 +308,8 @@ def _filled(template: str, row: Row) -> tuple[str, tuple[tuple[int, int], ...]]:
 
 def _label_text(value: Any, known: Container[str]) -> str:
     """A label as text: 1.0 is the label 1, as tables hold whole numbers beside gaps, unless 1.0 is known itself."""
-    value, text = _read(value), _text(value)
-    return str(int(value)) if isinstance(value, float) and value.is_integer() and text not in known else text
+    text = _text(value)
+    return text if text in known else re.sub(r"^(-?\d+)\.0$", r"\1", text)
 
 
 def _text(value: Any) -> str:
