@@ -152,6 +152,9 @@ def test_what_a_kind_of_model_cannot_do_is_said_in_a_line(material, tmp_path, ca
     for kind in ("masked", "classifier"):
         line = refused(material, tmp_path, capsys, "bert", model_kind=kind, **answers)
         assert "generates its answers" in line
+    for name in ("bert", "roberta"):
+        line = refused(material, tmp_path, capsys, name, model_kind="causal")
+        assert "an encoder, whose tokens see what comes after them" in line
     (tmp_path / "choices").mkdir()
     rows = [{"text": f"day {i}", "choices": ["good", "bad"], "label": i % 2} for i in range(40)]
     tiny.write_rows(tmp_path / "choices" / "train.jsonl", rows)

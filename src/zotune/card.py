@@ -77,7 +77,7 @@ def _run(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> str:
 | | |
 |---|---|
 | base model | {config.model} |
-| task | {task.name}: `{task.prompt}`{f" ({words})" if words else ""} |
+| task | {task.name}: {_asked(task)}{f" ({words})" if words else ""} |
 | method | {config.method}, {config.direction} directions, scheme {config.scheme}, lr {config.lr}, eps {config.eps} |
 | steps | {steps}, {result["forward_passes"]} forward passes; kept: step {result["chosen_step"]} |
 | {task.metric}, {split} | {before} before, {after} after ({rows} rows{one_class}) |
@@ -89,6 +89,10 @@ Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]
 {command(config)}
 ```
 """
+
+
+def _asked(task: Task) -> str:
+    return f"`{task.prompt}`" if task.ask is None else task.asked
 
 
 def _plain(text: str) -> str:

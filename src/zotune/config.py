@@ -49,7 +49,7 @@ class DataOptions(Options):
     data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
     data: str | None = Field(
         None,
-        description="your own rows: a folder of train/validation/test .jsonl, .csv or .parquet, one such file, or a hub name",
+        description="your own rows: a folder of train/validation/test .jsonl, .csv, .tsv or .parquet, one such file, or a hub name",
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
@@ -72,7 +72,9 @@ class DataOptions(Options):
     eval_size: Positive | None = Field(
         None, description="at most so many validation and test rows [default: 500, 1000]"
     )
-    max_length: Positive | None = Field(None, description="cut the start of longer prompts to so many tokens in all")
+    max_length: Positive | None = Field(
+        None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
 
     _tables: dict[str, list[Any]] | None = PrivateAttr(None)
@@ -342,6 +344,8 @@ class PreviewConfig(DataOptions):
     model_kind: Literal["auto", "causal", "masked", "classifier"] = Field("auto", description="as in `zotune train`")
     gguf_file: str | None = Field(None, description="read the tokenizer from this GGUF file of the model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    scheme: str = Field("full", description="as in `zotune train`: prefix and prompt take tokens of the model's length")
+    shots: Annotated[int, Field(ge=0)] = Field(0, description="as in `zotune eval`: the rows that it scores are shown")
     rows: Positive = Field(5, description="rows to show")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from zotune.config import EvalConfig, PredictConfig
@@ -14,7 +13,7 @@ from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.own import data_of, encoded
-from zotune.tasks.splits import Source, demonstrations, scored_rows
+from zotune.tasks.splits import Source, after_shots, demonstrations, scored_rows
 
 Loader = Callable[[EvalConfig | PredictConfig, Task], tuple[Any, Any]]
 
@@ -24,12 +23,10 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
     task, source = data_of(options)
     rows, split = scored_rows(source, options.eval_size, seed=options.seed)
     examples = [task.example(row) for row in rows]
-    if options.shots:
-        shown = demonstrations(task, source, options.shots, options.seed)
-        examples = [replace(example, prompt=shown + example.prompt) for example in examples]
+    shots = demonstrations(task, source, options.shots, options.seed, rows) if options.shots else []
     if split == "validation":
         listener.say("no test split here: these are validation's figures")
-    _, scored, found = _outcome(options, task, source, examples, listener, loader)
+    _, scored, found = _outcome(options, task, source, examples, listener, loader, shots=shots)
     cut = sum(bool(row.cut) for row in scored)
     return {
         "task": task.name,
@@ -85,12 +82,17 @@ def _outcome(
     listener: Listener,
     loader: Loader | None,
     replies: bool = False,
+    shots: Sequence[Example] = (),
 ) -> tuple[list[Example], list[Encoded], Outcome]:
-    """What the model makes of the examples, and those of them that it could be asked."""
+    """What the model makes of the examples, and those of them that it could be asked. shots: shown before each."""
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
+    if shots:
+        examples = after_shots(examples, shots, tokenizer.mask_token)
     examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
+    if source.unread:
+        listener.say(source.unread)
     if source.bad.said:
         listener.say(f"bad rows: {source.bad}")
     listener.begin("rows", len(rows))

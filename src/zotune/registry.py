@@ -35,7 +35,7 @@ def entries(kind: str) -> list[tuple[str, str]]:
     assert kind == "task"
     from zotune.tasks import TASKS
 
-    return [(name, f"{task.prompt!r} → {_answers(task)}  [{task.metric}]") for name, task in TASKS.items()]
+    return [(name, f"{task.asked} → {_answers(task)}  [{task.metric}]") for name, task in TASKS.items()]
 
 
 def _answers(task: Any) -> str:

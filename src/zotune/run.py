@@ -42,14 +42,14 @@ from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.replay import fingerprint, machine, start
 from zotune.tasks import Task
-from zotune.tasks.encoding import MASK, Encoded, Encoder
+from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import objective
+from zotune.tasks.objectives import generates, objective
 from zotune.tasks.own import data_of, described, encoded
 from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
-from zotune.tasks.task import LOWER_IS_BETTER
+from zotune.tasks.task import LOWER_IS_BETTER, MASK
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 from zotune.trajectory import (
     Header,
@@ -99,6 +99,7 @@ class Prepared:
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
+    unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
 
     @property
@@ -133,6 +134,13 @@ class Prepared:
             counts[row.label] = counts.get(row.label, 0) + 1
         return 100 * max(counts.values()) / len(rows)
 
+    @property
+    def cut_rows(self) -> int:
+        """Rows that were cut, each once however often it is drawn or scored."""
+        drawn, rows = self.splits, [*self.train, *self.validation, *self.test]
+        examples = [*drawn.train, *drawn.validation, *drawn.test]
+        return len({example.where for example, row in zip(examples, rows, strict=True) if row.cut})
+
     def adam_cost(self) -> AdamCost:
         longest = max(self.train, key=lambda row: row.tokens)
         asked = objective(self.config.loss, self.task, self.tokenizer, self.pad_id)
@@ -157,7 +165,7 @@ def load(
     adapter = getattr(options, "adapter", None)
     kind, known = find_kind(options.model, options.model_kind, adapter=adapter, **extra)
     if task is not None:
-        check_kind(kind, task)
+        check_kind(kind, task, getattr(options, "loss", "answer"))
         labels = task.labels
     tokenizer = load_tokenizer(options.model, **extra)
     common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
@@ -168,8 +176,12 @@ def load(
     return model, tokenizer
 
 
-def check_kind(kind: str, task: Task) -> None:
-    """Raises InputError for a task that models of the kind cannot do."""
+def check_kind(kind: str, task: Task, loss: str = "answer") -> None:
+    """Raises InputError for a task, or a loss, that models of the kind cannot do."""
+    if kind != "causal" and generates(loss):
+        raise InputError(
+            f"--loss {loss}: scores a generated answer, which a {kind} model cannot write; use answer or accuracy"
+        )
     if kind != "causal" and task.generates:
         raise InputError(f"--model-kind {kind}: task {task.name!r} generates its answers, which a causal model does")
     if kind == "classifier" and not task.labels:
@@ -220,7 +232,8 @@ def prepare(config: TrainConfig) -> Prepared:
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
     splits = Splits(train, validation, test, splits.test_split)
-    return Prepared(config, task, model, tokenizer, splits, source.bad, train_rows, validation_rows, test_rows, base)
+    rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
+    return Prepared(config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base)
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -257,6 +270,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
+            if ready.unread:
+                listener.say(ready.unread)
             ready.config = config = resolved(config, ready.model)
             folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
             listener.prepared(ready)
@@ -362,7 +377,7 @@ class _Run:
             "chosen_step": chosen,
             "resumed_at": self.progress["resumed_at"],
             "skipped_steps": optimizer.skipped_steps,
-            "cut_rows": sum(bool(row.cut) for rows in (ready.train, ready.validation, ready.test) for row in rows),
+            "cut_rows": ready.cut_rows,
             "bad_rows": len(ready.bad.said),
             "stopped_early": trainer.state.global_step < config.steps,
             "forward_passes": optimizer.forward_passes,

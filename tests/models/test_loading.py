@@ -9,6 +9,7 @@ import families
 import pytest
 import tiny
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 from zotune.cli.app import run
@@ -61,6 +62,18 @@ def test_a_pickled_adapter_is_read_only_if_that_is_allowed(tmp_path):
     with pytest.raises(InputError, match="--allow-pickle reads it"):
         put_adapter(tiny.causal_model(), str(tmp_path))
     put_adapter(tiny.causal_model(), str(tmp_path), allow_pickle=True)
+
+
+@pytest.mark.parametrize("command", ["eval", "preview", "train"])
+def test_an_adapter_is_no_model(command, tmp_path, capsys):
+    base, data = tiny.save_model(tmp_path / "base"), tiny.save_data(tmp_path / "data", train=8, test=4)
+    adapted = get_scheme("lora").prepare(tf.AutoModelForCausalLM.from_pretrained(base))
+    adapted.save_pretrained(tmp_path / "adapter")
+    own = ["--data", str(data), "--template", tiny.TEMPLATE, "--label-words", tiny.WORDS]
+    own += ["--output", str(tmp_path / "run")] if command == "train" else []
+    assert run([command, "--model", str(tmp_path / "adapter"), *own]) == 2
+    said = f"this is an adapter; give --model {base} --adapter {tmp_path / 'adapter'}, or make a model of the two"
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_s_own_code_runs_only_if_that_is_allowed(tmp_path, capsys):

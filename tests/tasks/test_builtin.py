@@ -13,6 +13,7 @@ from zotune.tasks import TASKS, get_task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.metrics import CHOICE_METRICS, accuracy, binary_f1, chosen_f1, exact, text_f1, text_metric
 from zotune.tasks.rows import Row
+from zotune.tasks.splits import find_source
 
 PAIR = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
 GOLDEN = {
@@ -77,6 +78,17 @@ def test_a_row_is_asked_as_its_task_asks(name):
     assert unlabelled.label is None
     assert unlabelled.prompt == prompt
     assert unlabelled.golds == ()
+
+
+@pytest.mark.parametrize(
+    ("split", "golds"),
+    [("train", ("Schilens and Schilens and Russell",)), ("validation", ("Schilens", "Russell"))],
+)
+def test_spans_of_drop_are_one_answer_where_trained_on_and_alternatives_elsewhere(split, golds, tmp_path):
+    spans = {"spans": ["Schilens", "Schilens", "Russell"], "types": ["span"] * 3}
+    tiny.write_rows(tmp_path / f"{split}.jsonl", [{"passage": "p", "question": "Who?", "answers_spans": spans}])
+    rows = find_source(get_task("drop"), str(tmp_path), None).rows(split)
+    assert get_task("drop").example(rows[0]).golds == golds
 
 
 def test_record_compares_entities_and_squad_all_answers():
@@ -170,6 +182,33 @@ def test_a_batch_of_answers_is_each_alone():
     together = generate_answers(model, tokenizer, encoded, batch_size=3, **common)
     alone = [generate_answers(model, tokenizer, [row], batch_size=1, **common)[0] for row in encoded]
     assert together == alone
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_answer_is_the_likeliest_token_each_time_whatever_the_checkpoint_asks_for(adapted):
+    import torch
+    import transformers as tf
+
+    from zotune.models import schemes
+    from zotune.tasks.generation import generate_answers
+
+    model, tokenizer = tiny.causal_model(), tiny.tokenizer(bos=True)
+    prompt = tokenizer("a great terrible day It was")["input_ids"]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    wanted = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip().split("\n")[0].strip()
+    assert wanted
+    asks = tf.GenerationConfig(
+        eos_token_id=1, repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[ids[len(prompt)]], num_beams=3,
+        bad_words_ids=[[ids[len(prompt)]]], min_new_tokens=8, forced_eos_token_id=1, do_sample=True, temperature=9.0,
+    )  # fmt: skip
+    model.generation_config = asks
+    model = schemes.prepare(model, "lora") if adapted else model
+    rows = [Encoded(tuple(prompt), ((),), -1)]
+    assert generate_answers(model, tokenizer, rows, batch_size=1, pad_id=1, most=8) == [wanted]
+    assert model.generation_config is asks
 
 
 def test_an_answer_ends_where_the_model_does():

@@ -111,18 +111,56 @@ def test_without_a_label_the_assistant_is_asked_for_its_next_turn():
         assert tokenizer.decode(list(encoded.prompt)).endswith("and the day</s>\n<s>assistant\n")
 
 
-def test_a_long_conversation_loses_its_start_and_keeps_the_last_question():
+def words(tokenizer, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+SYSTEM = {"role": "system", "content": "be a film"}
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+def test_a_long_conversation_loses_whole_turns_from_the_oldest_on(system):
     tokenizer = chatty()
-    whole = Encoder(tokenizer, None)(asked({"messages": TALK}))
-    last = len(tokenizer("terrible\nbad</s>", add_special_tokens=False)["input_ids"])
-    encoded = Encoder(tokenizer, 64, last + 6)(asked({"messages": TALK}))
-    assert counted(tokenizer, encoded) == "terrible\nbad</s>"
-    assert encoded.tokens == last + 6
-    assert encoded.cut == whole.tokens - encoded.tokens
-    assert encoded.prompt[0] == tokenizer.bos_token_id
-    for limit in (1, 2, last):
+    whole = Encoder(tokenizer, None)(asked({"messages": [*system, *TALK]}))
+    for limit in (whole.tokens - 1, words(tokenizer, written(tokenizer, [*system, *TALK[2:]]))):
+        encoded = Encoder(tokenizer, 999, limit)(asked({"messages": [*system, *TALK]}))
+        kept = tokenizer.decode(list(encoded.prompt + encoded.candidates[0]))
+        assert kept == written(tokenizer, [*system, *TALK[2:]])
+        assert counted(tokenizer, encoded) == "terrible\nbad</s>"
+        assert encoded.cut == whole.tokens - encoded.tokens > 0
+
+
+def written(tokenizer, messages) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_of_the_last_question_that_is_too_long_the_start_is_cut_and_no_header(labelled):
+    tokenizer = chatty()
+    last = [SYSTEM, {"role": "user", "content": "a long day " * 30 + "was it good?"}, TALK[1]]
+    rest = written(tokenizer, last) if labelled else written(tokenizer, last[:2]) + "\n<s>assistant\n"
+    limit = words(tokenizer, rest) - 40
+    for messages in (last, [SYSTEM, *TALK[:2], *last[1:]]):
+        example = asked({"messages": messages}, labelled)
+        encoded = Encoder(tokenizer, 999, limit)(example)
+        kept = tokenizer.decode(list(encoded.prompt + encoded.candidates[0]))
+        assert encoded.tokens == limit
+        assert kept.startswith("<s>system\nbe a film</s>\n<s>user\n")
+        assert kept.endswith(rest.split("a long day a long day ")[-1])
+        if labelled:
+            assert counted(tokenizer, encoded) == "good</s>"
+    for limit in (1, 2, words(tokenizer, rest.replace(last[1]["content"], ""))):
         with pytest.raises(InputError, match=f"f:3: --max-length {limit} leaves no room for the question"):
-            Encoder(tokenizer, 64, limit)(asked({"messages": TALK}))
+            Encoder(tokenizer, 999, limit)(asked({"messages": last}, labelled))
+
+
+def test_of_prompt_and_completion_only_turns_of_the_prompt_are_left_out():
+    tokenizer = chatty()
+    fields = {"prompt": TALK[:3], "completion": [TALK[3], TALK[0], TALK[1]]}
+    whole = Encoder(tokenizer, None)(asked(fields))
+    encoded = Encoder(tokenizer, 999, whole.tokens - 1)(asked(fields))
+    assert tokenizer.decode(list(encoded.prompt + encoded.candidates[0])) == written(tokenizer, [*TALK[2:], *TALK[:2]])
+    assert counted(tokenizer, encoded) == "terrible\nbad</s>good</s>"
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,35 @@ def test_a_batch_holds_each_sequence_padded_on_the_right_alone(rows, multiple, l
     assert not torch.is_floating_point(ids)
 
 
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+@pytest.mark.parametrize("name", ["wic", "own", "cb"])
+def test_a_question_that_stands_first_is_kept_and_the_longest_field_is_cut(name, kind):
+    own = Task(name="own", prompt="Question: {q}\nContext: {c}\nAnswer:", words={"0": "bad", "1": "good"})
+    task, field, before, after = {
+        "wic": (get_task("wic"), "sentence2", 'Does the word "bank" have the same meaning in these two', "."),
+        "own": (own, "c", "Question: Is it good?\nContext:", " was.\nAnswer:"),
+        "cb": (get_task("cb"), "premise", "Suppose", ' Can we infer that "It is wet."? Yes, No, or Maybe?\n'),
+    }[name]
+    row = {"q": "Is it good?", "label": 1} if name == "own" else GOLDEN[name][0]
+    example = task.example(Row(row | {field: "the film was good. " * 40 + "It was."}, "f:1"))
+    whole, encoded = (Encoder(BOS, 999, limit, kind)(example) for limit in (None, 150))
+    kept = BOS.decode(list(encoded.prompt), skip_special_tokens=True)
+    assert encoded.tokens == 150
+    assert encoded.cut == whole.tokens - 150
+    assert encoded.candidates == whole.candidates
+    assert kept.startswith(before)
+    assert kept.rstrip("\n").endswith(after.rstrip("\n"))
+
+
+def test_examples_before_a_question_go_first():
+    from dataclasses import replace
+
+    long = asked("the film " * 20)
+    shots = replace(long, prompt="a day It was good\n\n" * 3 + long.prompt, fields=())
+    encoded = Encoder(BOS, 999, Encoder(BOS, None)(long).tokens)(shots)
+    assert BOS.decode(list(encoded.prompt[1:])).endswith(long.prompt)
+
+
 LONG = {  # the fields whose start may go; the question stays
     "rte": ("premise", 'Does this mean that "It is wet." is true? Yes or No?\n'),
     "boolq": ("passage", "Is tea a drink?\n"),

@@ -68,7 +68,7 @@ def test_a_file_that_is_none_is_said(tmp_path, capsys):
 
 def test_a_function_that_has_no_name_is_refused():
     with pytest.raises(InputError, match="must be one of a module"):
-        definition(Task(name="t", prompt="p", ask=lambda row, labelled: shouted(row, labelled)))
+        definition(Task(name="t", ask=lambda row, labelled: shouted(row, labelled)))
 
 
 def shouted(row: Row, labelled: bool):
@@ -78,9 +78,24 @@ def shouted(row: Row, labelled: bool):
 
 
 def test_a_file_may_name_a_function(tmp_path):
-    task = make_task({"name": "t", "prompt": "…", "ask": f"{__name__}:shouted"})
+    task = make_task({"name": "t", "ask": f"{__name__}:shouted"})
     assert task.example(Row({"text": "loud", "label": 1}, "f:1")).prompt == "LOUD"
     assert make_task(definition(task)) == task
+
+
+@pytest.mark.parametrize(
+    "idle", [{"prompt": "{text}"}, {"plain": "{text}"}, {"label_field": "stars"}, {"answer_field": "answer"}]
+)
+def test_a_key_that_a_function_makes_idle_is_refused(idle):
+    with pytest.raises(InputError, match=f"key '{next(iter(idle))}' has no effect beside 'ask'"):
+        make_task({"name": "t", "ask": f"{__name__}:shouted"} | idle)
+
+
+def test_a_copy_says_which_function_asks_and_holds_nothing_that_it_makes_idle():
+    text = written(TASKS["squad"])
+    assert text.startswith("# zotune.tasks.reading:ask_squad makes prompt and answers; ")
+    assert "prompt:" not in text
+    assert not written(TASKS["sst2"]).startswith("#")
 
 
 @pytest.fixture
@@ -112,13 +127,13 @@ def test_a_file_serves_train_eval_predict_and_preview_and_is_recorded_whole(task
     assert run(["preview", "--config", str(block), "--rows", "1"]) == 0
     said = capsys.readouterr().out
     assert "mine, train: 60 rows" in said
-    assert "It was bad" in said
+    assert "It was⟦ bad⟧" in said
 
 
 def test_a_task_asks_about_other_rows_where_data_names_them(tmp_path, capsys):
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"sentence": "so it goes", "label": 1}] * 3)
     assert run(["preview", "--task", "sst2", "--data", str(rows), "--rows", "1"]) == 0
-    assert "so it goes It was great" in capsys.readouterr().out
+    assert "so it goes It was⟦ great⟧" in capsys.readouterr().out
     assert run(["preview", "--task", "sst2", "--data", str(rows), "--template", "{sentence}"]) == 2
     assert "--template: belongs to --data without --task" in capsys.readouterr().err
     assert run(["preview"]) == 2
@@ -138,6 +153,9 @@ def test_tasks_are_shown_and_copied_to_be_changed(tmp_path, capsys, monkeypatch)
     assert "sst2 → mine.yaml" in capsys.readouterr().out
     assert get_task("sst2.yaml") == TASKS["sst2"]
     assert get_task("mine.yaml").name == "mine"
+    tiny.write_rows(tiny.save_data(tmp_path / "rows" / "sst2") / "train.jsonl", [{"sentence": "so", "label": 1}])
+    assert run(["preview", "--task", "mine.yaml", "--data-dir", "rows"]) == 0
+    assert "mine, train: 1 rows" in capsys.readouterr().out
     for argv, said in (
         (["cp", "sst2"], "sst2.yaml: exists"),
         (["cp", "sst2", "a.txt"], "try a.yaml"),

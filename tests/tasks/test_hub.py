@@ -93,7 +93,7 @@ def test_a_subset_is_named_and_one_that_is_missing_is_said(hub, capsys):
     assert run(own) == 2
     assert "--subset" in capsys.readouterr().err
     assert run([*own, "--subset", "sst2", "--rows", "1"]) == 0
-    assert "a fine film It was good" in capsys.readouterr().out
+    assert "a fine film It was⟦ good⟧" in capsys.readouterr().out
     assert run(["preview", "--task", "sst2", "--subset", "rte"]) == 2
     assert "--subset: belongs to --data" in capsys.readouterr().err
 

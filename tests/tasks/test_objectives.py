@@ -10,6 +10,7 @@ import torch
 
 from zotune.cli.app import run
 from zotune.errors import InputError
+from zotune.run import check_kind
 from zotune.tasks import get_task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.metrics import text_f1
@@ -76,6 +77,41 @@ def test_a_run_on_an_objective_without_a_gradient(loss, tmp_path, monkeypatch, c
     refused = ["train", *tiny.flags(*material, loss=loss, method="fo-adam"), "--output", str(tmp_path / "no")]
     assert run(refused) == 2
     assert "has no gradient" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("(prompt, answer, golds): pass", "gives None; a finite number is wanted"),
+        ("(prompt, answer, golds): return float('nan')", "gives nan; a finite number is wanted"),
+        ("(prompt, answer, golds): return 1 / 0", "raises ZeroDivisionError (division by zero)"),
+        ("(prompt, answer, golds): raise RuntimeError", "raises RuntimeError (no message)"),
+        ("(answer): return 1", "does not fit (too many positional arguments)"),
+    ],
+)
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_function_that_gives_no_number_is_one_line(body, said, answered, tmp_path, monkeypatch, capsys):
+    """Where answers are generated it is called to score test first, else by the first step."""
+    module = f"faulty{abs(hash((body, answered)))}"
+    (tmp_path / f"{module}.py").write_text(f"def f{body}\n")
+    monkeypatch.chdir(tmp_path)
+    model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data", train=4, test=2)
+    own = {"template": "{text}", "answer_field": "text", "label_words": None} if answered else {}
+    flags = tiny.flags(model, data, loss=f"{module}:f", steps=2, **own)
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "zotune: " in line] == lines[-1:]
+    assert f"{module}:f: called with prompt, answer and golds it {said}" in lines[-1]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["masked", "classifier"])
+def test_a_loss_of_generated_answers_is_refused_for_models_that_write_none(kind):
+    for loss in ("f1", "json:loads"):
+        with pytest.raises(
+            InputError, match=f"--loss {loss}: scores a generated answer, which a {kind} model cannot write"
+        ):
+            check_kind(kind, get_task("sst2"), loss)
 
 
 def test_a_function_of_one_s_own_also_says_which_step_is_best(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zotune.errors import InputError
-from zotune.tasks.rows import read_file, split_file
+from zotune.tasks.rows import other_files, read_file, split_file
 from zotune.tasks.task import Task
 
 TASK = Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"})
@@ -93,16 +93,34 @@ def test_a_field_without_a_value_is_said_to_be_empty(tmp_path, name):
         ("a.jsonl", '"a"\n', "a.jsonl:1: a str where"),
         ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}\n", "a.jsonl:1: not a JSON object"),
-        ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8 at byte 7"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl:1: not UTF-8 at byte 7"),
+        ("a.csv", b"\xef\xbb\xbfa\nb\nse\xf1or\n", "a.csv:3: not UTF-8 at byte 2"),
+        ("a.csv", "a;b\n1;2;3\n", "a.csv:2: more values than the header has names; quote fields that hold a semicolon"),
         ("a.jsonl", '{"a": "\\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: more values than the header has names"),
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not CSV"),
         ("a.csv", "a,a\n1,2\n", "a.csv:1: the header names 'a' twice"),
-        ("a.txt", "x", "a.txt: not a .jsonl, .csv or .parquet file"),
+        ("a.txt", "x", "a.txt: not a .jsonl, .csv, .tsv or .parquet file"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_says_where(tmp_path, name, text, said):
     assert said in refusal(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text;label\nso, so;1\n"),
+        ("A.CSV", 'text,label\n"so, so",1\n'),
+        ("a.csv", "text\tlabel\nso, so\t1\n"),
+        ("a.tsv", "text\tlabel\nso, so\t1\n"),
+        ("a.csv", '"a, b";text;label\nx;so, so;1\n'),
+        ("a.JSONL", '{"text": "so, so", "label": "1"}\n'),
+    ],
+)
+def test_a_table_s_delimiter_is_its_header_s_and_a_suffix_may_be_in_capitals(tmp_path, name, text):
+    (row,) = read_file(write(tmp_path / name, text))
+    assert (row["text"], row["label"]) == ("so, so", "1")
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -118,3 +136,13 @@ def test_two_files_of_one_split_are_refused(tmp_path):
     write(tmp_path / "train.jsonl", "")
     with pytest.raises(InputError, match=r"both train\.jsonl and train\.csv; keep one"):
         split_file(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["validation.jsonl", "valid.jsonl", "dev.csv", "val.tsv", "Dev.CSV"])
+def test_a_validation_split_may_be_called_as_others_call_it(tmp_path, name):
+    write(tmp_path / name, "a\n")
+    assert split_file(tmp_path, "validation") == tmp_path / name
+    assert other_files(tmp_path) == []
+    write(tmp_path / "extra.jsonl", "{}\n")
+    write(tmp_path / "README.md", "")
+    assert other_files(tmp_path) == ["extra.jsonl"]

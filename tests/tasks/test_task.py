@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from zotune.errors import InputError
 from zotune.tasks import get_task
@@ -10,6 +12,7 @@ from zotune.tasks.rows import Row
 from zotune.tasks.task import Task, join, template_fields
 
 WORDS = {"0": "bad", "1": "good"}
+COPA = {"question": "cause", "premise": "It rained.", "choice1": "Clouds.", "choice2": "Sun."}
 
 
 def example(prompt="{text} It was", labelled=True, task=None, **fields):
@@ -110,6 +113,36 @@ CHOICE = Task(name="t", prompt="{text}", choices_field="choices")
 def test_a_choice_is_named_by_its_index_or_its_text(label, index):
     asked = example(task=CHOICE, text="x", choices=["tea", "cake"], label=label)
     assert (asked.candidates, asked.label) == ((" tea", " cake"), index)
+
+
+NUMBERS = ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("label", [1, 1.0, np.int64(1), torch.tensor(1), "5"])
+def test_a_number_is_an_index_and_a_text_is_matched_as_text_first(label):
+    assert example(task=CHOICE, text="x", choices=["5", "2", "1"], label=label).label == (0 if label == "5" else 1)
+
+
+def test_a_text_that_is_one_choice_and_another_s_index_is_refused():
+    said = refusal(task=CHOICE, text="x", choices=NUMBERS, label="1")
+    assert said == (
+        "f.jsonl:3: label '1' is the text of choice 0 and the index of another; give the index 0 as a number"
+    )
+    assert example(task=CHOICE, text="x", choices=["tea", "1"], label="1").label == 1  # both say the same
+    assert example(task=CHOICE, text="x", choices=NUMBERS, label="4").label == 3  # there is no fifth
+
+
+@pytest.mark.parametrize("label", [1.0, "1.0", np.float64(1), np.int64(1), torch.tensor(1), torch.tensor(1.0)])
+def test_a_whole_number_is_a_label_in_whatever_type_it_comes(label):
+    assert example(text="x", label=label).label == 1
+    assert get_task("copa").example(Row(COPA | {"label": label}, "f:1")).label == 1
+    assert example(prompt="{text} of", text=np.int64(3), label=1).prompt == "3 of"
+
+
+def test_a_label_that_is_no_whole_number_stays_one():
+    assert "label '0.5' has no word" in refusal(text="x", label=0.5)
+    halves = Task(name="t", prompt="{text}", words={"1.0": "bad", "1.5": "good"})
+    assert example(task=halves, text="x", label=1.0).label == 0
 
 
 @pytest.mark.parametrize("choices", ["tea", ["tea"], ["tea", 2], ["tea", ""]])

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from zotune import run
 from zotune.cli.expected import Expected, time_of
-from zotune.cli.preview import show_row
+from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
 from zotune.folder import RunFolder
@@ -82,7 +82,8 @@ def dry_run(config: TrainConfig) -> None:
         markup=False,
         highlight=False,
     )
-    console.print(Text("rows as the model will see them (answer in bold)", style="bold"))
+    how = "in reverse" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
+    console.print(Text(f"rows as the model will see them (answer {how})", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         show_row(console, example, encoded, ready.tokenizer)
     step_seconds, row_seconds, forwards, engine = _time(ready)
@@ -97,6 +98,8 @@ def dry_run(config: TrainConfig) -> None:
         "rows",
         f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
     )
+    if ready.cut_rows:
+        table.add_row("cut rows", f"{ready.cut_rows}   longer than --max-length")
     if ready.bad.said:
         table.add_row("bad rows", str(ready.bad))
     table.add_row("tokens a row", f"{sum(lengths) / len(lengths):.0f} mean, {max(lengths)} most")
@@ -115,6 +118,8 @@ def dry_run(config: TrainConfig) -> None:
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")
     console.print(table)
+    if ready.unread:
+        console.print(Text(ready.unread))
     console.print("nothing was written")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
-from zotune.models.kinds import auto_class, head_modules, kind_of_config, without_adapter
+from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, without_adapter
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +89,11 @@ def load_model(
             f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
             "give --model-kind classifier for a fresh head over label words"
         )
+    if kind == "causal" and is_encoder(model.config) and _looks_ahead(model):
+        raise InputError(
+            f"--model {name}: an encoder, whose tokens see what comes after them, so that it predicts no next one; give "
+            "--model-kind masked or classifier"
+        )
     model.fresh_parameters = missing  # type: ignore[assignment]  # no module and no tensor
     if not is_quantized(model):
         return model.to(device).eval()
@@ -105,6 +111,7 @@ def find_kind(
     trust_remote_code: bool = False,
 ) -> tuple[str, list[str]]:
     """The kind that is asked for, or the adapter's, or the checkpoint's; and the labels of an adapter's classifier."""
+    _refuse_adapter(name)
     if adapter and (Path(adapter).expanduser() / "config.json").is_file():
         config = load_config(str(Path(adapter).expanduser()))
         kind = kind_of_config(config) if asked == "auto" else asked
@@ -114,11 +121,34 @@ def find_kind(
     return asked, []
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def _refuse_adapter(name: str) -> None:
+    """transformers would look for its base, and train that."""
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file() or any(folder.glob("model*.safetensors")):
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise InputError(
+        f"--model {name}: this is an adapter; give --model {base or 'BASE'} --adapter {name}, or make a model of the two by "
+        "`zotune merge`"
+    )
+
+
+def load_config(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     import transformers
 
-    with _said_as_one_line(name, None):
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _said_as_one_line(name, gguf_file):
+        extra = {"gguf_file": gguf_file} if gguf_file else {}
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
+
+
+def limit_of(name: str, kind: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """`length_limit` of a model whose weights are not read."""
+    config = load_config(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    with _said_as_one_line(name, gguf_file), torch.device("meta"):
+        return length_limit(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -161,6 +191,14 @@ def _positions_unused(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+@torch.inference_mode()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether another last token changes the logits of those before it."""
+    texts = (torch.tensor([[5, 6, 7, last]], device=next(model.parameters()).device) for last in (5, 6))
+    one, other = (model(input_ids=ids, use_cache=False).logits[0, :-1] for ids in texts)
+    return not torch.equal(one, other)
 
 
 def _some(names: set[str]) -> str:

@@ -27,6 +27,7 @@ class Scheme:
     lr: float
     small_lr: float
     eps: float
+    tokens: int = 0  # of the model's length that it takes
 
     def default_lr(self, model: nn.Module) -> float:
         return self.small_lr if sum(p.numel() for p in model.parameters()) < SMALL_MODEL else self.lr
@@ -170,8 +171,8 @@ def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
 SCHEMES = {
     "full": Scheme("all parameters", _full, lr=1e-6, small_lr=1e-5, eps=1e-3),
     "lora": Scheme("LoRA r 8, α 16 on q_proj and v_proj", _lora, lr=1e-4, small_lr=3e-4, eps=1e-2),
-    "prefix": Scheme("keys and values of 5 tokens before each layer's", _prefix, lr=1e-3, small_lr=1e-2, eps=1e-1),
-    "prompt": Scheme("embeddings of 10 tokens before the input's", _prompt, lr=1e-3, small_lr=1e-3, eps=1e-2),
+    "prefix": Scheme("keys and values of 5 tokens before each layer's", _prefix, 1e-3, 1e-2, 1e-1, PREFIX_TOKENS),
+    "prompt": Scheme("embeddings of 10 tokens before the input's", _prompt, 1e-3, 1e-3, 1e-2, PROMPT_TOKENS),
     "head": Scheme("the output head, untied from the embedding", _head, lr=1e-5, small_lr=1e-4, eps=1e-3),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zotune.errors import InputError
@@ -54,6 +54,36 @@ def conversation_ids(tokenizer: Any, messages: Messages, learned: int, where: st
     if not places:
         raise InputError(f"{where}: the assistant's turns are not found in what the chat template writes")
     return list(encoded["input_ids"])[: places[-1] + 1], places
+
+
+def remaining(messages: Messages, learned: int) -> Iterator[tuple[Messages, int]]:
+    """The conversation and `learned`, then both without its first turns, one question less each time, down to the last.
+
+    System messages at its head stay.
+    """
+    head = next((i for i, message in enumerate(messages) if message["role"] in ("user", "assistant")), 0)
+    yield messages, learned
+    for i, message in enumerate(messages[:learned] if learned else messages):
+        if i > head and message["role"] == "user":
+            yield [*messages[:head], *messages[i:]], max(0, learned - (i - head))
+
+
+def question_places(tokenizer: Any, messages: Messages, where: str, asks: bool) -> list[int]:
+    """Places of the tokens of the longest message that is not the assistant's; none where the template changes it."""
+    text = _written(tokenizer, messages, where, asks)
+    content = max((m["content"].strip() for m in messages if m["role"] != "assistant"), key=len)
+    start = text.find(content) if content else -1
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return places_within(text, encoded["offset_mapping"], start, start + len(content)) if start >= 0 else []
+
+
+def places_within(text: str, offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Places of the tokens that hold nothing but what stands between two places of the text, and white space before it."""
+    return [
+        place
+        for place, (first, last) in enumerate(offsets)
+        if start < last <= end and first < last and not text[first : max(first, start)].strip()
+    ]
 
 
 def _written(tokenizer: Any, messages: Messages, where: str, asks: bool) -> str:

@@ -28,7 +28,7 @@ def _lower_first(text: str) -> str:
 
 
 copa = Task(
-    name="copa", source=Hub(SUPERGLUE, "copa", test_split="validation"), prompt="{premise} …", ask=ask_copa,
+    name="copa", source=Hub(SUPERGLUE, "copa", test_split="validation"), ask=ask_copa,
     validation_size=100,
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def ask_winogrande(row: Row, labelled: bool) -> Asked:
 
 winogrande = Task(
     name="winogrande", source=Hub("allenai/winogrande", "winogrande_xl", test_split="validation"),
-    prompt="{sentence before _}", ask=ask_winogrande, validation_size=100,
+    ask=ask_winogrande, validation_size=100,
 )  # fmt: skip
 
 
@@ -66,6 +66,6 @@ def ask_record(row: Row, labelled: bool) -> Asked:
 
 
 record = Task(
-    name="record", source=Hub(SUPERGLUE, "record", test_split="validation"), prompt="{passage} …", ask=ask_record,
+    name="record", source=Hub(SUPERGLUE, "record", test_split="validation"), ask=ask_record,
     metric="record_f1",
 )  # fmt: skip

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zotune.errors import InputError
-from zotune.tasks.chat import conversation_ids, question_ids
-from zotune.tasks.task import Example
+from zotune.tasks.chat import conversation_ids, places_within, question_ids, question_places, remaining
+from zotune.tasks.task import MASK, Example
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,12 @@ class Encoded:
         return len(self.candidates) > 1 and not any(self.candidates)
 
 
-MASK = "<mask>"  # in a template, where a masked model's answer stands
-
-
 class Encoder:
     """Turns examples into ids, refusing what the model cannot take.
 
     The answer's tokens are what the tokenizer makes of it when prompt and answer are encoded as one text, so that the model
     sees the tokens that it was trained on. max_length: prompt and answer together; None refuses whatever is longer
-    than the model takes, a number cuts the start of longer prompts.
+    than the model takes, a number cuts longer prompts; see `_fit`.
 
     kind "causal": the answer follows the prompt. "masked": the answer stands where the prompt has `<mask>` (or the tokenizer's own
     mask), else at its end, before a full stop; an answer of k tokens is k masks. "classifier": the prompt alone.
@@ -139,26 +136,32 @@ class Encoder:
         return Encoded(tuple(ids[:1]), (tuple(ids[1:]),), 0, cut)
 
     def _conversation(self, example: Example) -> Encoded:
-        """The chat template's words; assistant turns count. What is too long loses its start, but never the last question."""
-        if example.label is None:
-            question = question_ids(self.tokenizer, example.messages, example.where)
-            kept, cut = self._fit(tuple(question), 0, example, "the prompt is")
-            return Encoded(kept, ((),), -1, cut, example.golds)
-        ids, places = conversation_ids(self.tokenizer, example.messages, example.learned, example.where)
-        limit, cut = self.max_length or self.model_takes, 0
-        if limit is not None and len(ids) > limit:
+        """The chat template's words; assistant turns count. What is too long loses its oldest turns, then the question's start."""
+        asks, limit, longest = example.label is None, self.max_length or self.model_takes, 0
+        ids: list[int] = []
+        places: list[int] = []  # of what counts
+        for messages, learned in remaining(example.messages, example.learned):
+            if asks:
+                ids, places = question_ids(self.tokenizer, messages, example.where), []
+            else:
+                ids, places = conversation_ids(self.tokenizer, messages, learned, example.where)
+            longest = longest or len(ids)
+            if limit is None or len(ids) <= limit:
+                break
             if self.max_length is None:
                 raise InputError(
                     f"{example.where}: the conversation is {len(ids)} tokens, the model takes {limit}; shorten it, or cut its "
                     f"start with --max-length {limit}"
                 )
-            head = len(self._special_head(tuple(ids)))
-            cut = len(ids) - limit
-            ids = ids[:head] + ids[head + cut :]
-            inside = [place - cut for place in places if place - cut > head]
-            if not inside or (len(inside) < len(places) and inside == list(range(head + 1, len(ids)))):
+        if limit is not None and (more := len(ids) - limit) > 0:
+            question = question_places(self.tokenizer, messages, example.where, asks)
+            if len(question) <= more:
                 raise InputError(f"{example.where}: --max-length {limit} leaves no room for the question")
-            places = inside
+            ids = ids[: question[0]] + ids[question[0] + more :]
+            places = [place - more if place > question[0] else place for place in places]
+        cut = longest - len(ids)
+        if asks:
+            return Encoded(tuple(ids), ((),), -1, cut, example.golds)
         first = places[0]
         counted = tuple(place - first for place in places)
         answer = tuple(ids[first:])
@@ -194,7 +197,8 @@ class Encoder:
         return prompt, tuple(answers), tail
 
     def _fit(self, prompt: tuple[int, ...], more: int, example: Example, what: str) -> tuple[tuple[int, ...], int]:
-        """The prompt, its start cut where it does not fit with so many tokens more, and how many were cut."""
+        """The prompt, and how many tokens were cut where it does not fit with so many more: of the start of its longest field, or
+        where no template tells one, or that is too short, of its own start."""
         limit = self.max_length or self.model_takes
         total = len(prompt) + more
         if limit is None or total <= limit:
@@ -204,10 +208,26 @@ class Encoder:
                 f"{example.where}: {what} {total} tokens, the model takes {limit}; "
                 f"shorten the text, or cut its start with --max-length {limit}"
             )
+        field = self._longest_field(example, prompt)
+        if len(field) > total - limit:
+            return prompt[: field[0]] + prompt[field[0] + total - limit :], total - limit
         room, head = limit - more, self._special_head(prompt)
         if room <= len(head):
             raise InputError(f"{example.where}: --max-length {limit} leaves no room for the prompt")
         return head + prompt[len(prompt) - room + len(head) :], total - limit
+
+    def _longest_field(self, example: Example, prompt: tuple[int, ...]) -> list[int]:
+        """Places in the prompt's ids of the tokens of the longest field that is within them."""
+        if not example.fields or not self.tokenizer.is_fast:
+            return []
+        encoded = self.tokenizer(example.prompt, return_offsets_mapping=True, verbose=False)
+        found: list[int] = []
+        for start, end in example.fields:
+            places = places_within(example.prompt, encoded["offset_mapping"], start, end)
+            places = [place for place in places if place < len(prompt)]
+            if places and tuple(encoded["input_ids"][: places[-1] + 1]) == prompt[: places[-1] + 1]:
+                found = max(found, places, key=len)
+        return found
 
     def _ids(self, text: str) -> list[int]:
         """Ids with the tokenizer's own start (BOS, CLS), without its end (EOS, SEP): the answer follows."""

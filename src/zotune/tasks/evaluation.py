@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zotune.tasks.encoding import Encoded
-from zotune.tasks.files import named_function
+from zotune.tasks.files import own_score
 from zotune.tasks.generation import generate_answers
 from zotune.tasks.metrics import CHOICE_METRICS, LIKELIHOOD, TEXT_METRICS, text_metric
 from zotune.tasks.scoring import row_losses, score_rows
@@ -34,9 +34,9 @@ class Outcome:
         if name in LIKELIHOOD:
             return LIKELIHOOD[name](self.losses, rows)
         if ":" in name:
-            score = named_function(name, "metric")
+            score = own_score(name, "metric")
             told = zip(self.prompts, self.answers, rows, strict=True)
-            return fmean(float(score(prompt, answer, list(row.golds))) for prompt, answer, row in told)
+            return fmean(score(prompt, answer, row.golds) for prompt, answer, row in told)
         if name in TEXT_METRICS:
             return text_metric(name, self.answers, rows)
         return CHOICE_METRICS[name](self.scores, rows)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from zotune.config import Options, fault_line, read_yaml
 from zotune.errors import InputError, nearest
-from zotune.tasks.task import METRICS, Hub, Task
+from zotune.tasks.task import MADE_BY_ASK, METRICS, Hub, Task
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -27,6 +30,7 @@ class Definition(Options):
     subset: str | None = None
     test_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    folder: str | None = None
     prompt: str = ""
     plain: str | None = None
     words: dict[str, str] | None = None
@@ -63,7 +67,7 @@ class Definition(Options):
         if self.metric is not None:
             given["metric"] = self.metric
             if ":" in self.metric:
-                named_function(self.metric, "metric")  # says now what cannot be imported
+                own_score(self.metric, "metric")  # says now what cannot be imported
         return Task(**given)
 
 
@@ -98,6 +102,8 @@ def definition(task: Task) -> dict[str, Any]:
         value = getattr(task, field.name)
         if field.name in Definition.model_fields and field.name not in found:
             found[field.name] = dict(value) if isinstance(value, Mapping) else value
+    if task.ask is not None:
+        found = {key: value for key, value in found.items() if key not in MADE_BY_ASK}
     if task.models:
         del found["prompt"]  # follows from the field
     if task.ask is not None:
@@ -111,18 +117,24 @@ def definition(task: Task) -> dict[str, Any]:
 
 
 def written(task: Task, name: str | None = None) -> str:
-    """The task as YAML."""
+    """The task as YAML, with a comment where a function asks."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Texts of several lines in quotes, with their ends written out."""
 
-    def text(dumper: Any, value: str) -> Any:
+    def scalar(dumper: Any, value: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
 
-    Dumper.add_representer(str, text)
-    block = definition(task) | ({"name": name} if name else {})
-    return str(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    Dumper.add_representer(str, scalar)
+    block = definition(task)
+    if name and name != task.name:  # a copy finds the rows of what it is a copy of
+        block |= {"name": name, "folder": task.folder or task.name}
+    text = str(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+    if task.ask is None:
+        return text
+    note = f"# {block['ask']} makes prompt and answers; for other ones name a function of your own, or give prompt instead of ask"
+    return f"{note}\n{text}"
 
 
 def named_function(name: str, option: str) -> Callable[..., Any]:
@@ -137,3 +149,31 @@ def named_function(name: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{option} {name}: is no function")
     return found
+
+
+def own_score(name: str, option: str) -> Callable[[str, str, Sequence[str]], float]:
+    """The named function of prompt, answer and right answers, as a score. Raises InputError where it gives no finite number."""
+    function = named_function(name, option)
+    told = f"{option} {name}: called with prompt, answer and golds it"
+    try:
+        inspect.signature(function).bind("", "", [])
+    except TypeError as error:
+        raise InputError(f"{told} does not fit ({error})") from None
+    except ValueError:
+        pass  # one that tells no signature
+
+    def score(prompt: str, answer: str, golds: Sequence[str]) -> float:
+        try:
+            found = function(prompt, answer, list(golds))
+        except Exception as error:  # anything a stranger's function may raise
+            said = (str(error).splitlines() or ["no message"])[0]
+            raise InputError(f"{told} raises {type(error).__name__} ({said})") from error
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{told} gives {reprlib.repr(found)}; a finite number is wanted")
+        return value
+
+    return score

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from zotune.errors import InputError
+from zotune.models.kinds import without_adapter
 from zotune.models.loading import length_limit
 from zotune.tasks.encoding import Encoded
 
@@ -51,19 +54,28 @@ def write(
             f"--max-length {takes - MOST_TOKENS if takes > 2 * MOST_TOKENS else takes // 2}"
         )
     generate: Any = model.generate
-    written = generate(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=most,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad_id,
-    )
+    with _greedy(model, pad_id, most):
+        written = generate(input_ids=ids_BT, attention_mask=mask_BT)
     texts = [tokenizer.decode(ids[ids_BT.shape[1] :], skip_special_tokens=True) for ids in written.tolist()]
     return [text.strip() if reply else text.strip().split("\n")[0].strip() for text in texts]
+
+
+@contextmanager
+def _greedy(model: nn.Module, pad_id: int, most: int) -> Iterator[None]:
+    """The likeliest token each time, whatever else the checkpoint asks for (penalties, beams, lengths): of that only its ends.
+
+    `generate` fills what its caller leaves open with the model's own, so this stands in its place.
+    """
+    base: Any = without_adapter(model)
+    own = base.generation_config
+    ends = own.eos_token_id if own is not None else None
+    base.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=pad_id, max_new_tokens=most, do_sample=False
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 @torch.inference_mode()

@@ -53,4 +53,4 @@ def ask_boolq(row: Row, labelled: bool) -> Asked:
     return Asked(prompt, ["No", "Yes"], label_of(row, {"0": 0, "1": 1, "false": 0, "true": 1}) if labelled else None)
 
 
-boolq = Task(name="boolq", source=_hub("boolq"), prompt="{passage} {question}?\n", ask=ask_boolq)
+boolq = Task(name="boolq", source=_hub("boolq"), ask=ask_boolq)

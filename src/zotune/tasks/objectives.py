@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zotune.errors import InputError, nearest
 from zotune.tasks.encoding import Collator, Encoded
-from zotune.tasks.files import named_function
+from zotune.tasks.files import own_score
 from zotune.tasks.generation import left_padded, write
 from zotune.tasks.metrics import TEXT_METRICS
 from zotune.tasks.scoring import ROW_LOSSES, candidate_scores
@@ -45,6 +45,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def generates(name: str) -> bool:
+    """Whether the named objective scores what a model writes."""
+    return name in TEXT_METRICS or ":" in name
+
+
 def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int = 1) -> Objective:
     """The named objective for a task. Raises InputError where the two do not go together."""
     if name in ROW_LOSSES:
@@ -65,7 +70,7 @@ def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int 
         score: Callable[[str, str, Sequence[str]], float] = lambda prompt, text, golds: TEXT_METRICS[name](text, golds)  # noqa: E731
         offset = 1.0
     else:
-        score, offset = named_function(name, "--loss"), 0.0
+        score, offset = own_score(name, "--loss"), 0.0
     row_loss = functools.partial(
         generated_losses,
         tokenizer=tokenizer,
@@ -95,7 +100,7 @@ def generated_losses(
     """(B,): offset − the score of what the model writes after each prompt."""
     answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id, reply=reply)
     scored = zip(batch["prompts"], answers, batch["golds"], strict=True)
-    return torch.tensor([offset - float(score(*one)) for one in scored], dtype=torch.float64)
+    return torch.tensor([offset - score(*one) for one in scored], dtype=torch.float64)
 
 
 def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[str, Any]:

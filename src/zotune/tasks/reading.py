@@ -21,12 +21,20 @@ def ask_squad(row: Row, labelled: bool) -> Asked:
 
 def ask_drop(row: Row, labelled: bool) -> Asked:
     """Passage and question. Answers of several spans are one text, joined by "and" as the data has them: F1 is SQuAD's on that
-    text, which the authors' alignment of spans can only raise."""
+    text, which the authors' alignment of spans can only raise.
+
+    The hub's form lists spans: of a training row those of its one answer, elsewhere those of all annotators, one after the
+    other, which all count.
+    """
     prompt = f"Passage: {row['passage']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
     if not labelled:
         return Asked(prompt, [""], None)
-    if "answers_spans" in row.fields:  # the hub's form: one answer of one or more spans
-        golds = [" and ".join(map(str, row["answers_spans"]["spans"]))]
+    if "answers_spans" in row.fields:
+        given = row["answers_spans"]
+        spans = given.get("spans") if isinstance(given, Mapping) else None
+        if not isinstance(spans, list):
+            raise InputError(f"{row.where}: field 'answers_spans' must hold a list 'spans'")
+        golds = [" and ".join(map(str, spans))] if row.split == "train" else list(dict.fromkeys(map(str, spans)))
     else:
         golds = [str(answer) for answer in row["answers"]]
     if not golds or not golds[0]:
@@ -35,10 +43,10 @@ def ask_drop(row: Row, labelled: bool) -> Asked:
 
 
 squad = Task(
-    name="squad", source=Hub("rajpurkar/squad", test_split="validation"), prompt="Context: … Question: … Answer:",
+    name="squad", source=Hub("rajpurkar/squad", test_split="validation"),
     ask=ask_squad, metric="f1", generates=True,
 )  # fmt: skip
 drop = Task(
-    name="drop", source=Hub("ucinlp/drop", test_split="validation"), prompt="Passage: … Question: … Answer:",
+    name="drop", source=Hub("ucinlp/drop", test_split="validation"),
     ask=ask_drop, metric="f1", generates=True,
 )  # fmt: skip

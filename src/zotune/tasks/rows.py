@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,16 @@ from typing import Any
 
 from zotune.errors import InputError
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row's fields and where it stands, as `file:line`, for the errors that name it."""
+    """A row's fields and where it stands, as `file:line`, for the errors that name it; its split, where that is known."""
 
     fields: dict[str, Any]
     where: str
+    split: str = ""
 
     def __getitem__(self, field: str) -> Any:
         if field not in self.fields:
@@ -73,7 +75,7 @@ class BadRows:
 
 
 def read_file(path: Path, bad: BadRows | None = None) -> list[Row]:
-    """The rows of a .jsonl, .csv or .parquet file. Raises InputError that names file, line and what was expected.
+    """The rows of a .jsonl, .csv, .tsv or .parquet file. Raises InputError that names file, line and what was expected.
 
     bad: gathers the rows that are none; without it the first of them is raised.
     """
@@ -87,19 +89,21 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[Row]:
 def _rows_of(path: Path, bad: BadRows) -> list[Row]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _parquet_rows(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        before = error.object[: error.start].split(b"\n")
+        raise InputError(f"{path}:{len(before)}: not UTF-8 at byte {len(before[-1])}; save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return list(_json_lines(path, text, bad))
-    if path.suffix == ".csv":
-        return list(_csv_lines(path, text, bad))
-    raise InputError(f"{path}: not a .jsonl, .csv or .parquet file")
+    if suffix in (".csv", ".tsv"):
+        return list(_csv_lines(path, text, bad, "\t" if suffix == ".tsv" else _delimiter(text)))
+    raise InputError(f"{path}: not a .jsonl, .csv, .tsv or .parquet file")
 
 
 def _parquet_rows(path: Path) -> list[Row]:
@@ -134,8 +138,18 @@ def _json_row(line: str, where: str) -> Row:
     return Row(fields, where)
 
 
-def _csv_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text), strict=True)  # lines end at \n alone, unlike those of str.splitlines
+BETWEEN = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a header's names, the first that is there
+
+
+def _delimiter(text: str) -> str:
+    header = re.sub(r'"[^"]*"', "", text.lstrip("\n").split("\n", 1)[0])
+    return next((one for one in BETWEEN if one in header), ",")
+
+
+def _csv_lines(path: Path, text: str, bad: BadRows, delimiter: str) -> Iterator[Row]:
+    reader = csv.reader(
+        io.StringIO(text), delimiter=delimiter, strict=True
+    )  # lines end at \n alone, unlike those of str.splitlines
     names: list[str] | None = None
     where = f"{path}:1"
     try:
@@ -153,7 +167,9 @@ def _csv_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
                 continue
             if len(values) > len(names):
                 with bad.caught():
-                    raise InputError(f"{where}: more values than the header has names; quote fields that hold a comma")
+                    raise InputError(
+                        f"{where}: more values than the header has names; quote fields that hold {BETWEEN[delimiter]}"
+                    )
                 continue
             yield Row(dict(zip_longest(names, values)), where)
     except csv.Error as error:
@@ -198,12 +214,50 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with fields under other names: columns maps a row's own name to the name that is wanted."""
     for name in columns:
         row[name]  # says so where the row lacks it
-    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where)
+    return Row({columns.get(name, name): value for name, value in row.fields.items()}, row.where, row.split)
+
+
+def refuse_overwriting(rows: Iterable[Row], columns: Mapping[str, str]) -> None:
+    """Raises InputError where a field would get the name of another that keeps it, or two the same."""
+    taken = {new: name for name, new in columns.items()}
+    for name, new in columns.items():
+        if taken[new] != name:
+            raise InputError(f"--columns: both {name!r} and {taken[new]!r} → {new!r}; name one of them")
+    for row in rows:
+        if kept := next((new for new in columns.values() if new in row.fields and new not in columns), None):
+            raise InputError(
+                f"{row.where}: --columns {taken[kept]!r} → {kept!r} would overwrite the field {kept!r} that is there; give that "
+                "another name too"
+            )
+
+
+NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}  # of a split's file
 
 
 def split_file(folder: Path, split: str) -> Path | None:
-    """The file of a split in a folder, or None; two of one name are refused."""
-    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    """The file of a split in a folder, or None; two are refused."""
+    found = [path for path in _tables(folder) if path.stem.lower() in NAMES[split]]
     if len(found) > 1:
         raise InputError(f"{folder}: both {found[0].name} and {found[1].name}; keep one")
     return found[0] if found else None
+
+
+def other_files(folder: Path) -> list[str]:
+    """Names of the files of rows in a folder that are no split's."""
+    known = {name for names in NAMES.values() for name in names}
+    return [path.name for path in _tables(folder) if path.stem.lower() not in known]
+
+
+def _tables(folder: Path) -> list[Path]:
+    here = folder.iterdir() if folder.is_dir() else ()
+    order = sorted(here, key=lambda path: (_place(path), path.name))
+    return [path for path in order if _place(path) < len(SUFFIXES) and path.is_file()]
+
+
+def _place(path: Path) -> int:
+    suffix = path.suffix.lower()
+    return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)

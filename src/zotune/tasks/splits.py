@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import BadRows, Row, read_file, read_hub, renamed, rows_of, split_file
-from zotune.tasks.task import Example, Task
+from zotune.tasks.rows import (
+    SUFFIXES,
+    BadRows,
+    Row,
+    other_files,
+    read_file,
+    read_hub,
+    refuse_overwriting,
+    renamed,
+    rows_of,
+    split_file,
+)
+from zotune.tasks.task import MASK, Example, Task
 
 VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
 SPLITS = ("train", "validation", "test")
@@ -40,8 +51,11 @@ class Source:
         Rows that are none, or that `ask` cannot ask about, are refused together, or skipped; see `BadRows`.
         """
         if split not in self._read_before:
-            rows = self._read(split)
-            self._read_before[split] = self.usable(rows, self._checked) if rows is not None else None
+            rows, of = self._read(split), "" if self.single else split
+            refuse_overwriting(rows or [], self.columns)
+            self._read_before[split] = (
+                self.usable(rows, lambda row: self._checked(replace(row, split=of))) if rows is not None else None
+            )
         return self._read_before[split]
 
     def usable(self, given: Sequence[T], use: Callable[[T], U]) -> list[U]:
@@ -70,12 +84,22 @@ class Source:
         for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
-        has = self.has(".jsonl, .csv or .parquet files")
+        has = self.has("wanted train.jsonl, …, or .csv, .tsv, .parquet")
         raise InputError(f"{self}: no train, validation or test split in it{has}")
 
     def has(self, wanted: str) -> str:
         """The tail of an error about a split that is not there."""
         return f" (it has {', '.join(self._hub_splits)})" if self.hub else f" ({wanted})" if self.folder else ""
+
+    @property
+    def unread(self) -> str | None:
+        """A line that names the folder's files of rows that are no split's, if there are any."""
+        names = other_files(self.folder) if self.folder is not None else []
+        return (
+            f"{self}: {', '.join(names)} not read, for no split (train, validation, test) is called so"
+            if names
+            else None
+        )
 
     def _read(self, split: str) -> list[Row] | None:
         if self.folder is not None:
@@ -130,27 +154,43 @@ def _find_source(task: Task | None, data: str | None, data_dir: str | None, subs
         if (local := _local(data)) is not None:
             return local
         path = Path(data).expanduser()
-        if path.suffix or path.is_absolute() or data.count("/") != 1 or data.startswith("."):
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = f"; {nearest(path.name, near)}" if near else ""
-            raise InputError(f"--data {data}: no such file or folder{hint}")
+        if path.suffix or data.count("/") != 1 or _looks_local(data) or path.parent.is_dir():
+            raise InputError(f"--data {data}: no such file or folder{_nearest_to(path)}")
         return Source(hub=(data, subset, "test"))
     assert task is not None
     if data_dir is not None:
-        folder = Path(data_dir).expanduser() / task.name
+        name = task.folder or task.name
+        folder = Path(data_dir).expanduser() / name
         if not folder.is_dir():
-            raise InputError(f"--data-dir {data_dir}: no folder {task.name!r} in it (wanted {folder}/train.jsonl, …)")
+            raise InputError(
+                f"--data-dir {data_dir}: no folder {name!r} in it (wanted {folder}/train.jsonl, …); --data takes a folder of "
+                "any name"
+            )
         return Source(folder=folder)
     if task.source is None:
         raise InputError(f"task {task.name!r}: names no data; give --data, or a line `data:` in its file")
-    if (local := _local(task.source.name)) is not None:
+    if (local := _local(data := task.source.name)) is not None:
         return local
+    if _looks_local(data):
+        raise InputError(
+            f"task {task.name!r}: data {data}: no such file or folder{_nearest_to(Path(data).expanduser())}"
+        )
     return Source(hub=(task.source.name, task.source.subset, task.source.test_split))
 
 
 def _local(name: str) -> Source | None:
     path = Path(name).expanduser()
     return Source(folder=path) if path.is_dir() else Source(file=path) if path.is_file() else None
+
+
+def _looks_local(name: str) -> bool:
+    """Whether no data set of the hub is called so."""
+    return name.lower().endswith(SUFFIXES) or name.startswith((".", "~", "/")) or name.count("/") > 1
+
+
+def _nearest_to(path: Path) -> str:
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"; {nearest(path.name, near)}" if near else ""
 
 
 @dataclass(frozen=True)
@@ -219,19 +259,43 @@ def _balanced(task: Task, rows: list[Row], size: int, seed: int) -> list[Row]:
     return _draw(drawn, len(drawn), seed, "balanced")
 
 
-def demonstrations(task: Task, source: Source, shots: int, seed: int) -> str:
-    """Training rows with their right answers, blank lines between them and behind, to stand before a prompt."""
+def demonstrations(task: Task, source: Source, shots: int, seed: int, scored: Sequence[Row] = ()) -> list[Example]:
+    """Training rows to show with their right answers before a prompt, none of those that are scored."""
     if task.models:
-        raise InputError(
-            f"--shots {shots}: task {task.name!r} models text itself; there is no question to show answers of"
+        kind = (
+            "is a conversation; earlier turns are its examples"
+            if task.messages_field
+            else "is plain text, which asks nothing"
         )
+        raise InputError(f"--shots {shots}: task {task.name!r} {kind}")
     rows = source.rows("train")
     if rows is None:
         raise InputError(f"--shots {shots}: {source} has no train split to show rows of")
-    if len(rows) < shots:
-        raise InputError(f"--shots {shots}: {source} has {len(rows)} training rows")
-    examples = [task.example(row) for row in _draw(rows, shots, seed, "shots")]
-    return "".join(f"{e.prompt}{e.candidates[e.label or 0]}\n\n" for e in examples)
+    asked = {row.where for row in scored}
+    free = [row for row in rows if row.where not in asked]
+    if len(free) < shots:
+        apart = f", {len(free)} of them not scored; name fewer by --eval-size" if len(free) < len(rows) else ""
+        raise InputError(f"--shots {shots}: {source} has {len(rows)} training rows{apart}")
+    return [task.example(row) for row in _draw(free, shots, seed, "shots")]
+
+
+def shown(examples: Sequence[Example], mask: str | None = None) -> str:
+    """The examples with their right answers, blank lines between them and behind.
+
+    An answer stands in the place of `<mask>`, or of the tokenizer's own mask, where a prompt has one, else behind it.
+    """
+    texts = []
+    for example in examples:
+        answer, prompt = example.candidates[example.label or 0], example.prompt
+        place = next((one for one in (MASK, mask) if one and one in prompt), None)
+        texts.append(prompt.replace(place, answer.strip(), 1) if place else prompt + answer)
+    return "".join(f"{text}\n\n" for text in texts)
+
+
+def after_shots(examples: Sequence[Example], shots: Sequence[Example], mask: str | None = None) -> list[Example]:
+    """The examples, each behind those that are shown. What is too long loses these first."""
+    before = shown(shots, mask)
+    return [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
 
 
 def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from zotune.tasks.rows import Row
 
 CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
+MADE_BY_ASK = ("prompt", "plain", "label_field", "choices_field", "answer_field")  # keys that say nothing beside `ask`
+MASK = "<mask>"  # in a template, where a masked model's answer stands
 LOWER_IS_BETTER = ("perplexity", "loss")  # of the metrics; they are no percentages either
 
 
@@ -43,7 +46,8 @@ class Example:
     An empty prompt: every token of the one candidate counts (plain text). messages: a conversation, which the tokenizer's chat
     template writes; assistant turns from message number `learned` on count, and prompt and candidates only show it.
     golds: what counts as right besides: the texts that an answer is compared with. names: what each candidate answers, where
-    its text says more. A task that generates has one candidate, the text it is trained on.
+    its text says more. fields: where in the prompt the row's own texts begin and end, if a template tells. A task that generates
+    has one candidate, the text it is trained on.
     """
 
     prompt: str
@@ -54,6 +58,7 @@ class Example:
     names: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
     learned: int = 0
+    fields: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,13 @@ class Task:
     prompt: a format string over a row's fields, `'{sentence} It was'`. plain: the same without the template's words, for
         `--alignment none`.
     words: label → word, labels compared as strings (JSON's 1 is CSV's "1"). None where rows bring their candidates.
-    label_field: the right label (or, with choices_field, the index or the text of the right choice).
+    label_field: the right label (or, with choices_field, the right choice: a number is its index, a text its text or index).
     answer_field: the text to generate, or a list of texts that are all right, the first of which is trained on.
     text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
         answer_field: over those of that second list alone).
-    ask: a function of the row (and whether its label is wanted) where format strings do not reach.
+    ask: a function of the row (and whether its label is wanted) where format strings do not reach; it makes prompt and answers.
     metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
+    folder: where its rows are in --data-dir, if not under its name.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Task:
     generates: bool = False
     validation_size: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.models:
@@ -99,7 +106,14 @@ class Task:
             object.__setattr__(self, "prompt", f"{{{field}}}")
             object.__setattr__(self, "metric", "perplexity")
             return
-        if self.ask is None:
+        if self.ask is not None:
+            idle = [name for name in MADE_BY_ASK if getattr(self, name) != getattr(Task, name)]
+            if idle:
+                raise InputError(
+                    f"task {self.name!r}: key {idle[0]!r} has no effect beside 'ask', whose function makes prompt and answers; "
+                    "leave out one of them"
+                )
+        else:
             template_fields(self.prompt)
             given = [self.words, self.choices_field, self.answer_field]
             if sum(one is not None for one in given) != 1:
@@ -127,6 +141,13 @@ class Task:
         return self.text_field is not None or self.messages_field is not None
 
     @property
+    def asked(self) -> str:
+        """The prompt in quotes, or the first sentence that the task's function says of itself."""
+        if self.ask is None:
+            return repr(self.prompt)
+        return re.split(r"\.\s|\.$|\n", (self.ask.__doc__ or self.ask.__name__).strip())[0]
+
+    @property
     def labels(self) -> list[str]:
         return list(self.words or ())
 
@@ -152,18 +173,17 @@ class Task:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{row.where}: field {self.text_field!r} must be a text")
             return Example("", (text,), 0, row.where)
-        values = {field: _text(row[field]) for field in template_fields(self.prompt)}
-        prompt = self.prompt.format(**values)
+        prompt, fields = _filled(self.prompt, row)
         if not prompt.strip():
             raise InputError(f"{row.where}: an empty prompt")
         if self.answer_field is not None:
             if not labelled:
-                return Example(prompt, ("",), None, row.where)
+                return Example(prompt, ("",), None, row.where, fields=fields)
             answers = self._answers(row)
-            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers)
+            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers, fields=fields)
         texts = self._candidates(row)
         label = self._label(row, texts) if labelled else None
-        return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where)
+        return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where, fields=fields)
 
     def _conversation(self, row: Row, labelled: bool) -> Example:
         assert self.messages_field is not None
@@ -203,17 +223,27 @@ class Task:
         return choices
 
     def _label(self, row: Row, candidates: list[str]) -> int:
-        label = _text(row[self.label_field])
+        given = _read(row[self.label_field])
         if self.words is not None:
+            label = _label_text(given, self.words)
             if label not in self.words:
                 known = ", ".join(self.words)
                 raise InputError(f"{row.where}: label {label!r} has no word (labels with one: {known})")
             return self.labels.index(label)
-        if label in candidates:
-            return candidates.index(label)
-        if label.isdecimal() and int(label) < len(candidates):
-            return int(label)
-        raise InputError(f"{row.where}: label {label!r} is neither one of the {len(candidates)} choices nor an index")
+        label = _label_text(given, candidates if isinstance(given, str) else ())
+        index = int(label) if label.isdecimal() and int(label) < len(candidates) else None
+        named = candidates.index(label) if label in candidates and isinstance(given, (str, bool)) else None
+        if named is not None and index is not None and named != index:
+            raise InputError(
+                f"{row.where}: label {label!r} is the text of choice {named} and the index of another; give the index {named} "
+                "as a number"
+            )
+        found = index if named is None else named
+        if found is None:
+            raise InputError(
+                f"{row.where}: label {label!r} is neither one of the {len(candidates)} choices nor an index"
+            )
+        return found
 
 
 def join(prompt: str, answer: str) -> str:
@@ -241,7 +271,7 @@ def _shown(messages: list[dict[str, str]]) -> str:
 
 def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:
     """The index that a row's label stands for. Raises InputError for another one."""
-    label = _text(row[field])
+    label = _label_text(row[field], known)
     if label not in known:
         raise InputError(f"{row.where}: field {field!r} is {label!r}; it must be one of {', '.join(known)}")
     return known[label]
@@ -266,6 +296,28 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
+def _filled(template: str, row: Row) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The template with the row's fields in it, and where each begins and ends."""
+    text, places = "", []
+    for words, name, _, _ in string.Formatter().parse(template):
+        text += words
+        if name is not None:
+            places.append((len(text), len(text := text + _text(row[name]))))
+    return text, tuple(places)
+
+
+def _label_text(value: Any, known: Container[str]) -> str:
+    """A label as text: 1.0 is the label 1, as tables hold whole numbers beside gaps, unless 1.0 is known itself."""
+    text = _text(value)
+    return text if text in known else re.sub(r"^(-?\d+)\.0$", r"\1", text)
+
+
 def _text(value: Any) -> str:
     """A field as text, the same from JSON and CSV."""
+    value = _read(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(value: Any) -> Any:
+    """A number of NumPy or a tensor without dimensions as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () else value
