@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from zotune.bench.cost import forwards_a_step, steps_for
 from zotune.bench.plan import make_plan
 from zotune.bench.suite import Suite, expand, load_suite, matches, shipped
 from zotune.errors import InputError
+from zotune.methods import METHODS
+from zotune.optimizer import ZeroOrderOptimizer
 
 NAMED = {
     "smoke", "sst2", "complexities", "alignment", "memory", "context-length", "query-budget", "enhancements", "paper",
@@ -54,6 +57,33 @@ def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_re
 )
 def test_a_step_costs_what_the_study_says(options, cost):
     assert forwards_a_step(options) == cost
+
+
+@pytest.mark.parametrize("more", [{}, {"blocks": "transformer"}, {"blocks": "linear"}, {"hybrid": 0.5, "fo_lr": 1e-3}])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "estimator"),
+    [
+        (method, kind)
+        for method in METHODS
+        for kind in ("two-sided", "one-sided")
+        if method not in ("fo-sgd", "fo-adam")
+    ],
+)
+def test_a_step_costs_what_the_optimizer_counts(method, estimator, queries, more):
+    model = nn.ModuleDict({"embed": nn.Linear(2, 2), "layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    given = {"queries": queries, **({"estimator": estimator} if "estimator" in METHODS[method].options else {}), **more}
+    try:
+        optimizer = ZeroOrderOptimizer(model, method, **given)
+    except ValueError:
+        assert method == "zo-sgd-cons"
+        assert more
+        return
+    options = {"method": method, **given}
+    if "blocks" in more:
+        options["blocks"] = len(optimizer.blocks)
+        assert options["blocks"] == 3
+    assert forwards_a_step(options) == optimizer.forwards_a_step
 
 
 @given(st.sampled_from(["zo-sgd", "zo-sgd-cons", "fo-sgd", "forward-grad"]), st.integers(1, 9), st.integers(1, 10**6))
