@@ -115,6 +115,34 @@ def test_every_run_of_a_suite_has_the_same_forward_passes(suite_file):
     assert sorted({cell.options["steps"] for cell in expanded.cells}) == [3, 4, 6, 12]
 
 
+def test_blocks_are_counted_in_the_config_of_a_random_model(suite_file):
+    cells = expand(load_suite(suite_file(budget={"forward_passes": 24}), {"blocks": "transformer"})).cells
+    assert {(cell.options["steps"], cell.forward_passes) for cell in cells} == {
+        (3, 24)
+    }  # embedding, a layer, norm, head
+
+
+def test_a_cell_that_cannot_be_composed_is_left_out_or_refused_as_the_suite_says(suite_file):
+    grid = {
+        "model": "tiny",
+        "task": "words",
+        "method": ["zo-sgd", "zo-sgd-cons"],
+        "scheme": ["full", "prompt"],
+        "seed": 0,
+    }
+    changes = {"grid": grid, "defaults": {"blocks": "transformer"}, "budget": {"forward_passes": 24}}
+    expanded = expand(load_suite(suite_file(missing="skip", **changes)))
+    assert [cell.name for cell in expanded.cells] == ["tiny words zo-sgd full seed=0"]
+    said = " ".join(expanded.left_out)
+    assert sum(expanded.left_out.values()) == 3
+    assert "scheme full or lora" in said
+    assert "compares one move" in said
+    with pytest.raises(
+        InputError, match=r"^suite mine: tiny words zo-sgd prompt seed=0: --blocks: .*scheme full or lora$"
+    ):
+        expand(load_suite(suite_file(**changes)))
+
+
 def test_set_replaces_an_axis_an_option_and_the_budget(suite_file):
     changes = {"seed": [5], "lr": 0.25, "budget.steps": 3}
     cells = expand(load_suite(suite_file(rules=[{"set": {"lr": 9}}]), changes)).cells

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+from zotune.errors import InputError
 
 # Where a suite does not say: the defaults of `zotune train`.
 CALIBRATION_ROWS, TRAIN_SIZE, BATCH_SIZE = 128, 1000, 16
@@ -16,7 +19,7 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
 
     As the method counts them (`Method.forwards`), once a block, and one more with hybrid training: what
     `ZeroOrderOptimizer.forwards_a_step` is. `blocks` is the number of blocks, or their kind, which are then counted in the
-    model's config. Source: arXiv 2402.11592, sections 3 and 5.
+    config of the model: a name, or `{random: config}`. Source: arXiv 2402.11592, sections 3 and 5.
 
     >>> forwards_a_step({"method": "zo-sgd"}), forwards_a_step({"method": "zo-sgd-cons", "queries": 2})
     (2, 7)
@@ -36,18 +39,22 @@ def _blocks(options: Mapping[str, Any]) -> int:
     blocks = options.get("blocks") or 1
     if str(blocks).isdecimal():
         return int(blocks)
-    return _blocks_of(str(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
+    return _blocks_of(json.dumps(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
 
 
 @cache
 def _blocks_of(model: str, scheme: str, kind: str) -> int:
+    """model: as JSON, a name or `{random: config}`."""
     import torch
 
     from zotune.bench.estimate import build, model_config, with_scheme
     from zotune.enhancements import partition
 
-    made, _ = with_scheme(build(model_config(model), torch.float32), scheme)
-    return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
+    made, _ = with_scheme(build(model_config(json.loads(model)), torch.float32), scheme)
+    try:
+        return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
+    except ValueError as error:
+        raise InputError(f"--blocks: {error}") from None
 
 
 def forwards_of(steps: int, options: Mapping[str, Any]) -> int:

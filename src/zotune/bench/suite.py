@@ -7,7 +7,7 @@ again with some of its axes replaced; an `exclude` drops the cells that match.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
@@ -88,7 +88,7 @@ class Suite(Options):
     exclude: list[dict[str, Any]] = Field([])
     budget: Budget
     search: Search = Search()
-    missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that this version lacks")
+    missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that cannot be run")
     keep_models: bool = Field(False, description="keep the trained weights of each run")
 
     @field_validator("grid", mode="before")
@@ -146,7 +146,7 @@ class Cell:
 
 @dataclass
 class Expanded:
-    """The cells of a suite that this version has, and for those it has not a reason and their number."""
+    """The cells of a suite that can be run, and for those that cannot a reason and their number."""
 
     suite: Suite
     cells: list[Cell]
@@ -203,7 +203,9 @@ def _change(value: dict[str, Any], key: str, given: Any) -> None:
 
 
 def expand(suite: Suite) -> Expanded:
-    """The suite's runs. Cells that this version lacks are left out with a reason, or refused, as the suite says."""
+    """The suite's runs. Cells that this version lacks, or whose options do not go together, are left out with a reason, or
+    refused, as the suite says.
+    """
     cells: list[Cell] = []
     left_out: dict[str, int] = {}
     for axes in suite.cells():
@@ -216,23 +218,35 @@ def expand(suite: Suite) -> Expanded:
         if lacking:
             left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
             continue
-        values = _searched(suite, axes)
-        if not values:
-            cells.append(_cell(suite, axes))
-            continue
-        group = _name({k: v for k, v in axes.items() if k != "seed"})
-        waits = replace(_cell(suite, axes), group=group, open=tuple(values))
-        if group not in {cell.group for cell in cells}:
-            for pair in itertools.product(*values.values()):
-                tried = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
-                cell = _cell(suite, tried, suite.search.budget)
-                trial = cell.options["steps"] != waits.options["steps"]
-                cells.append(replace(cell, search=True, trial=trial, group=group))
-        cells.append(waits)
+        try:
+            cells += _at(suite, axes, {cell.group for cell in cells})
+        except InputError as error:
+            lines = str(error).splitlines()
+            if suite.missing == "refuse":
+                raise InputError("\n".join(f"suite {suite.name}: {_name(axes)}: {line}" for line in lines)) from None
+            reason = "; ".join(lines)
+            left_out[reason] = left_out.get(reason, 0) + 1
     if not cells:
         said = "; ".join(left_out) or "its exclusions leave nothing"
         raise InputError(f"suite {suite.name}: no run is left ({said})")
     return Expanded(suite, cells, left_out)
+
+
+def _at(suite: Suite, axes: Mapping[str, Any], searched: Collection[str]) -> list[Cell]:
+    """The cell, behind the pairs of lr and eps that are tried for it unless its group has been searched."""
+    values = _searched(suite, axes)
+    if not values:
+        return [_cell(suite, axes)]
+    group = _name({k: v for k, v in axes.items() if k != "seed"})
+    waits = replace(_cell(suite, axes), group=group, open=tuple(values))
+    tried = []
+    if group not in searched:
+        for pair in itertools.product(*values.values()):
+            own = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
+            cell = _cell(suite, own, suite.search.budget)
+            trial = cell.options["steps"] != waits.options["steps"]
+            tried.append(replace(cell, search=True, trial=trial, group=group))
+    return [*tried, waits]
 
 
 def together(several: Sequence[Expanded]) -> Expanded:
@@ -322,31 +336,27 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
             made["data"] = {"kind": given.pop("made"), **{k: given.pop(k) for k in _SIZES if k in given}}
             options["data"] = f"made:{task}"
         options = given | options
-    cost = forwards_a_step(options)
+    built = {"model": {"random": made["model"]}} if "model" in made else {}  # what blocks are counted in
+    cost = forwards_a_step(options | built)
     paid = budget or suite.budget
     if paid.steps is not None:
         steps = paid.steps
     else:
         assert paid.forward_passes is not None
-        steps = steps_for(paid.forward_passes, options)
+        steps = steps_for(paid.forward_passes, options | built)
         if steps < 1:
             raise InputError(
-                f"suite {suite.name}: budget: {paid.forward_passes} forward passes pay for no step of "
+                f"budget: {paid.forward_passes} forward passes pay for no step of "
                 f"{options['method']} ({cost} each); raise the budget"
             )
     own = options.get("steps")
     options["steps"] = steps if own is None else int(own) if budget is None else min(int(own), steps)
     name = _name(axes)
     if suite.kind == "train":
-        try:
-            checked = resolve(TrainConfig, options | {"output": "-"}, None)
-        except InputError as error:
-            raise InputError(
-                "\n".join(f"suite {suite.name}: {name}: {line}" for line in str(error).splitlines())
-            ) from None
+        checked = resolve(TrainConfig, options | {"output": "-"}, None)
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
     labels = {k: v for k, v in axes.items() if k not in AXES}
-    passes = forwards_of(int(options["steps"]), options)
+    passes = forwards_of(int(options["steps"]), options | built)
     return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
 
 

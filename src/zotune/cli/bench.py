@@ -272,16 +272,24 @@ def searches(plan: Plan) -> list[str]:
 
 
 def left_out(reasons: dict[str, int]) -> list[str]:
-    """What this version lacks, a line a kind.
+    """What this version lacks, a line a kind, and what does not go together.
 
     >>> left_out({"method 'zo-x' is not in this version": 2, "method 'zo-y' is not in this version": 1})
     ["left out, not in this version: method 'zo-x' (2 runs), 'zo-y' (1 run)"]
+    >>> left_out({"--blocks: method 'zo-sgd-cons' compares one move of all weights; use zo-sgd": 1})
+    ["left out: --blocks: method 'zo-sgd-cons' compares one move of all weights; use zo-sgd (1 run)"]
     """
+    lacking = " is not in this version"
     kinds: dict[str, list[str]] = {}
+    others = []
     for reason, count in reasons.items():
-        kind, name = reason.removesuffix(" is not in this version").split(" ", 1)
-        kinds.setdefault(kind, []).append(f"{name} ({count} run{'s' if count > 1 else ''})")
-    return [f"left out, not in this version: {kind} {', '.join(names)}" for kind, names in kinds.items()]
+        runs = f"({count} run{'s' if count > 1 else ''})"
+        if reason.endswith(lacking):
+            kind, name = reason.removesuffix(lacking).split(" ", 1)
+            kinds.setdefault(kind, []).append(f"{name} {runs}")
+        else:
+            others.append(f"left out: {reason} {runs}")
+    return [f"left out, not in this version: {kind} {', '.join(names)}" for kind, names in kinds.items()] + others
 
 
 def minutes(seconds: list[float | None]) -> str:
