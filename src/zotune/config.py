@@ -286,6 +286,7 @@ class TrainConfig(DataOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
+LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
@@ -472,6 +473,11 @@ def _method_problems(options: TrainConfig) -> list[str]:
 
             enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
             enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
+            if options.scheme in LAYERLESS and (enhancements.hybrid or enhancements.blocks not in (None, "linear")):
+                name = "hybrid" if enhancements.hybrid else f"blocks={enhancements.blocks!r}"
+                raise ValueError(
+                    f"{name}: scheme {options.scheme!r} trains nothing within the layers; use --scheme full or lora"
+                )
         if options.calibration_rows is not None and options.mask != "wanda":
             raise ValueError(f"calibration_rows={options.calibration_rows}: means nothing without mask wanda")
         if options.mask == "wanda" and options.scheme != "full":

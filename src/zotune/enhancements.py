@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 MASKS = ("random", "magnitude", "wanda")
 SCOPES = ("layer", "global")
-NO_LAYERS = "what trains lies in no numbered layer (schemes prefix, prompt and head train nothing within the layers)"
+NO_LAYERS = (
+    "no name of what trains holds the number of a layer (schemes prefix, prompt and head train nothing within them)"
+)
 BLOCKS = ("transformer", "attention-mlp", "linear")
 UPDATES = ("gauss-seidel", "jacobi")
 
