@@ -17,12 +17,24 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from zotune.bench.cost import forwards_a_step, forwards_of, steps_for
-from zotune.config import Options, Positive, TrainConfig, load_yaml, resolve
+from zotune.config import STEP_OPTIONS, Options, Positive, TrainConfig, load_yaml, resolve
 from zotune.errors import InputError, nearest
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
-PROBE_KEYS = ("tokens", "checkpointing", "repeats", "answer_tokens")  # what a probe takes beyond the options of a run
-PROBE_METHODS = ("fo-sgd", "fo-adam")  # which a probe steps by torch.optim where the library has none of them
+PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run
+PROBE_STEP = ("queries", "direction", "groups", "engine", "rank", "fold_every", "rounding", "weight_decay", "seed")
+PROBE_OPTIONS = (
+    "model",
+    "method",
+    "scheme",
+    "batch_size",
+    "dtype",
+    "device",
+    "steps",
+    "estimator",
+    *PROBE_STEP,
+    *STEP_OPTIONS,
+)
 
 
 class Budget(Options):
@@ -185,6 +197,8 @@ def _change(value: dict[str, Any], key: str, given: Any) -> None:
     """--set: `budget.steps`, `search.steps`, `models.NAME` and the suite's own scalars by their place; an axis of the grid;
     else a default, over all rules.
     """
+    if key == "data_dir" and value.get("kind") == "probe":
+        return  # it reads no data
     head, _, rest = key.partition(".")
     if rest and head == "search":
         value[head] = {**value.get(head, {}), **({rest: given} if rest == "seed" else {"budget": {rest: given}})}
@@ -304,8 +318,6 @@ def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
         value, known = options.get(kind), names(kind)
         if kind == "task" and (suite.kind == "probe" or value in suite.tasks):
             continue
-        if kind == "method" and suite.kind == "probe":
-            known = [*known, *PROBE_METHODS]
         if value is not None and value not in known:
             return f"{kind} {value!r} is not in this version", f"; {nearest(str(value), known)}"
     fields = [*TrainConfig.model_fields, *(PROBE_KEYS if suite.kind == "probe" else ())]
@@ -355,9 +367,22 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
     if suite.kind == "train":
         checked = resolve(TrainConfig, options | {"output": "-"}, None)
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
+    else:
+        probe_config(options)
     labels = {k: v for k, v in axes.items() if k not in AXES}
     passes = forwards_of(int(options["steps"]), options | built)
     return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
+
+
+def probe_config(options: Mapping[str, Any]) -> TrainConfig:
+    """What a probe steps by. Raises InputError for what it cannot measure, and for what does not go together."""
+    for key in options:
+        if key not in (*PROBE_OPTIONS, *PROBE_KEYS):
+            raise InputError(f"--{key.replace('_', '-')}: a probe times a few steps on random weights and takes none")
+    if options.get("checkpointing") and not str(options.get("method")).startswith("fo-"):
+        raise InputError(f"--checkpointing: method {options.get('method')!r} keeps no activations; it is for fo-*")
+    given = {key: value for key, value in options.items() if key in PROBE_OPTIONS and key not in ("model", "steps")}
+    return resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
 
 
 _SIZES = ("train", "validation", "test")
