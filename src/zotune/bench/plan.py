@@ -186,7 +186,10 @@ START_SECONDS = 8.0  # until the first step, where no run has told: imports, the
 
 def _estimated(options: Mapping[str, Any]) -> str:
     """What an estimate depends on."""
-    names = ("model", "method", "scheme", "batch_size", "tokens", "dtype", "checkpointing", "queries", "device")
+    names = (
+        "model", "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "device",
+        "estimator", "state_dtype", "rounding", "blocks", "hybrid", "quantize", "mask", "groups",
+    )  # fmt: skip
     return json.dumps([options.get(name) for name in names], sort_keys=True)
 
 
