@@ -363,11 +363,14 @@ class EstimateConfig(Options):
     method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
     scheme: str = Field("full", description="full, lora, prefix, prompt or head")
     batch_size: Positive = Field(16, description="rows a step")
-    seq_len: Positive = Field(256, description="tokens a row")
+    seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
     queries: Positive = Field(1, description="directions a step")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the config's own]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam, as in `zotune train` [default: float32]"
     )
     checkpointing: bool = Field(False, description="recompute activations (first order)")
     card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")

@@ -152,9 +152,30 @@ def test_the_command_shows_zo_beside_back_propagation(tmp_path, capsys):
     for part in ("zo-sgd", "zo-adam", "lora", "checkpointing", "NF4", "fo-adam", "yes", "t4"):
         assert part in said
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert len(rows) == len(compare(model_config(SMALL), {"method": "zo-sgd", "scheme": "full"}, seq_len=64))
+    assert len(rows) == len(compare(model_config(SMALL), {"method": "zo-sgd", "scheme": "full"}, seq_len=64)) == 7
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+    assert len(compare(model_config(SMALL), {"method": "fo-adam", "scheme": "full"}, seq_len=64, dtype="float32")) == 7
+    assert len(compare(model_config(SMALL), {"method": "fo-adam", "scheme": "full"}, seq_len=64, dtype="bfloat16")) == 8
     assert run([*command, "--memory", "0.2"]) == 0
     assert " no" in capsys.readouterr().out
+
+
+def test_a_small_model_is_shown_in_mib_and_rows_are_no_longer_than_it_takes(tmp_path, capsys):
+    tiny = SMALL["random"] | {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 48,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    assert (
+        run(["estimate", "--model", str(tmp_path), "--card", "t4", "--method", "fo-adam", "--state-dtype", "bfloat16"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "16 × 48 tokens" in said
+    assert "MiB" in said
+    assert " 0.00 " not in said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +185,8 @@ def test_the_command_shows_zo_beside_back_propagation(tmp_path, capsys):
         (["--scheme", "lorra"], "did you mean 'lora'?"),
         (["--card", "h10"], "did you mean 'h100'?"),
         (["--seq-len", "5000"], "the model takes 512 tokens"),
+        (["--checkpointing"], "method 'zo-sgd' keeps no activations"),
+        (["--state-dtype", "bfloat16"], "method 'zo-sgd' keeps no state"),
         (["--model", "./nowhere"], "no such file or folder"),
     ],
 )

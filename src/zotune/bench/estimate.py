@@ -59,6 +59,7 @@ class Estimate:
     forwards: int
     peak: int
     step_seconds: float | None = None
+    state_dtype: str = "float32"  # "parameter" where it is that of the weights
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def estimate(
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
         step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries, estimator), peak,
+        state_dtype="parameter" if STATE_BYTES.get(state_dtype) == kind.itemsize else state_dtype,
     )  # fmt: skip
     return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
 
@@ -252,8 +254,8 @@ def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estim
         adam | {"scheme": "full"},
         adam | {"scheme": "full", "checkpointing": True},
     ]
-    distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    return [estimate(config, **(common | row)) for row in distinct]
+    made = [estimate(config, **(common | row)) for row in rows]
+    return [row for i, row in enumerate(made) if row not in made[:i]]
 
 
 def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
