@@ -9,10 +9,13 @@ import shutil
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
+from zotune.bench.tables import scores as tables_of
 from zotune.cli.app import run
 from zotune.errors import InputError
 
@@ -87,6 +90,66 @@ def test_tables_hold_mean_spread_and_rank_and_choose_lr_on_validation(results):
     assert "| zo-sgd | 83.0 ± 3.6 | 70.5 ± 0.7 | does not fit |" in text
     assert r"83.0 $\pm$ 3.6" in (results / "report" / "tables.tex").read_text()
     assert float(found["zo-sgd", "full"]["ms a step"]) == pytest.approx(100)
+
+
+def reported(folder: Path, *records: dict) -> tuple[list[dict], pd.DataFrame]:
+    """Rows of summary.csv, and the groups."""
+    store = Store(folder)
+    for number, changes in enumerate(records, 1):
+        store.put(record(number, **changes))
+    groups = groups_frame(runs_frame(store.latest()))
+    store.close()
+    make_report(folder)
+    return list(csv.DictReader((folder / "report" / "summary.csv").open())), groups
+
+
+def test_of_a_metric_that_is_better_lower_the_least_is_chosen_and_ranks_first(tmp_path):
+    def ran(method: str, lr: float, validation: float, test: float) -> dict:
+        line = {"step": 10, "loss": 1.0, "forward_passes": 20, "validation_perplexity": validation}
+        result = {
+            "metric": "perplexity",
+            "lr": lr,
+            "validation_best": validation,
+            "test_after": test,
+            "test_before": 30.0,
+        }
+        return {"method": method, "labels": {"lr": lr}, "result": result, "metrics": [line]}
+
+    rows, _ = reported(
+        tmp_path, ran("zo-sgd", 1e-3, 12.5, 12.25), ran("zo-sgd", 1e-2, 20.0, 19.0), ran("zo-adam", 1e-3, 11.0, 11.5)
+    )
+    found = {row["method"]: row for row in rows}
+    assert (found["zo-sgd"]["lr"], found["zo-sgd"]["perplexity"], found["zo-sgd"]["rank"]) == ("0.001", "12.25", "2.0")
+    assert (found["zo-adam"]["perplexity"], found["zo-adam"]["rank"]) == ("11.5", "1.0")
+    page, readme = ((tmp_path / "report" / name).read_text() for name in ("index.html", "README.md"))
+    assert "Test perplexity, mean" in page
+    assert "validation perplexity" in page
+    assert "Perplexity by method and scheme" in readme
+    assert "accuracy in percent" not in readme
+
+
+def test_reports_of_several_metrics_say_which(tmp_path):
+    rows, _ = reported(tmp_path, {"result": {"metric": "accuracy"}}, {"task": "squad", "result": {"metric": "f1"}})
+    assert [(row["metric"], row["score"]) for row in rows] == [("accuracy", "80.0"), ("f1", "80.0")]
+
+
+def test_methods_are_ranked_where_they_compete_and_variants_are_no_methods(tmp_path):
+    def ran(method: str, scheme: str, score: float, **labels) -> dict:
+        return {"method": method, "scheme": scheme, "labels": labels, "result": {"test_after": score}}
+
+    _, groups = reported(
+        tmp_path,
+        ran("zo-sgd", "full", 80), ran("zo-adam", "full", 90), ran("zo-sgd-sign", "full", 70),
+        ran("zo-sgd", "lora", 60), ran("zo-adam", "lora", 50),  # which sign has not
+        ran("zo-sgd", "prompt", 99),  # without a rival
+        ran("zo-sgd", "full", 95, queries=4),
+        ran("zo-sgd", "full", 75, queries=8), ran("zo-adam", "full", 76, queries=8),
+    )  # fmt: skip
+    (table,) = tables_of(groups).values()
+    assert dict(table["mean rank"]) == {
+        "zo-sgd": "2.0", "zo-adam": "1.0", "zo-sgd-sign": "3.0", "zo-sgd queries=4": "",
+        "zo-sgd queries=8": "2.0", "zo-adam queries=8": "1.0",
+    }  # fmt: skip
 
 
 def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
