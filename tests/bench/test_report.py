@@ -235,6 +235,12 @@ def _faults(page, path: Path, axe: str | None) -> list[str]:
     page.wait_for_selector("#table-runs tbody tr")
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     every = page.locator("#table-runs tbody tr").count()
+    header = page.locator("#table-runs_wrapper thead th", has_text="seed").first
+    column = header.evaluate("th => th.cellIndex")
+    seeds = f"[...document.querySelectorAll('#table-runs tbody tr')].map(row => row.cells[{column}].innerText)"
+    assert page.evaluate(seeds) != sorted(page.evaluate(seeds))
+    header.click()  # in its middle
+    page.wait_for_function(f"(seeds => seeds.every((s, i) => !i || seeds[i - 1] <= s))({seeds})", timeout=5000)
     page.locator("#table-runs_wrapper input[type=search]").fill("zo-adam")
     rows = "document.querySelectorAll('#table-runs tbody tr').length"
     page.wait_for_function(f"every => 0 < {rows} && {rows} < every", arg=every, timeout=5000)

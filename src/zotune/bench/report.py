@@ -160,6 +160,7 @@ def _sortable(table: pd.DataFrame, anchor: str, name: str, metric: str) -> Marku
         cells, connected=False, allow_html=True, showIndex=False,
         display_logo_when_loading=False, classes="display compact nowrap", paging=name == "runs" and len(table) > 25, pageLength=25,
         table_id=f"table-{name}", maxBytes=0, maxColumns=0, style="width:100%",
+        text_in_header_can_be_selected=False,  # a click anywhere on a header sorts
     )  # fmt: skip
     return Markup(html)
 
