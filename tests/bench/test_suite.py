@@ -160,6 +160,16 @@ def test_keys_depend_on_what_is_computed_and_not_on_where(suite_file, tmp_path):
                                                         "label_words": {"0": "bad", "1": "good"}}}))  # fmt: skip
 
 
+def test_the_device_is_part_of_a_probe_and_not_of_a_training_run(suite_file, tmp_path):
+    def keys(kind, device):
+        grid = {"model": "tiny", "method": "zo-sgd", "seed": 0} | ({"task": "words"} if kind == "train" else {})
+        suite = load_suite(suite_file(kind=kind, grid=grid, defaults={"device": device}))
+        return {run.key for run in make_plan(expand(suite), tmp_path).runs}
+
+    assert keys("train", "cpu") == keys("train", "cuda")
+    assert keys("probe", "cpu") != keys("probe", "cuda")
+
+
 def test_patterns_match_texts_and_numbers():
     assert matches({"method": ["fo-*", "zo-adam"], "seed": [0, 1]}, {"method": "zo-adam", "seed": 1})
     assert not matches({"method": "fo-*"}, {"method": "zo-adam"})
