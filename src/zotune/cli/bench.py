@@ -104,7 +104,7 @@ def run(
         if dry_run:
             return
         if not plan.to_do:
-            print(f"all done; zotune bench report {output}")
+            show_done(plan, output)
             return
         seconds = None if time_limit is None else 60 * time_limit - (time.monotonic() - began)
         waiting = Waiting(plan, store, forecast, seconds)
@@ -116,6 +116,8 @@ def run(
             else:
                 state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live, waiting=waiting)
         show_end(state, output)
+    if unexpected(state):
+        raise typer.Exit(1)
 
 
 @app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR, or in several.")
@@ -299,6 +301,21 @@ def minutes(seconds: list[float | None]) -> str:
     return "?" if not known else f"{sum(known) / 60:.1f}" + ("+" if len(known) < len(seconds) else "")
 
 
+def show_done(plan: Plan, output: str) -> None:
+    """There is nothing to run."""
+    failed = [run.cell.name for run in plan.runs if run.status == "failed"]
+    said = f"all done, {len(failed)} of {len(plan.runs)} failed: --retry runs them again" if failed else "all done"
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    print(f"{said}; zotune bench report {output}")
+
+
+def unexpected(state: State) -> bool:
+    """Whether a run failed. Want of memory is a result, and so is an lr or eps of a search that does not work, unless none does."""
+    failed = any(record.status == "failed" and not run.cell.search for run, record in state.finished)
+    return failed or bool(state.plan.hopeless)
+
+
 def show_end(state: State, output: str) -> None:
     counts: dict[str, int] = {}
     for run, record in state.finished:
@@ -307,6 +324,8 @@ def show_end(state: State, output: str) -> None:
             last = (record.error.strip().splitlines() or ["no word"])[-1]
             print(f"failed: {run.cell.name}: {last}", file=sys.stderr)
     said = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing run"
+    if "failed" in counts:
+        said += " (--retry runs failed ones again)"
     left = len(state.plan.to_do) + len(state.plan.held)
     if state.late:
         said += f"; the time is up, {left} runs are left: the same command goes on"
