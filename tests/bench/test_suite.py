@@ -199,6 +199,22 @@ def test_a_wrong_suite_is_said_in_one_line(suite_file, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("metod", "zo-sgd", "--set metod: no such option; did you mean 'method'?"),
+        ("method", ["zo-sgd", "zo-adm"], "--set method=zo-adm: no such method; did you mean 'zo-adam'?"),
+        ("task", "wrods", "--set task=wrods: no such task; did you mean 'words'?"),
+        ("defaults.bach_size", 4, "did you mean 'batch_size'?"),
+        ("budjet.steps", 4, "did you mean 'budget.steps'?"),
+    ],
+)
+def test_what_set_names_and_there_is_not_is_refused_where_missing_is_skipped_too(key, value, message):
+    with pytest.raises(InputError) as error:
+        load_suite("smoke", {key: value})
+    assert message in str(error.value)
+
+
 def test_an_unknown_suite_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'smoke'"):
         load_suite("smok")

@@ -186,11 +186,34 @@ def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
     if not isinstance(value, dict):
         raise InputError(f"{where}: keys and values were expected")
     for key, given in (changes or {}).items():
+        _check_change(value, key, given)
         _change(value, key, given)
     try:
         return Suite.model_validate(value)
     except ValidationError as error:
         raise InputError("\n".join(_line(where, e) for e in error.errors())) from None
+
+
+def _check_change(suite: Mapping[str, Any], key: str, given: Any) -> None:
+    """Raise InputError for a --set of what there is not: a suite's `missing: skip` is for what the suite itself names."""
+    from zotune.registry import names
+
+    head, _, rest = key.partition(".")
+    if rest and head in ("budget", "search", "models"):
+        return  # the suite's own model of these tells
+    name = rest if rest and head in ("grid", "defaults") else key
+    grid = suite.get("grid") or {}
+    known = [*TrainConfig.model_fields, *PROBE_KEYS, *grid, "missing", "keep_models"]
+    if name not in known:
+        raise InputError(
+            f"--set {key}: no such option; {nearest(name, [*known, 'budget.steps', 'budget.forward_passes'])}"
+        )
+    kinds = {"method": [*names("method"), "all"], "scheme": [*names("scheme"), "all"]}
+    if suite.get("kind") != "probe":
+        kinds["task"] = [*names("task"), *(suite.get("tasks") or {}), "all"]
+    for value in _listed(given) if name in kinds else ():
+        if value not in kinds[name]:
+            raise InputError(f"--set {key}={value}: no such {name}; {nearest(str(value), kinds[name])}")
 
 
 def _change(value: dict[str, Any], key: str, given: Any) -> None:
