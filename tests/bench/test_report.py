@@ -152,6 +152,18 @@ def test_methods_are_ranked_where_they_compete_and_variants_are_no_methods(tmp_p
     }  # fmt: skip
 
 
+def test_no_eps_stands_where_a_method_has_none(tmp_path):
+    ran = [
+        {"method": "fo-sgd", "labels": {"lr": lr}, "result": {"lr": lr, "validation_best": 80 - lr}}
+        for lr in (0.1, 0.2)
+    ]
+    (row,), _ = reported(tmp_path, *ran)
+    assert (row["lr"], row["eps"]) == ("0.1", "")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Of 2 lr, 0.1 is best on validation" in page
+    assert "eps nan" not in page
+
+
 def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
     drawn = {path.stem for path in (results / "report").glob("*.png")}
     assert drawn == {

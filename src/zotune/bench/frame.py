@@ -11,6 +11,7 @@ import pandas as pd
 
 from zotune.bench.store import Record
 from zotune.bench.suite import _text
+from zotune.methods import has_eps
 from zotune.tasks.task import LOWER_IS_BETTER
 
 GROUP = ["kind", "model", "task", "method", "scheme", "variant"]  # what names a configuration, seeds and lr, eps aside
@@ -40,7 +41,7 @@ def _row(record: Record) -> dict[str, Any]:
         "search": bool(record.labels.get("search")),
         "status": record.status,
         "lr": _number(result.get("lr", options.get("lr"))),
-        "eps": _number(result.get("eps", options.get("eps"))),
+        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method) else math.nan,
         "queries": int(options.get("queries") or 1),
         "tokens": _number(options.get("tokens")),
         "score": number("test_after"),

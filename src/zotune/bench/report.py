@@ -179,7 +179,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
             "figure": tables.mean_sd(group) if group.kind == "train" else "",
             "searched": group.searched,
             "lr": f"{group.lr:g}",
-            "eps": f"{group.eps:g}",
+            "eps": f"{group.eps:g}" if group.eps == group.eps else "",
             "runs": [
                 {
                     "anchor": f"run-{key}",

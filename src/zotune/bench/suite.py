@@ -114,7 +114,9 @@ class Suite(Options):
         return [cls._lists(entry) for entry in value] if isinstance(value, list) else value
 
     def cells(self) -> Iterator[dict[str, Any]]:
-        """Each cell of the grid and its includes, without the excluded, none twice."""
+        """Each cell of the grid and its includes, without the excluded, none twice: methods without eps have no such axis."""
+        from zotune.methods import has_eps
+
         seen = set()
         replacements: list[dict[str, list[Any]]] = [{}, *self.include]
         for axes in replacements:
@@ -123,6 +125,8 @@ class Suite(Options):
             order = [a for a in AXES if a in grid] + [k for k in grid if k not in AXES]
             for values in itertools.product(*(grid[k] for k in order)):
                 cell = dict(zip(order, values, strict=True))
+                if not has_eps(str(cell.get("method"))):
+                    cell.pop("eps", None)
                 key = repr(sorted(cell.items()))
                 if key not in seen and not any(matches(pattern, cell) for pattern in self.exclude):
                     seen.add(key)
@@ -323,13 +327,16 @@ def _options(suite: Suite, axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _searched(suite: Suite, axes: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The values of lr and eps to try for a cell; none of those that a later rule or the grid sets."""
+    """The values of lr and eps to try for a cell; none of those that a later rule or the grid sets, no eps where it has none."""
+    from zotune.methods import has_eps
+
     options, values = dict(suite.defaults), dict[str, list[float]]()
     for rule in suite.rules:
         if matches(rule.when, {**options, **axes}):
             options |= rule.set
             values = {k: v for k, v in values.items() if k not in rule.set} | dict(rule.search)
-    return {k: v for k, v in values.items() if k not in axes and v}
+    known = ("lr", "eps") if has_eps(str(axes.get("method"))) else ("lr",)
+    return {k: v for k, v in values.items() if k not in axes and v and k in known}
 
 
 def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
