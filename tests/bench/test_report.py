@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from zotune.bench.figures import spread
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
@@ -218,34 +220,46 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
         make_report(tmp_path)
 
 
-def test_the_page_in_a_browser_has_no_error_and_no_fault_of_accessibility(results):
+def test_no_bar_passes_a_hundred_percent():
+    rows = pd.DataFrame({"mean": [98.0, 60.0, 12.0], "sd": [5.0, 5.0, math.nan], "metric": ["accuracy"] * 3})
+    down, up = spread(rows)
+    assert (list(down), list(up)) == ([5.0, 5.0, 0.0], [2.0, 5.0, 0.0])
+    assert list(spread(rows.assign(metric="perplexity"))[1]) == [5.0, 5.0, 0.0]
+
+
+WIDTHS = [(1200, "light"), (390, "dark")]
+
+
+@pytest.fixture(scope="module")
+def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("no Chromium on this machine")
-    found = [Path("node_modules/axe-core/axe.min.js"), Path("/usr/lib/node_modules/axe-core/axe.min.js")]
-    axe = next((path.read_text() for path in found if path.is_file()), None)
-    page_path = results / "report" / "index.html"
     with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        for width, scheme in ((1200, "light"), (390, "dark")):
-            assert (
-                _faults(browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme), page_path, axe)
-                == []
-            )
-        browser.close()
+        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
-def _faults(page, path: Path, axe: str | None) -> list[str]:
-    """What the console, the network and axe say of the page, once it was filtered and a number followed."""
+def opened(browser, results: Path, width: int, scheme: str):
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     faults: list[str] = []
     page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.on("request", lambda r: None if r.url.startswith(("data:", "blob:", "file:")) else faults.append(r.url))
     page.on("dialog", lambda d: faults.append(d.message))
-    page.goto(path.as_uri())
+    page.goto((results / "report" / "index.html").as_uri())
     page.wait_for_selector("#table-runs tbody tr")
-    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    return page, faults
+
+
+@pytest.mark.parametrize(("width", "scheme"), WIDTHS)
+def test_the_page_in_a_browser_fits_sorts_and_filters_without_an_error(browser, results, width, scheme):
+    page, faults = opened(browser, results, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ends = "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().right)"
+    assert max(page.evaluate(ends)) <= width
     every = page.locator("#table-runs tbody tr").count()
     header = page.locator("#table-runs_wrapper thead th", has_text="seed").first
     column = header.evaluate("th => th.cellIndex")
@@ -259,10 +273,18 @@ def _faults(page, path: Path, axe: str | None) -> list[str]:
     page.locator("table.matrix a").first.click(timeout=5000)
     page.wait_for_selector("details[open]", timeout=5000)
     assert page.locator("details[open]").count() == 1
-    if axe is not None:
-        page.evaluate(axe)
-        faults += [f"{v['id']}: {v['nodes'][0]['html']}" for v in page.evaluate("axe.run()")["violations"]]
-    return faults
+    assert faults == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), WIDTHS)
+def test_the_page_has_no_fault_of_accessibility(browser, results, width, scheme):
+    found = [Path("node_modules/axe-core/axe.min.js"), Path("/usr/lib/node_modules/axe-core/axe.min.js")]
+    axe = next((path.read_text() for path in found if path.is_file()), None)
+    if axe is None:
+        pytest.skip("axe-core is not installed (npm install axe-core)")
+    page, _ = opened(browser, results, width, scheme)
+    page.evaluate(axe)
+    assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in page.evaluate("axe.run()")["violations"]] == []
 
 
 def test_json_in_the_store_survives_a_round(tmp_path):

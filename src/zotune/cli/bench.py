@@ -250,11 +250,11 @@ def show_plan(plan: Plan) -> None:
     for line in searches(plan):
         console.print(line, highlight=False, markup=False)
     waiting = [*plan.to_do, *plan.held]
-    expected = minutes([run.planned.get("seconds") for run in waiting])
+    expected = duration([run.planned.get("seconds") for run in waiting])
     count = len(plan.runs) + len(plan.held)
     console.print(
         f"{count} runs, {plan.forward_passes:,} forward passes; {count - len(waiting)} done, "
-        f"{len(waiting)} to do, about {expected} minutes one after the other",
+        f"{len(waiting)} to do, about {expected} one after the other",
         highlight=False,
     )
 
@@ -299,6 +299,19 @@ def minutes(seconds: list[float | None]) -> str:
     if not seconds:
         return "0"
     return "?" if not known else f"{sum(known) / 60:.1f}" + ("+" if len(known) < len(seconds) else "")
+
+
+def duration(seconds: list[float | None]) -> str:
+    """
+    >>> duration([30.0, 60.0]), duration([9000.0, None]), duration([None])
+    ('1.5 minutes', '2.5 hours or more', '? minutes')
+    """
+    from zotune.cli.expected import time_of
+
+    known = [s for s in seconds if s is not None]
+    if seconds and not known:
+        return "? minutes"
+    return time_of(sum(known)) + (" or more" if len(known) < len(seconds) else "")
 
 
 def show_done(plan: Plan, output: str) -> None:
@@ -396,5 +409,5 @@ class Live:
         expected += [run.planned.get("seconds") for run in [*state.waiting, *state.plan.held]]
         shared = [None if seconds is None else seconds / at_once for seconds in expected]
         took = time.monotonic() - self.began
-        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(shared)} min"
+        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {duration(shared)}"
         return table

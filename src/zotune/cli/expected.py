@@ -24,10 +24,13 @@ class Expected:
 
 def time_of(seconds: float) -> str:
     """
-    >>> time_of(2.14), time_of(264.0)
-    ('2.1 s', '4.4 minutes')
+    >>> time_of(2.14), time_of(264.0), time_of(9000.0), time_of(864000.0)
+    ('2.1 s', '4.4 minutes', '2.5 hours', '10.0 days')
     """
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+    for unit, length, least in (("days", 86400, 172800), ("hours", 3600, 7200), ("minutes", 60, 60)):
+        if seconds >= least:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def expected(ready: Prepared) -> Expected:

@@ -140,10 +140,9 @@ def as_svg(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(FAINT, "var(--rule, #c8ccd0)", svg, flags=re.I)
     width = re.search(r'\bwidth="([0-9.]+)pt"', svg)
     size = f"max-width:{float(width[1]) * 4 / 3:.0f}px" if width else ""
-    broad = ' class="broad"' if figure.get_figwidth() > 6 else ""
     svg = re.sub(r'(<svg[^>]*?) (?:width)="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) (?:height)="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img"{broad} aria-label="{_attribute(title)}" style="{size}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(title)}" style="{size}"', 1)
 
 
 def _attribute(text: str) -> str:
