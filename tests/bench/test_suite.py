@@ -41,6 +41,26 @@ def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_re
     assert {c.options["method"] for c in expand(load_suite("smoke")).cells} == {"zo-sgd", "fo-sgd"}
 
 
+def test_the_paper_s_suite_is_the_whole_study(monkeypatch):
+    from zotune.bench import cost
+
+    monkeypatch.setattr(cost, "_blocks_of", lambda model, scheme, kind: 27)
+    expanded = expand(load_suite("paper"))
+    assert expanded.left_out == {}
+    finals = [cell for cell in expanded.cells if not cell.search]
+    assert {cell.model for cell in finals} >= {"meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"}
+    assert {cell.task for cell in finals} >= {"sst2", "sst2-plain", "rte", "rte-plain", "copa", "winogrande", "multirc"}
+    labels = {(cell.options["method"], key) for cell in finals for key in cell.labels}
+    assert labels >= {("zo-sgd", key) for key in ("blocks", "hybrid", "sparsity", "mask", "queries")}
+    assert ("forward-grad", "queries") in labels
+    first = [cell for cell in finals if cell.options["method"].startswith("fo-")]
+    assert {cell.options["steps"] for cell in first} == {625}
+    assert all("lr" in cell.open for cell in finals)
+    assert all(("eps" in cell.open) == cell.options["method"].startswith("zo-") for cell in finals if not cell.labels)
+    plain = [cell for cell in finals if cell.options["method"] == "zo-sgd" and not cell.labels]
+    assert {cell.forward_passes for cell in plain} == {40_000}
+
+
 @pytest.mark.parametrize(
     ("options", "cost"),
     [

@@ -248,6 +248,7 @@ def expand(suite: Suite) -> Expanded:
     refused, as the suite says.
     """
     cells: list[Cell] = []
+    searched: set[str] = set()
     left_out: dict[str, int] = {}
     for axes in suite.cells():
         absent = [a for a in ("model", "method") + (("task",) if suite.kind == "train" else ()) if a not in axes]
@@ -260,13 +261,16 @@ def expand(suite: Suite) -> Expanded:
             left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
             continue
         try:
-            cells += _at(suite, axes, {cell.group for cell in cells})
+            own = _at(suite, axes, searched)
         except InputError as error:
             lines = str(error).splitlines()
             if suite.missing == "refuse":
                 raise InputError("\n".join(f"suite {suite.name}: {_name(axes)}: {line}" for line in lines)) from None
             reason = "; ".join(lines)
             left_out[reason] = left_out.get(reason, 0) + 1
+        else:
+            cells += own
+            searched |= {cell.group for cell in own} - {""}
     if not cells:
         said = "; ".join(left_out) or "its exclusions leave nothing"
         raise InputError(f"suite {suite.name}: no run is left ({said})")
