@@ -41,7 +41,9 @@ def main() -> None:
         runs = of_cell(json.loads(Path(file).read_text())["runs"], cell)
         if not runs:
             raise SystemExit(f"{file}: no finished run of {cell}")
-        steps = list(zip(*(run["validation"] for run in runs), strict=False))  # by evaluation, over the seeds, as far as all go
+        steps = list(
+            zip(*(run["validation"] for run in runs), strict=False)
+        )  # by evaluation, over the seeds, as far as all go
         of = 3 if args.of == "validation" else 4
         mean = [statistics.mean(v[of] for v in step) for step in steps]
         low, high = ([end(v[of] for v in step) for step in steps] for end in (min, max))

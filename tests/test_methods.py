@@ -256,6 +256,8 @@ def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):
         (["--method", "forward-grad", "--engine", "lowrank"], "engine"),
         (["--mask", "random"], "means nothing without sparsity"),
         (["--hybrid", "0.5"], "needs fo_lr"),
+        (["--hybrid", "0.5", "--fo-lr", "1e-3", "--scheme", "head"], "use --scheme full or lora"),
+        (["--blocks", "attention-mlp", "--scheme", "prefix"], "use --scheme full or lora"),
         (["--sparsity", "1.0"], "--sparsity"),
     ],
 )

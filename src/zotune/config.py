@@ -288,6 +288,7 @@ class TrainConfig(DataOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
+LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
@@ -366,11 +367,14 @@ class EstimateConfig(Options):
     method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
     scheme: str = Field("full", description="full, lora, prefix, prompt or head")
     batch_size: Positive = Field(16, description="rows a step")
-    seq_len: Positive = Field(256, description="tokens a row")
+    seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
     queries: Positive = Field(1, description="directions a step")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the config's own]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam, as in `zotune train` [default: float32]"
     )
     checkpointing: bool = Field(False, description="recompute activations (first order)")
     card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")
@@ -476,6 +480,11 @@ def _method_problems(options: TrainConfig) -> list[str]:
 
             enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
             enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
+            if options.scheme in LAYERLESS and (enhancements.hybrid or enhancements.blocks not in (None, "linear")):
+                name = "hybrid" if enhancements.hybrid else f"blocks={enhancements.blocks!r}"
+                raise ValueError(
+                    f"{name}: scheme {options.scheme!r} trains nothing within the layers; use --scheme full or lora"
+                )
         if options.calibration_rows is not None and options.mask != "wanda":
             raise ValueError(f"calibration_rows={options.calibration_rows}: means nothing without mask wanda")
         if options.mask == "wanda" and options.scheme != "full":

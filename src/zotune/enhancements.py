@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 MASKS = ("random", "magnitude", "wanda")
 SCOPES = ("layer", "global")
+NO_LAYERS = (
+    "no name of what trains holds the number of a layer (schemes prefix, prompt and head train nothing within them)"
+)
 BLOCKS = ("transformer", "attention-mlp", "linear")
 UPDATES = ("gauss-seidel", "jacobi")
 
@@ -162,7 +165,7 @@ def partition(names: Sequence[str], kind: str) -> dict[str, list[str]]:
                 key += ".attention" if unit_of(name) in attention else ".mlp"
         blocks.setdefault(key, []).append(name)
     if not layered and kind != "linear":
-        raise ValueError(f"blocks={kind!r}: no parameter's name holds the number of a layer; use blocks='linear'")
+        raise ValueError(f"blocks={kind!r}: {NO_LAYERS}; use blocks='linear', or scheme full or lora")
     return blocks
 
 
@@ -178,7 +181,7 @@ def shallow(names: Sequence[str], fraction: float) -> set[str]:
         if layer is not None:
             order.setdefault(layer, len(order))
     if not order:
-        raise ValueError("hybrid: no parameter's name holds the number of a layer, so there is no depth to split at")
+        raise ValueError(f"hybrid: {NO_LAYERS}, so there is no depth to split at; use scheme full or lora")
     most = int(fraction * len(order) + 0.5)
     found: set[str] = set()
     layered = False

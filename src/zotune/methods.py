@@ -154,6 +154,14 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name].build(**options)
 
 
+def has_eps(name: str) -> bool:
+    """Whether the named method perturbs weights by eps: its estimate is a difference of losses."""
+    if name not in METHODS:
+        return True
+    method = METHODS[name].build()
+    return not (method.first_order or method.forward_mode)
+
+
 def _estimator(name: str, queries: int) -> Estimator:
     kinds: dict[str, type[TwoSided] | type[OneSided]] = {"two-sided": TwoSided, "one-sided": OneSided}
     if name not in kinds:

@@ -46,6 +46,16 @@ def test_each_pair_is_tried_with_one_seed_and_the_best_on_validation_runs_with_a
     assert (row.n, row.mean, row.lr, row.searched) == (2, 62.0, 1e-3, 2)  # the search's own figures are none of them
 
 
+def test_a_search_tries_no_eps_for_methods_that_have_none(suite_file):
+    grid = {"model": "tiny", "task": "words", "method": ["zo-sgd", "fo-sgd", "forward-grad"], "seed": 0}
+    both = {"grid": grid, "rules": [{"search": {"lr": [1e-4, 1e-3], "eps": [1e-3, 1e-2]}}]}
+    cells = [cell for cell in expand(load_suite(suite_file(**both))).cells if cell.search]
+    assert [sum(cell.options["method"] == name for cell in cells) for name in grid["method"]] == [4, 2, 2]
+    axes = {"grid": grid | {"eps": [1e-3, 1e-2]}}
+    names = [cell.options["method"] for cell in expand(load_suite(suite_file(**axes))).cells]
+    assert names == ["zo-sgd", "zo-sgd", "fo-sgd", "forward-grad"]
+
+
 def test_a_search_with_the_budget_of_its_suite_is_not_run_twice(suite_file, program, tmp_path):
     _, store = run_here(suite_file(**(SEARCH | {"search": {}})), tmp_path / "out", program)
     assert sorted((r.seed, r.options["lr"], r.attempts) for r in store.all()) == [

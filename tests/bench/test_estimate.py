@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from zotune.bench.estimate import CARDS, METHODS, SCHEMES, Allocations, build, compare, estimate, model_config
+from zotune.bench.estimate import (
+    CARDS,
+    METHODS,
+    SCHEMES,
+    Allocations,
+    build,
+    compare,
+    estimate,
+    estimate_for,
+    model_config,
+)
 from zotune.bench.probe import _until_free
 from zotune.cli.app import run
 from zotune.errors import InputError
@@ -36,6 +46,8 @@ SHAPE = {"batch_size": 8, "dtype": "float32"}
 SPECS = (
     {"method": "zo-sgd", "scheme": "full"},
     {"method": "fo-adam", "scheme": "lora", "checkpointing": True},
+    {"method": "fo-adam", "scheme": "full", "dtype": "bfloat16"},
+    {"method": "zo-adam", "scheme": "full", "dtype": "bfloat16", "state_dtype": "bfloat16"},
     {"method": "fo-adam", "scheme": "full"},
 )
 MEASURE = """
@@ -48,12 +60,12 @@ print(json.dumps([measure(options) for options in json.loads(sys.argv[1])]))
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux alone")
 def test_memory_is_within_a_tenth_of_the_measured_peak():
     """Measured in a process of its own, the smallest first: what a larger one leaves behind would help it."""
-    options = [spec | SHAPE | {"model": SMALL, "tokens": 64, "steps": 2, "device": "cpu"} for spec in SPECS]
+    options = [SHAPE | spec | {"model": SMALL, "tokens": 64, "steps": 2, "device": "cpu"} for spec in SPECS]
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     for spec, measured in zip(SPECS, json.loads(said.splitlines()[-1]), strict=True):
-        made = estimate(model_config(SMALL), seq_len=64, **SHAPE, **spec)
+        made = estimate(model_config(SMALL), seq_len=64, **(SHAPE | spec))
         assert made.peak == pytest.approx(measured["peak_bytes"], rel=0.1)
         assert made.trainable == measured["trainable_parameters"]
 
@@ -65,7 +77,7 @@ def test_memory_is_within_a_tenth_of_the_measured_peak():
         (OPT_13B, 256, {"method": "fo-adam", "scheme": "lora", "checkpointing": True}, 28.0),
         (OPT_13B, 256, {"method": "fo-adam", "scheme": "lora"}, 49.9),
         (LLAMA_7B, 256, {"method": "fo-adam", "scheme": "lora", "checkpointing": True}, 15.19),
-        (OPT_1B, 256, {"method": "fo-adam"}, 14.64),
+        (OPT_1B, 256, {"method": "fo-adam", "state_dtype": "parameter"}, 14.64),
     ],
 )
 def test_the_peaks_measured_on_an_h100_are_met_within_a_twentieth(source, tokens, spec, gib):
@@ -85,6 +97,27 @@ def test_weights_and_states_are_counted_to_the_byte():
         assert (made.weights, made.state, made.trainable) == (4 * numbers, state * numbers, numbers)
         assert made.gradients == (4 * numbers if method.startswith("fo-") else 0)
         assert made.peak == made.weights + made.gradients + made.state + made.activations
+
+
+def test_a_state_has_the_dtype_that_was_asked_for():
+    config = model_config(SMALL)
+    numbers = sum(p.numel() for p in build(config, torch.bfloat16).parameters())
+    for method, dtype, state in (
+        ("fo-adam", None, 8), ("fo-adam", "parameter", 4), ("zo-adam", "bfloat16", 4), ("zo-sgd-mmt", "parameter", 2),
+    ):  # fmt: skip
+        made = estimate(config, method=method, dtype="bfloat16", state_dtype=dtype, seq_len=16)
+        assert made.state == state * numbers
+    made = estimate(config, dtype="bfloat16", rounding="compensated", seq_len=16)
+    assert made.state == 2 * numbers
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"hybrid": 0.5, "fo_lr": 1e-3}, {"blocks": "linear"}, {"groups": "batch"}, {"sparsity": 0.5, "mask": "wanda"}],
+)
+def test_what_the_estimate_does_not_count_is_left_blank(more):
+    assert estimate_for(SMALL, SHAPE | {"method": "zo-sgd", "device": "cpu"})["peak_bytes"] > 0
+    assert estimate_for(SMALL, SHAPE | {"method": "zo-sgd", "device": "cpu"} | more) == {}
 
 
 @pytest.mark.parametrize(
@@ -120,9 +153,30 @@ def test_the_command_shows_zo_beside_back_propagation(tmp_path, capsys):
     for part in ("zo-sgd", "zo-adam", "lora", "checkpointing", "NF4", "fo-adam", "yes", "t4"):
         assert part in said
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert len(rows) == len(compare(model_config(SMALL), {"method": "zo-sgd", "scheme": "full"}, seq_len=64))
+    assert len(rows) == len(compare(model_config(SMALL), {"method": "zo-sgd", "scheme": "full"}, seq_len=64)) == 7
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+    assert len(compare(model_config(SMALL), {"method": "fo-adam", "scheme": "full"}, seq_len=64, dtype="float32")) == 7
+    assert len(compare(model_config(SMALL), {"method": "fo-adam", "scheme": "full"}, seq_len=64, dtype="bfloat16")) == 8
     assert run([*command, "--memory", "0.2"]) == 0
     assert " no" in capsys.readouterr().out
+
+
+def test_a_small_model_is_shown_in_mib_and_rows_are_no_longer_than_it_takes(tmp_path, capsys):
+    tiny = SMALL["random"] | {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 48,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    assert (
+        run(["estimate", "--model", str(tmp_path), "--card", "t4", "--method", "fo-adam", "--state-dtype", "bfloat16"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "16 × 48 tokens" in said
+    assert "MiB" in said
+    assert " 0.00 " not in said
 
 
 @pytest.mark.parametrize(
@@ -132,6 +186,8 @@ def test_the_command_shows_zo_beside_back_propagation(tmp_path, capsys):
         (["--scheme", "lorra"], "did you mean 'lora'?"),
         (["--card", "h10"], "did you mean 'h100'?"),
         (["--seq-len", "5000"], "the model takes 512 tokens"),
+        (["--checkpointing"], "method 'zo-sgd' keeps no activations"),
+        (["--state-dtype", "bfloat16"], "method 'zo-sgd' keeps no state"),
         (["--model", "./nowhere"], "no such file or folder"),
     ],
 )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from zotune.bench.figures import spread
+from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
+from zotune.bench.tables import scores as tables_of
 from zotune.cli.app import run
 from zotune.errors import InputError
 
@@ -89,6 +94,78 @@ def test_tables_hold_mean_spread_and_rank_and_choose_lr_on_validation(results):
     assert float(found["zo-sgd", "full"]["ms a step"]) == pytest.approx(100)
 
 
+def reported(folder: Path, *records: dict) -> tuple[list[dict], pd.DataFrame]:
+    """Rows of summary.csv, and the groups."""
+    store = Store(folder)
+    for number, changes in enumerate(records, 1):
+        store.put(record(number, **changes))
+    groups = groups_frame(runs_frame(store.latest()))
+    store.close()
+    make_report(folder)
+    return list(csv.DictReader((folder / "report" / "summary.csv").open())), groups
+
+
+def test_of_a_metric_that_is_better_lower_the_least_is_chosen_and_ranks_first(tmp_path):
+    def ran(method: str, lr: float, validation: float, test: float) -> dict:
+        line = {"step": 10, "loss": 1.0, "forward_passes": 20, "validation_perplexity": validation}
+        result = {
+            "metric": "perplexity",
+            "lr": lr,
+            "validation_best": validation,
+            "test_after": test,
+            "test_before": 30.0,
+        }
+        return {"method": method, "labels": {"lr": lr}, "result": result, "metrics": [line]}
+
+    rows, _ = reported(
+        tmp_path, ran("zo-sgd", 1e-3, 12.5, 12.25), ran("zo-sgd", 1e-2, 20.0, 19.0), ran("zo-adam", 1e-3, 11.0, 11.5)
+    )
+    found = {row["method"]: row for row in rows}
+    assert (found["zo-sgd"]["lr"], found["zo-sgd"]["perplexity"], found["zo-sgd"]["rank"]) == ("0.001", "12.25", "2.0")
+    assert (found["zo-adam"]["perplexity"], found["zo-adam"]["rank"]) == ("11.5", "1.0")
+    page, readme = ((tmp_path / "report" / name).read_text() for name in ("index.html", "README.md"))
+    assert "Test perplexity, mean" in page
+    assert "validation perplexity" in page
+    assert "Perplexity by method and scheme" in readme
+    assert "accuracy in percent" not in readme
+
+
+def test_reports_of_several_metrics_say_which(tmp_path):
+    rows, _ = reported(tmp_path, {"result": {"metric": "accuracy"}}, {"task": "squad", "result": {"metric": "f1"}})
+    assert [(row["metric"], row["score"]) for row in rows] == [("accuracy", "80.0"), ("f1", "80.0")]
+
+
+def test_methods_are_ranked_where_they_compete_and_variants_are_no_methods(tmp_path):
+    def ran(method: str, scheme: str, score: float, **labels) -> dict:
+        return {"method": method, "scheme": scheme, "labels": labels, "result": {"test_after": score}}
+
+    _, groups = reported(
+        tmp_path,
+        ran("zo-sgd", "full", 80), ran("zo-adam", "full", 90), ran("zo-sgd-sign", "full", 70),
+        ran("zo-sgd", "lora", 60), ran("zo-adam", "lora", 50),  # which sign has not
+        ran("zo-sgd", "prompt", 99),  # without a rival
+        ran("zo-sgd", "full", 95, queries=4),
+        ran("zo-sgd", "full", 75, queries=8), ran("zo-adam", "full", 76, queries=8),
+    )  # fmt: skip
+    (table,) = tables_of(groups).values()
+    assert dict(table["mean rank"]) == {
+        "zo-sgd": "2.0", "zo-adam": "1.0", "zo-sgd-sign": "3.0", "zo-sgd queries=4": "",
+        "zo-sgd queries=8": "2.0", "zo-adam queries=8": "1.0",
+    }  # fmt: skip
+
+
+def test_no_eps_stands_where_a_method_has_none(tmp_path):
+    ran = [
+        {"method": "fo-sgd", "labels": {"lr": lr}, "result": {"lr": lr, "validation_best": 80 - lr}}
+        for lr in (0.1, 0.2)
+    ]
+    (row,), _ = reported(tmp_path, *ran)
+    assert (row["lr"], row["eps"]) == ("0.1", "")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Of 2 lr, 0.1 is best on validation" in page
+    assert "eps nan" not in page
+
+
 def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
     drawn = {path.stem for path in (results / "report").glob("*.png")}
     assert drawn == {
@@ -143,45 +220,71 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
         make_report(tmp_path)
 
 
-def test_the_page_in_a_browser_has_no_error_and_no_fault_of_accessibility(results):
+def test_no_bar_passes_a_hundred_percent():
+    rows = pd.DataFrame({"mean": [98.0, 60.0, 12.0], "sd": [5.0, 5.0, math.nan], "metric": ["accuracy"] * 3})
+    down, up = spread(rows)
+    assert (list(down), list(up)) == ([5.0, 5.0, 0.0], [2.0, 5.0, 0.0])
+    assert list(spread(rows.assign(metric="perplexity"))[1]) == [5.0, 5.0, 0.0]
+
+
+WIDTHS = [(1200, "light"), (390, "dark")]
+
+
+@pytest.fixture(scope="module")
+def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("no Chromium on this machine")
-    found = [Path("node_modules/axe-core/axe.min.js"), Path("/usr/lib/node_modules/axe-core/axe.min.js")]
-    axe = next((path.read_text() for path in found if path.is_file()), None)
-    page_path = results / "report" / "index.html"
     with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        for width, scheme in ((1200, "light"), (390, "dark")):
-            assert (
-                _faults(browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme), page_path, axe)
-                == []
-            )
-        browser.close()
+        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
-def _faults(page, path: Path, axe: str | None) -> list[str]:
-    """What the console, the network and axe say of the page, once it was filtered and a number followed."""
+def opened(browser, results: Path, width: int, scheme: str):
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     faults: list[str] = []
     page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.on("request", lambda r: None if r.url.startswith(("data:", "blob:", "file:")) else faults.append(r.url))
     page.on("dialog", lambda d: faults.append(d.message))
-    page.goto(path.as_uri())
+    page.goto((results / "report" / "index.html").as_uri())
     page.wait_for_selector("#table-runs tbody tr")
-    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    return page, faults
+
+
+@pytest.mark.parametrize(("width", "scheme"), WIDTHS)
+def test_the_page_in_a_browser_fits_sorts_and_filters_without_an_error(browser, results, width, scheme):
+    page, faults = opened(browser, results, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ends = "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().right)"
+    assert max(page.evaluate(ends)) <= width
     every = page.locator("#table-runs tbody tr").count()
+    header = page.locator("#table-runs_wrapper thead th", has_text="seed").first
+    column = header.evaluate("th => th.cellIndex")
+    seeds = f"[...document.querySelectorAll('#table-runs tbody tr')].map(row => row.cells[{column}].innerText)"
+    assert page.evaluate(seeds) != sorted(page.evaluate(seeds))
+    header.click()  # in its middle
+    page.wait_for_function(f"(seeds => seeds.every((s, i) => !i || seeds[i - 1] <= s))({seeds})", timeout=5000)
     page.locator("#table-runs_wrapper input[type=search]").fill("zo-adam")
     rows = "document.querySelectorAll('#table-runs tbody tr').length"
     page.wait_for_function(f"every => 0 < {rows} && {rows} < every", arg=every, timeout=5000)
     page.locator("table.matrix a").first.click(timeout=5000)
     page.wait_for_selector("details[open]", timeout=5000)
     assert page.locator("details[open]").count() == 1
-    if axe is not None:
-        page.evaluate(axe)
-        faults += [f"{v['id']}: {v['nodes'][0]['html']}" for v in page.evaluate("axe.run()")["violations"]]
-    return faults
+    assert faults == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), WIDTHS)
+def test_the_page_has_no_fault_of_accessibility(browser, results, width, scheme):
+    found = [Path("node_modules/axe-core/axe.min.js"), Path("/usr/lib/node_modules/axe-core/axe.min.js")]
+    axe = next((path.read_text() for path in found if path.is_file()), None)
+    if axe is None:
+        pytest.skip("axe-core is not installed (npm install axe-core)")
+    page, _ = opened(browser, results, width, scheme)
+    page.evaluate(axe)
+    assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in page.evaluate("axe.run()")["violations"]] == []
 
 
 def test_json_in_the_store_survives_a_round(tmp_path):

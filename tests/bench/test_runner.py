@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -38,6 +39,25 @@ def test_failures_and_want_of_memory_are_results_that_stop_no_other(suite_file, 
     retried, _ = run_here(suite, tmp_path / "out", program, retry=True)
     assert len(retried.runs) == 3
     assert {row.seed: row.attempts for row in store.all()} == {0: 1, 2: 2, 3: 2}
+
+
+def test_the_call_in_which_a_run_fails_ends_with_1_and_later_ones_name_it(
+    suite_file, program, tmp_path, capsys, monkeypatch
+):
+    from zotune.bench import runner
+
+    monkeypatch.setattr(runner, "execute", functools.partial(runner.execute, program=program))
+    grid = {"model": "tiny", "task": "words", "method": "zo-sgd", "scheme": "full"}
+    command = ["bench", "run", suite_file(grid=grid | {"seed": [3, 0, 2]}), "--output", str(tmp_path / "out")]
+    assert run(command) == 1
+    said = capsys.readouterr()
+    assert "1 failed (--retry runs failed ones again)" in said.out
+    assert "failed: tiny words zo-sgd full seed=2: zotune: it broke" in said.err
+    assert run(command) == 0
+    said = capsys.readouterr()
+    assert "all done, 1 of 3 failed: --retry" in said.out
+    assert "failed: tiny words zo-sgd full seed=2" in said.err
+    assert run([*command[:2], suite_file(grid=grid | {"seed": [3, 0]}), *command[3:-1], str(tmp_path / "other")]) == 0
 
 
 def test_other_versions_of_the_code_count_only_when_asked(suite_file, program, tmp_path, monkeypatch):

@@ -51,6 +51,17 @@ def test_the_grid_is_every_pair_and_seed_over_the_same_options(tmp_path):
     assert {cell.options["steps"] for cell in cells} == {4}
 
 
+@pytest.mark.parametrize("method", ["fo-sgd", "fo-adam", "forward-grad"])
+def test_a_method_without_eps_is_tried_with_none(tmp_path, method, program):
+    given = options(tmp_path, method=method, lrs="1e-5,1e-4", epses="1e-3,1e-2", eps=None)
+    cells = expand(search.suite_of(given, *search.values(given))).cells
+    assert [(cell.options["lr"], cell.options.get("eps")) for cell in cells] == [(1e-5, None), (1e-4, None)]
+    store = Store(tmp_path / "out")
+    plan = search.plan_of(given, tmp_path / "out", store, *search.values(given))
+    execute(plan, store, jobs=1, gpus=0, watcher=Silent(), program=program)
+    assert all(math.isnan(row["eps"]) for row in search.outcome(store.all()))
+
+
 def test_without_values_the_grid_spans_decades_around_the_schemes_start(tmp_path):
     from zotune.models.schemes import SCHEMES
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from zotune.bench.cost import forwards_a_step, steps_for
 from zotune.bench.plan import make_plan
 from zotune.bench.suite import Suite, expand, load_suite, matches, shipped
 from zotune.errors import InputError
+from zotune.methods import METHODS
+from zotune.optimizer import ZeroOrderOptimizer
 
 NAMED = {
     "smoke", "sst2", "complexities", "alignment", "memory", "context-length", "query-budget", "enhancements", "paper",
@@ -38,6 +41,26 @@ def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_re
     assert {c.options["method"] for c in expand(load_suite("smoke")).cells} == {"zo-sgd", "fo-sgd"}
 
 
+def test_the_paper_s_suite_is_the_whole_study(monkeypatch):
+    from zotune.bench import cost
+
+    monkeypatch.setattr(cost, "_blocks_of", lambda model, scheme, kind: 27)
+    expanded = expand(load_suite("paper"))
+    assert expanded.left_out == {}
+    finals = [cell for cell in expanded.cells if not cell.search]
+    assert {cell.model for cell in finals} >= {"meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"}
+    assert {cell.task for cell in finals} >= {"sst2", "sst2-plain", "rte", "rte-plain", "copa", "winogrande", "multirc"}
+    labels = {(cell.options["method"], key) for cell in finals for key in cell.labels}
+    assert labels >= {("zo-sgd", key) for key in ("blocks", "hybrid", "sparsity", "mask", "queries")}
+    assert ("forward-grad", "queries") in labels
+    first = [cell for cell in finals if cell.options["method"].startswith("fo-")]
+    assert {cell.options["steps"] for cell in first} == {625}
+    assert all("lr" in cell.open for cell in finals)
+    assert all(("eps" in cell.open) == cell.options["method"].startswith("zo-") for cell in finals if not cell.labels)
+    plain = [cell for cell in finals if cell.options["method"] == "zo-sgd" and not cell.labels]
+    assert {cell.forward_passes for cell in plain} == {40_000}
+
+
 @pytest.mark.parametrize(
     ("options", "cost"),
     [
@@ -54,6 +77,33 @@ def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_re
 )
 def test_a_step_costs_what_the_study_says(options, cost):
     assert forwards_a_step(options) == cost
+
+
+@pytest.mark.parametrize("more", [{}, {"blocks": "transformer"}, {"blocks": "linear"}, {"hybrid": 0.5, "fo_lr": 1e-3}])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "estimator"),
+    [
+        (method, kind)
+        for method in METHODS
+        for kind in ("two-sided", "one-sided")
+        if method not in ("fo-sgd", "fo-adam")
+    ],
+)
+def test_a_step_costs_what_the_optimizer_counts(method, estimator, queries, more):
+    model = nn.ModuleDict({"embed": nn.Linear(2, 2), "layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    given = {"queries": queries, **({"estimator": estimator} if "estimator" in METHODS[method].options else {}), **more}
+    try:
+        optimizer = ZeroOrderOptimizer(model, method, **given)
+    except ValueError:
+        assert method == "zo-sgd-cons"
+        assert more
+        return
+    options = {"method": method, **given}
+    if "blocks" in more:
+        options["blocks"] = len(optimizer.blocks)
+        assert options["blocks"] == 3
+    assert forwards_a_step(options) == optimizer.forwards_a_step
 
 
 @given(st.sampled_from(["zo-sgd", "zo-sgd-cons", "fo-sgd", "forward-grad"]), st.integers(1, 9), st.integers(1, 10**6))
@@ -85,6 +135,34 @@ def test_every_run_of_a_suite_has_the_same_forward_passes(suite_file):
     assert sorted({cell.options["steps"] for cell in expanded.cells}) == [3, 4, 6, 12]
 
 
+def test_blocks_are_counted_in_the_config_of_a_random_model(suite_file):
+    cells = expand(load_suite(suite_file(budget={"forward_passes": 24}), {"blocks": "transformer"})).cells
+    assert {(cell.options["steps"], cell.forward_passes) for cell in cells} == {
+        (3, 24)
+    }  # embedding, a layer, norm, head
+
+
+def test_a_cell_that_cannot_be_composed_is_left_out_or_refused_as_the_suite_says(suite_file):
+    grid = {
+        "model": "tiny",
+        "task": "words",
+        "method": ["zo-sgd", "zo-sgd-cons"],
+        "scheme": ["full", "prompt"],
+        "seed": 0,
+    }
+    changes = {"grid": grid, "defaults": {"blocks": "transformer"}, "budget": {"forward_passes": 24}}
+    expanded = expand(load_suite(suite_file(missing="skip", **changes)))
+    assert [cell.name for cell in expanded.cells] == ["tiny words zo-sgd full seed=0"]
+    said = " ".join(expanded.left_out)
+    assert sum(expanded.left_out.values()) == 3
+    assert "scheme full or lora" in said
+    assert "compares one move" in said
+    with pytest.raises(
+        InputError, match=r"^suite mine: tiny words zo-sgd prompt seed=0: --blocks: .*scheme full or lora$"
+    ):
+        expand(load_suite(suite_file(**changes)))
+
+
 def test_set_replaces_an_axis_an_option_and_the_budget(suite_file):
     changes = {"seed": [5], "lr": 0.25, "budget.steps": 3}
     cells = expand(load_suite(suite_file(rules=[{"set": {"lr": 9}}]), changes)).cells
@@ -100,6 +178,16 @@ def test_keys_depend_on_what_is_computed_and_not_on_where(suite_file, tmp_path):
     assert set(keys()).isdisjoint(keys(defaults={"batch_size": 4, "lr": 2e-3}))
     assert set(keys()).isdisjoint(keys(tasks={"words": {"made": "words", "train": 21, "template": "{text}",
                                                         "label_words": {"0": "bad", "1": "good"}}}))  # fmt: skip
+
+
+def test_the_device_is_part_of_a_probe_and_not_of_a_training_run(suite_file, tmp_path):
+    def keys(kind, device):
+        grid = {"model": "tiny", "method": "zo-sgd", "seed": 0} | ({"task": "words"} if kind == "train" else {})
+        suite = load_suite(suite_file(kind=kind, grid=grid, defaults={"device": device}))
+        return {run.key for run in make_plan(expand(suite), tmp_path).runs}
+
+    assert keys("train", "cpu") == keys("train", "cuda")
+    assert keys("probe", "cpu") != keys("probe", "cuda")
 
 
 def test_patterns_match_texts_and_numbers():
@@ -129,6 +217,22 @@ def test_a_wrong_suite_is_said_in_one_line(suite_file, changes, message):
         expand(load_suite(suite_file(**changes)))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("metod", "zo-sgd", "--set metod: no such option; did you mean 'method'?"),
+        ("method", ["zo-sgd", "zo-adm"], "--set method=zo-adm: no such method; did you mean 'zo-adam'?"),
+        ("task", "wrods", "--set task=wrods: no such task; did you mean 'words'?"),
+        ("defaults.bach_size", 4, "did you mean 'batch_size'?"),
+        ("budjet.steps", 4, "did you mean 'budget.steps'?"),
+    ],
+)
+def test_what_set_names_and_there_is_not_is_refused_where_missing_is_skipped_too(key, value, message):
+    with pytest.raises(InputError) as error:
+        load_suite("smoke", {key: value})
+    assert message in str(error.value)
 
 
 def test_an_unknown_suite_names_the_nearest():

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from zotune.bench.store import Record
+from zotune.methods import has_eps
 from zotune.tasks.task import LOWER_IS_BETTER
 
 
@@ -25,6 +26,7 @@ def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
     rows = []
     for tried in pairs.values():
         lr, eps = (_value(tried, key) for key in ("lr", "eps"))
+        eps = eps if has_eps(tried[0].method) else math.nan
         done = [record for record in tried if record.status == "done"]
         whole = len(done) == len(tried)
         rows.append(

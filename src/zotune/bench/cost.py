@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+from zotune.errors import InputError
 
 # Where a suite does not say: the defaults of `zotune train`.
 CALIBRATION_ROWS, TRAIN_SIZE, BATCH_SIZE = 128, 1000, 16
@@ -14,43 +17,44 @@ CALIBRATION_ROWS, TRAIN_SIZE, BATCH_SIZE = 128, 1000, 16
 def forwards_a_step(options: Mapping[str, Any]) -> int:
     """Forward passes of one update, accumulated batches included.
 
-    With q queries: two-sided 2q, one-sided q + 1, conservative 2q + 3, forward gradient q (a JVP counts one), first order 1;
-    block-wise 2q a block, hybrid one more. `blocks` is the number of blocks, or their kind, which are then counted in the model's
-    config. Source: arXiv 2402.11592, sections 3 and 5.
+    As the method counts them (`Method.forwards`), once a block, and one more with hybrid training: what
+    `ZeroOrderOptimizer.forwards_a_step` is. `blocks` is the number of blocks, or their kind, which are then counted in the
+    config of the model: a name, or `{random: config}`. Source: arXiv 2402.11592, sections 3 and 5.
 
     >>> forwards_a_step({"method": "zo-sgd"}), forwards_a_step({"method": "zo-sgd-cons", "queries": 2})
     (2, 7)
     >>> forwards_a_step({"method": "zo-sgd", "estimator": "one-sided", "queries": 3, "accumulate": 2})
     8
     """
-    method, queries = str(options.get("method", "zo-sgd")), int(options.get("queries") or 1)
-    blocks, batches = _blocks(options), int(options.get("accumulate") or 1)
-    if method.startswith("fo-"):
-        step = 1
-    elif method == "forward-grad":
-        step = queries
-    else:
-        step = queries + 1 if options.get("estimator") == "one-sided" else 2 * queries
-        step = step * blocks + (3 if method == "zo-sgd-cons" else 0) + (options.get("hybrid") is not None)
-    return step * batches
+    from zotune.methods import METHODS, make_method
+
+    name = str(options.get("method", "zo-sgd"))
+    given = {"queries": int(options.get("queries") or 1), "estimator": options.get("estimator") or "two-sided"}
+    method = make_method(name, **{key: value for key, value in given.items() if key in METHODS[name].options})
+    step = method.forwards * _blocks(options) + (options.get("hybrid") is not None)
+    return step * int(options.get("accumulate") or 1)
 
 
 def _blocks(options: Mapping[str, Any]) -> int:
     blocks = options.get("blocks") or 1
     if str(blocks).isdecimal():
         return int(blocks)
-    return _blocks_of(str(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
+    return _blocks_of(json.dumps(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
 
 
 @cache
 def _blocks_of(model: str, scheme: str, kind: str) -> int:
+    """model: as JSON, a name or `{random: config}`."""
     import torch
 
     from zotune.bench.estimate import build, model_config, with_scheme
     from zotune.enhancements import partition
 
-    made, _ = with_scheme(build(model_config(model), torch.float32), scheme)
-    return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
+    made, _ = with_scheme(build(model_config(json.loads(model)), torch.float32), scheme)
+    try:
+        return len(partition([name for name, p in made.named_parameters() if p.requires_grad], kind))
+    except ValueError as error:
+        raise InputError(f"--blocks: {error}") from None
 
 
 def forwards_of(steps: int, options: Mapping[str, Any]) -> int:

@@ -29,15 +29,14 @@ from zotune.engines.sequential import SequentialEngine
 from zotune.errors import InputError, nearest
 from zotune.models.loading import DTYPES
 from zotune.tasks.scoring import ROW_LOSSES
+from zotune.updates import TILE
 
 METHODS = (
     "zo-sgd", "zo-sgd-mmt", "zo-sgd-sign", "zo-sgd-cons", "zo-adam", "forward-grad", "fo-sgd", "fo-adam",
 )  # fmt: skip
 SCHEMES = ("full", "lora", "prefix", "prompt", "head")
 VIRTUAL_TOKENS = {"prefix": 5, "prompt": 10}
-# Bytes of state a trainable element: ZO keeps it in float32, torch.optim in the parameter's own dtype (0 here: see `_state`).
-ZO_STATE = {"zo-sgd-mmt": 4, "zo-adam": 8}
-FO_STATES = {"fo-adam": 2}
+STATE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element; "parameter": those of the weight
 # On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux.
 PROCESS_BYTES = 630 << 20
 NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # 4 bits, a quantised scale for each block of 64, a scale of 256 scales
@@ -60,6 +59,7 @@ class Estimate:
     forwards: int
     peak: int
     step_seconds: float | None = None
+    state_dtype: str = "float32"  # "parameter" where it is that of the weights
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,20 @@ def estimate(
     quantised: bool = False,
     answer_tokens: int = 1,
     queries: int = 1,
+    estimator: str = "two-sided",
+    state_dtype: str | None = None,
+    rounding: str = "nearest",
     rates: Rates | None = None,
 ) -> Estimate:
-    """Peak bytes and seconds of a training step.
+    """Peak bytes and seconds of a training step of zotune.
 
     config: of transformers, as `model_config` gives it; it is not altered. checkpointing: of activations, first order alone.
-    quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K. Raises InputError.
+    quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K.
+    state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. Raises InputError.
     """
     import copy
+
+    from zotune.methods import METHODS as OURS
 
     for value, known, what in ((method, METHODS, "method"), (scheme, SCHEMES, "scheme")):
         if value not in known:
@@ -165,17 +171,27 @@ def estimate(
         _counted[key] = _count(
             copy.deepcopy(config), kind, scheme, passes, batch_size, seq_len, answer_tokens, checkpointing, quantised
         )
-    weights, trainable, trained_bytes, tensors, gradients, flops, calls, step = _counted[key]
-    state = ZO_STATE.get(method, 0) * trainable + FO_STATES.get(method, 0) * trained_bytes
+    weights, trainable, trained_bytes, tensors, largest, gradients, flops, calls, step = _counted[key]
+    rule = OURS[method].build().rule
+    state_dtype = state_dtype or "float32"
+    state = trained_bytes if state_dtype == "parameter" else STATE_BYTES[state_dtype] * trainable
+    state = rule.state_copies * state + trained_bytes * (rounding == "compensated")
+    tiles = 0
+    if passes == "first" or not (rule.linear or rule.extra_forwards):  # what the update of a tile takes, in float32
+        narrow = kind != torch.float32
+        copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
+        tiles = 4 * min(TILE, largest) * (3 + narrow + (narrow or passes != "first") + copies)
+    step = max(step, gradients + tiles)
     peak = weights + state + step
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
-        step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries), peak,
+        step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries, estimator), peak,
+        state_dtype="parameter" if STATE_BYTES.get(state_dtype) == kind.itemsize else state_dtype,
     )  # fmt: skip
     return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates)) if rates else made
 
 
-_counted: dict[tuple[Any, ...], tuple[int, int, int, int, int, float, int, int]] = {}
+_counted: dict[tuple[Any, ...], tuple[int, int, int, int, int, int, float, int, int]] = {}
 
 
 def _count(
@@ -188,8 +204,10 @@ def _count(
     answer_tokens: int,
     checkpointing: bool,
     quantised: bool,
-) -> tuple[int, int, int, int, int, float, int, int]:
-    """Bytes of weights; elements, bytes, number of what trains; bytes of gradients; FLOP, calls of a forward; bytes of a step."""
+) -> tuple[int, int, int, int, int, int, float, int, int]:
+    """Bytes of weights; elements, bytes, number, elements of the largest of what trains; bytes of gradients; FLOP, calls of a
+    forward; bytes of a step.
+    """
     model, extra = with_scheme(build(config, kind), scheme)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -216,27 +234,37 @@ def _count(
         saved, scratch = _quantised(model)
         weights -= saved
         step += scratch
-    return weights, sum(p.numel() for p in trained), trained_bytes, len(trained), gradients, flops, calls, step
+    sizes = [p.numel() for p in trained]
+    return weights, sum(sizes), trained_bytes, len(sizes), max(sizes), gradients, flops, calls, step
 
 
 def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estimate]:
-    """What was asked for, then plain ZO, LoRA, LoRA with checkpointing, QLoRA and full Adam beside it."""
+    """What was asked for, then plain ZO, LoRA, LoRA with checkpointing, QLoRA and full Adam beside it.
+
+    First order beside it is at its cheapest: Adam's moments in the weights' dtype, as torch's are.
+    """
+    adam = {"method": "fo-adam", "state_dtype": "parameter"}
     rows: list[dict[str, Any]] = [
         dict(chosen),
         {"method": "zo-sgd", "scheme": "full"},
         {"method": "zo-adam", "scheme": "full"},
-        {"method": "fo-adam", "scheme": "lora"},
-        {"method": "fo-adam", "scheme": "lora", "checkpointing": True},
-        {"method": "fo-adam", "scheme": "lora", "checkpointing": True, "quantised": True},
-        {"method": "fo-adam", "scheme": "full"},
-        {"method": "fo-adam", "scheme": "full", "checkpointing": True},
+        adam | {"scheme": "lora"},
+        adam | {"scheme": "lora", "checkpointing": True},
+        adam | {"scheme": "lora", "checkpointing": True, "quantised": True},
+        adam | {"scheme": "full"},
+        adam | {"scheme": "full", "checkpointing": True},
     ]
-    distinct = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    return [estimate(config, **(common | row)) for row in distinct]
+    made = [estimate(config, **(common | row)) for row in rows]
+    return [row for i, row in enumerate(made) if row not in made[:i]]
 
 
 def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak bytes and seconds a step of one run of a suite, on this machine; rows of 64 tokens where their length is not known."""
+    """Peak bytes and seconds a step of one run of a suite, on this machine; rows of 64 tokens where their length is not known.
+
+    Nothing for what `estimate` does not count.
+    """
+    if not counted(options):
+        return {}
     config = model_config(source)
     limit = getattr(config, "max_position_embeddings", None) or 64
     made = estimate(
@@ -248,11 +276,22 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         dtype=options.get("dtype"),
         checkpointing=bool(options.get("checkpointing")),
         queries=int(options.get("queries") or 1),
+        estimator=options.get("estimator") or "two-sided",
+        state_dtype=options.get("state_dtype"),
+        rounding=options.get("rounding") or "nearest",
+        answer_tokens=int(options.get("answer_tokens") or 1),
         rates=rates_here(options.get("device", "auto")),
     )
     on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
     process = 0 if on_gpu or "tokens" in options else PROCESS_BYTES
     return {"peak_bytes": made.peak + process, "step_seconds": made.step_seconds}
+
+
+def counted(options: Mapping[str, Any]) -> bool:
+    """Whether `estimate` knows a step of these options: not blocks, hybrid training, kept masks, several directions."""
+    others = [options.get(name) for name in ("blocks", "hybrid", "quantize")]
+    kept = options.get("mask") in ("magnitude", "wanda")
+    return not any(others) and not kept and str(options.get("groups") or 1) == "1"
 
 
 def with_scheme(model: nn.Module, scheme: str) -> tuple[nn.Module, int]:
@@ -468,10 +507,10 @@ def _quantised(model: nn.Module) -> tuple[int, int]:
     return sum(sizes) - kept, max(sizes, default=0)
 
 
-def _forwards(method: str, queries: int) -> int:
+def _forwards(method: str, queries: int, estimator: str) -> int:
     from zotune.bench.cost import forwards_a_step
 
-    return forwards_a_step({"method": method, "queries": queries})
+    return forwards_a_step({"method": method, "queries": queries, "estimator": estimator})
 
 
 def forward_seconds(made: Estimate, rates: Rates) -> float:

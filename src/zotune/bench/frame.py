@@ -11,6 +11,8 @@ import pandas as pd
 
 from zotune.bench.store import Record
 from zotune.bench.suite import _text
+from zotune.methods import has_eps
+from zotune.tasks.task import LOWER_IS_BETTER
 
 GROUP = ["kind", "model", "task", "method", "scheme", "variant"]  # what names a configuration, seeds and lr, eps aside
 SEARCHED = ("lr", "eps")  # among several values of these the best on validation is taken
@@ -39,10 +41,10 @@ def _row(record: Record) -> dict[str, Any]:
         "search": bool(record.labels.get("search")),
         "status": record.status,
         "lr": _number(result.get("lr", options.get("lr"))),
-        "eps": _number(result.get("eps", options.get("eps"))),
+        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method) else math.nan,
         "queries": int(options.get("queries") or 1),
         "tokens": _number(options.get("tokens")),
-        "accuracy": number("test_after"),
+        "score": number("test_after"),
         "before": number("test_before"),
         "validation": number("validation_best"),
         "forward_passes": number("forward_passes"),
@@ -53,7 +55,7 @@ def _row(record: Record) -> dict[str, Any]:
         "trainable": number("trainable_parameters"),
         "device": result.get("device", ""),
         "dtype": result.get("dtype", options.get("dtype", "")),
-        "metric": result.get("metric", "accuracy"),
+        "metric": str(result.get("metric") or ""),
         "metrics": record.metrics or [],
         "options": options,
         "command": record.command,
@@ -86,7 +88,8 @@ def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:
 def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a configuration, its chosen lr and eps: mean and spread over seeds, and its rank among the methods.
 
-    sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of (model, task, scheme); equals share a rank.
+    sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of the methods of a model, task, scheme and variant;
+    equals share a rank, and a method without another has none.
     """
     rows = []
     for names, group in runs.groupby(GROUP, sort=False, dropna=False):
@@ -100,11 +103,12 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
                 "keys": list(group.key),
                 "chosen": list(chosen.key),
                 "labels": group.labels.iloc[0],
+                "metric": next(filter(None, [*chosen.metric, *group.metric]), ""),
                 "n": len(chosen),
                 "failed": int((group.status == "failed").sum()),
                 "oom": int((group.status == "oom").sum()),
-                "mean": chosen.accuracy.mean() if len(chosen) else math.nan,
-                "sd": chosen.accuracy.std(ddof=1) if len(chosen) > 1 else math.nan,
+                "mean": chosen.score.mean() if len(chosen) else math.nan,
+                "sd": chosen.score.std(ddof=1) if len(chosen) > 1 else math.nan,
                 "before": chosen.before.mean() if len(chosen) else math.nan,
                 "lr": chosen.lr.iloc[0] if len(chosen) else math.nan,
                 "eps": chosen.eps.iloc[0] if len(chosen) else math.nan,
@@ -118,8 +122,28 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    frame["rank"] = frame.groupby(["model", "task", "scheme"])["mean"].rank(ascending=False, method="min")
+    goodness = frame["mean"].where(~frame.metric.isin(LOWER_IS_BETTER), -frame["mean"])
+    among = goodness.groupby([frame[name] for name in ("model", "task", "scheme", "variant")])
+    frame["rank"] = among.rank(ascending=False, method="min").where(among.transform("count") > 1)
     return frame
+
+
+def metric_of(frame: pd.DataFrame) -> str:
+    """What the runs or configurations are scored by: the one metric of all, else "score"."""
+    names = set(frame.metric) - {""}
+    return "score" if len(names) > 1 else next(iter(names), "accuracy")
+
+
+def unit(metric: str) -> str:
+    """
+    >>> unit("f1"), unit("perplexity")
+    ('f1 (%)', 'perplexity')
+    """
+    return f"{metric} (%)" if percentage(metric) else metric
+
+
+def percentage(metric: str) -> bool:
+    return metric != "score" and metric not in LOWER_IS_BETTER and ":" not in metric
 
 
 def choose(done: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +154,7 @@ def choose(done: pd.DataFrame) -> pd.DataFrame:
     means = pairs.mean()[pairs.size() == pairs.size().max()]
     if len(pairs) < 2 or means.isna().all():
         return done
-    lr, eps = means.idxmax()
+    lr, eps = means.idxmin() if done.metric.isin(LOWER_IS_BETTER).any() else means.idxmax()
     same = lambda column, value: (column == value) | (column.isna() & (value != value))  # noqa: E731
     return done[same(done.lr, lr) & same(done.eps, eps)]
 

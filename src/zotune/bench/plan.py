@@ -19,7 +19,7 @@ from zotune.bench.store import FINAL, Record, Store
 from zotune.bench.suite import Cell, Expanded
 from zotune.errors import InputError
 
-# Options that name no part of what is computed.
+# Options that name no part of what is computed. A training run is the same experiment on every device.
 FREE = ("report_to", "log_every", "device")
 
 
@@ -155,8 +155,11 @@ def _run(cell: Cell, folder: Path) -> Run:
 
 
 def identity(cell: Cell) -> dict[str, Any]:
-    """What makes two runs the same: options that count, and the definitions (not the place) of what is made."""
-    options = {k: v for k, v in cell.options.items() if k not in FREE}
+    """What makes two runs the same: options that count, and the definitions (not the place) of what is made.
+
+    Memory and time are all that a probe finds, so its device counts.
+    """
+    options = {k: v for k, v in cell.options.items() if k not in FREE or (cell.kind == "probe" and k == "device")}
     return {"kind": cell.kind, "options": options, "made": cell.made}
 
 
@@ -186,7 +189,10 @@ START_SECONDS = 8.0  # until the first step, where no run has told: imports, the
 
 def _estimated(options: Mapping[str, Any]) -> str:
     """What an estimate depends on."""
-    names = ("model", "method", "scheme", "batch_size", "tokens", "dtype", "checkpointing", "queries", "device")
+    names = (
+        "model", "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "device",
+        "estimator", "state_dtype", "rounding", "blocks", "hybrid", "quantize", "mask", "groups",
+    )  # fmt: skip
     return json.dumps([options.get(name) for name in names], sort_keys=True)
 
 

@@ -22,6 +22,7 @@ from filelock import FileLock
 from torch import nn
 
 from zotune.bench.estimate import model_config, without_dropout
+from zotune.bench.suite import PROBE_STEP, probe_config
 from zotune.memory import peak_bytes, reset_peak
 from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
@@ -35,7 +36,8 @@ M_MMAP_THRESHOLD = -3
 def measure(options: Mapping[str, Any]) -> dict[str, Any]:
     """peak_bytes, step_seconds, trainable_parameters, forward_passes of `steps` steps, the first of which warms up.
 
-    options: model (a name, or {random: config}), method, scheme, batch_size, tokens, dtype, device, checkpointing, queries.
+    options: model (a name, or {random: config}), tokens, answer_tokens, checkpointing, and of `zotune train` those that
+    `PROBE_OPTIONS` names: all that changes a step. Each method is zotune's own, fo-adam too.
     On the CPU the peak is the process's, less what it held before there was a model.
     """
     for name in ("transformers.initialization", "peft", "zotune.optimizer"):  # not while others wait for the device
@@ -94,7 +96,7 @@ def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict
     config = model_config(options["model"])
     without_dropout(config)
     dtype = DTYPES[options["dtype"]] if options.get("dtype") else (getattr(config, "dtype", None) or torch.float32)
-    torch.manual_seed(0)
+    torch.manual_seed(int(options.get("seed") or 0))
     with device, no_init_weights():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     _fill(model)
@@ -122,7 +124,7 @@ def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict
         "peak_bytes": peak_bytes(device),
         "step_seconds": statistics.median(took),
         "steps": steps,
-        "forward_passes": count(steps),
+        "forward_passes": count(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
@@ -139,40 +141,26 @@ def _fill(model: nn.Module) -> None:
 
 def _stepper(
     model: nn.Module, batch: Mapping[str, torch.Tensor], options: Mapping[str, Any]
-) -> tuple[Callable[[], Any], Callable[[int], int]]:
-    from zotune.methods import METHODS
+) -> tuple[Callable[[], Any], Callable[[], int]]:
     from zotune.optimizer import ZeroOrderOptimizer
 
-    method = str(options.get("method", "zo-sgd"))
-    loss = ROW_LOSSES["answer"]
-    if not method.startswith("fo-"):
-        known = METHODS[method].options
-        extra: Any = {"queries": int(options["queries"])} if options.get("queries") and "queries" in known else {}
-        optimizer = ZeroOrderOptimizer(
-            model, method, lr=1e-9, eps=1e-3, engine=options.get("engine") or "auto", **extra
-        )
-        if batch["input_ids"].is_cuda:
-            of_batch = lambda given: loss(model, given)  # noqa: E731  # one object: a graph is captured for each
-            return lambda: optimizer.step(of_batch, batch=batch), lambda steps: optimizer.forward_passes
-        return lambda: optimizer.step(lambda: loss(model, batch)), lambda steps: optimizer.forward_passes
+    config = probe_config(options)
+    given = config.step_options | {key: getattr(config, key) for key in PROBE_STEP}
     if options.get("checkpointing"):
         inner: Any = model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inner.enable_input_require_grads()
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    torch_optimizer: torch.optim.Optimizer
-    if method == "fo-adam":
-        torch_optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
-    else:
-        torch_optimizer = torch.optim.SGD(trained, lr=1e-9, fused=True)
-
-    def step() -> None:
-        loss(model, batch).mean().backward()
-        torch_optimizer.step()
-        torch_optimizer.zero_grad(set_to_none=True)
-
-    return step, lambda steps: steps
+        model.train()
+    optimizer = ZeroOrderOptimizer(model, config.method, lr=1e-9, eps=1e-3, **given)
+    loss = ROW_LOSSES["answer"]
+    of_batch = lambda given: loss(model, given)  # noqa: E731  # one object: a graph is captured for each
+    several = config.groups != 1 or batch["input_ids"].is_cuda
+    step = (
+        (lambda: optimizer.step(of_batch, batch=batch))
+        if several
+        else (lambda: optimizer.step(lambda: of_batch(batch)))
+    )
+    return step, lambda: optimizer.forward_passes
 
 
 def _exact_frees() -> None:

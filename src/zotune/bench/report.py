@@ -18,7 +18,7 @@ from PIL import Image
 
 import zotune
 from zotune.bench import figures, quoted, tables
-from zotune.bench.frame import groups_frame, runs_frame
+from zotune.bench.frame import groups_frame, metric_of, percentage, runs_frame
 from zotune.bench.store import Record, Store
 from zotune.errors import InputError
 
@@ -26,7 +26,7 @@ SPREAD = (
     "mean ± one standard deviation over seeds; a figure without ± is one seed's. Where several learning rates or eps were "
     "tried, the one best on validation."
 )
-NUMBERS = ("accuracy", "before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
+NUMBERS = ("before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
 
 
 def make_report(*folders: Path, target: Path | None = None, compact: bool = False) -> Path:
@@ -57,9 +57,10 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     drawn = _figures(runs, groups, partial, compact)
-    matrices = tables.accuracy(groups[groups.kind == "train"])
-    _files(partial, matrices, tables.summary(groups), tables.runs(runs))
-    _readme(partial, matrices, drawn, runs)
+    matrices = tables.scores(groups[groups.kind == "train"])
+    scored = "Test " + metric_of(runs) + " in percent" * percentage(metric_of(runs))
+    _files(partial, matrices, scored, tables.summary(groups), tables.runs(runs))
+    _readme(partial, matrices, scored, drawn, runs)
     page = _environment().get_template("page.html.j2").render(
         title=", ".join(sorted(set(runs.suite))),
         made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -73,13 +74,14 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
             {"name": name, "columns": list(table.columns), "rows": list(zip(table.index, table.to_numpy(), strict=True))}
             for name, table in matrices.items()
         ],
+        scored=scored,
         spread=SPREAD,
         is_cell=lambda value: isinstance(value, tables.Cell),
         figures=drawn,
         quoted=_quoted(runs),
         scripts=Markup(generate_init_offline_itables_html(Path(itables.options.dt_bundle))),
-        summary=_sortable(tables.summary(groups), "group", "summary"),
-        runs=_sortable(_with_anchor(tables.runs(runs)), "anchor", "runs"),
+        summary=_sortable(tables.summary(groups), "group", "summary", metric_of(groups)),
+        runs=_sortable(_with_anchor(tables.runs(runs)), "anchor", "runs", metric_of(runs)),
         groups=_groups(runs, groups),
     )  # fmt: skip
     (partial / "index.html").write_text(page, encoding="utf-8")
@@ -97,7 +99,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bool) -> list[dict[str, Any]]:
-    drawn = []
+    drawn, metric = [], metric_of(runs)
     for module in figures.modules():
         with figures.style():
             figure = module.draw(runs, groups)
@@ -110,23 +112,29 @@ def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bo
                     image.convert("RGB").quantize(32).save(png, optimize=True)
             else:
                 (folder / f"{module.NAME}.svg").write_text(figures.plain_svg(figure, module.NAME), encoding="utf-8")
-            svg = figures.as_svg(figure, module.NAME, module.TITLE)
-        drawn.append({"name": module.NAME, "title": module.TITLE, "about": module.ABOUT, "svg": Markup(svg)})
+            title = module.TITLE.replace("Accuracy", metric[0].upper() + metric[1:])
+            about = module.ABOUT.replace("accuracy", metric)
+            svg = figures.as_svg(figure, module.NAME, title)
+        drawn.append({"name": module.NAME, "title": title, "about": about, "svg": Markup(svg)})
     return drawn
 
 
-def _files(folder: Path, matrices: dict[str, pd.DataFrame], summary: pd.DataFrame, runs: pd.DataFrame) -> None:
+def _files(
+    folder: Path, matrices: dict[str, pd.DataFrame], scored: str, summary: pd.DataFrame, runs: pd.DataFrame
+) -> None:
     summary.drop(columns="group").to_csv(folder / "summary.csv", index=False)
     runs.to_csv(folder / "runs.csv", index=False)
     text = [f"## {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in matrices.items()]
     text.append("## All configurations\n\n" + tables.markdown(tables.written(summary.drop(columns="group"))))
     (folder / "tables.md").write_text("\n".join(text), encoding="utf-8")
-    tex = [tables.latex(table, f"Test accuracy: {name}") for name, table in matrices.items()]
+    tex = [tables.latex(table, f"{scored}: {name}") for name, table in matrices.items()]
     tex.append(tables.latex(tables.written(summary.drop(columns="group")), "All configurations"))
     (folder / "tables.tex").write_text("\n".join(tex), encoding="utf-8")
 
 
-def _readme(folder: Path, matrices: dict[str, pd.DataFrame], drawn: list[dict[str, Any]], runs: pd.DataFrame) -> None:
+def _readme(
+    folder: Path, matrices: dict[str, pd.DataFrame], scored: str, drawn: list[dict[str, Any]], runs: pd.DataFrame
+) -> None:
     """The tables and figures as a page of Markdown, which forges show."""
     devices = ", ".join(sorted({tables.plain(device) for device in runs.device if device}))
     suites = ", ".join(map(tables.plain, sorted(set(runs.suite))))
@@ -139,18 +147,20 @@ def _readme(folder: Path, matrices: dict[str, pd.DataFrame], drawn: list[dict[st
         "[tables.md](tables.md), [tables.tex](tables.tex), [summary.csv](summary.csv), [runs.csv](runs.csv).\n",
     ]
     if matrices:
-        lines.append(f"Test accuracy in percent, {SPREAD}\n")
+        lines.append(f"{scored}, {SPREAD}\n")
     lines += [f"## {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in matrices.items()]
     lines += [f"## {one['title']}\n\n{one['about']}\n\n![{one['title']}]({one['name']}.png)\n" for one in drawn]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _sortable(table: pd.DataFrame, anchor: str, name: str) -> Markup:
+def _sortable(table: pd.DataFrame, anchor: str, name: str, metric: str) -> Markup:
     """A table that sorts and filters, by itables, with nothing fetched. Its cells are escaped by `tables.linked`."""
+    cells = tables.linked(table.drop(columns=anchor), table[anchor], (*NUMBERS, metric))
     html = itables.to_html_datatable(
-        tables.linked(table.drop(columns=anchor), table[anchor], NUMBERS), connected=False, allow_html=True, showIndex=False,
+        cells, connected=False, allow_html=True, showIndex=False,
         display_logo_when_loading=False, classes="display compact nowrap", paging=name == "runs" and len(table) > 25, pageLength=25,
         table_id=f"table-{name}", maxBytes=0, maxColumns=0, style="width:100%",
+        text_in_header_can_be_selected=False,  # a click anywhere on a header sorts
     )  # fmt: skip
     return Markup(html)
 
@@ -169,7 +179,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
             "figure": tables.mean_sd(group) if group.kind == "train" else "",
             "searched": group.searched,
             "lr": f"{group.lr:g}",
-            "eps": f"{group.eps:g}",
+            "eps": f"{group.eps:g}" if group.eps == group.eps else "",
             "runs": [
                 {
                     "anchor": f"run-{key}",
@@ -177,7 +187,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
                     "search": by_key[key].search,
                     "lr": f"{by_key[key].lr:g}" if by_key[key].lr == by_key[key].lr else "",
                     "status": by_key[key].status,
-                    "accuracy": tables._written("accuracy", by_key[key].accuracy),
+                    "score": tables._written(by_key[key].metric, by_key[key].score),
                     "options": yaml.safe_dump(by_key[key].options, sort_keys=False, allow_unicode=True, width=100),
                     "command": by_key[key].command,
                     "code": by_key[key].code,

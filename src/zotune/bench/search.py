@@ -14,6 +14,7 @@ from zotune.bench.store import Store
 from zotune.bench.suite import Suite, expand
 from zotune.config import SweepConfig
 from zotune.errors import InputError
+from zotune.methods import has_eps
 
 __all__ = ["by_optuna", "outcome", "plan_of", "suite_of", "values"]
 
@@ -33,7 +34,7 @@ def values(options: SweepConfig) -> tuple[list[float], list[float]]:
         count = math.ceil(math.log10(high / low) - 1e-9)
         lrs = [float(f"{low * (high / low) ** (i / count):.1g}") for i in range(count + 1)]
     epses = options.epses or [options.eps if options.eps is not None else scheme.eps]
-    return sorted(set(lrs)), sorted(set(epses))
+    return sorted(set(lrs)), sorted(set(epses)) if has_eps(options.method) else epses[:1]
 
 
 def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float]) -> Suite:

@@ -7,7 +7,7 @@ again with some of its axes replaced; an `exclude` drops the cells that match.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
@@ -17,12 +17,24 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from zotune.bench.cost import forwards_a_step, forwards_of, steps_for
-from zotune.config import Options, Positive, TrainConfig, load_yaml, resolve
+from zotune.config import STEP_OPTIONS, Options, Positive, TrainConfig, load_yaml, resolve
 from zotune.errors import InputError, nearest
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
-PROBE_KEYS = ("tokens", "checkpointing", "repeats", "answer_tokens")  # what a probe takes beyond the options of a run
-PROBE_METHODS = ("fo-sgd", "fo-adam")  # which a probe steps by torch.optim where the library has none of them
+PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run
+PROBE_STEP = ("queries", "direction", "groups", "engine", "rank", "fold_every", "rounding", "weight_decay", "seed")
+PROBE_OPTIONS = (
+    "model",
+    "method",
+    "scheme",
+    "batch_size",
+    "dtype",
+    "device",
+    "steps",
+    "estimator",
+    *PROBE_STEP,
+    *STEP_OPTIONS,
+)
 
 
 class Budget(Options):
@@ -88,7 +100,7 @@ class Suite(Options):
     exclude: list[dict[str, Any]] = Field([])
     budget: Budget
     search: Search = Search()
-    missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that this version lacks")
+    missing: Literal["refuse", "skip"] = Field("refuse", description="what becomes of cells that cannot be run")
     keep_models: bool = Field(False, description="keep the trained weights of each run")
 
     @field_validator("grid", mode="before")
@@ -102,7 +114,9 @@ class Suite(Options):
         return [cls._lists(entry) for entry in value] if isinstance(value, list) else value
 
     def cells(self) -> Iterator[dict[str, Any]]:
-        """Each cell of the grid and its includes, without the excluded, none twice."""
+        """Each cell of the grid and its includes, without the excluded, none twice: methods without eps have no such axis."""
+        from zotune.methods import has_eps
+
         seen = set()
         replacements: list[dict[str, list[Any]]] = [{}, *self.include]
         for axes in replacements:
@@ -111,6 +125,8 @@ class Suite(Options):
             order = [a for a in AXES if a in grid] + [k for k in grid if k not in AXES]
             for values in itertools.product(*(grid[k] for k in order)):
                 cell = dict(zip(order, values, strict=True))
+                if not has_eps(str(cell.get("method"))):
+                    cell.pop("eps", None)
                 key = repr(sorted(cell.items()))
                 if key not in seen and not any(matches(pattern, cell) for pattern in self.exclude):
                     seen.add(key)
@@ -146,7 +162,7 @@ class Cell:
 
 @dataclass
 class Expanded:
-    """The cells of a suite that this version has, and for those it has not a reason and their number."""
+    """The cells of a suite that can be run, and for those that cannot a reason and their number."""
 
     suite: Suite
     cells: list[Cell]
@@ -174,6 +190,7 @@ def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
     if not isinstance(value, dict):
         raise InputError(f"{where}: keys and values were expected")
     for key, given in (changes or {}).items():
+        _check_change(value, key, given)
         _change(value, key, given)
     try:
         return Suite.model_validate(value)
@@ -181,10 +198,34 @@ def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
         raise InputError("\n".join(_line(where, e) for e in error.errors())) from None
 
 
+def _check_change(suite: Mapping[str, Any], key: str, given: Any) -> None:
+    """Raise InputError for a --set of what there is not: a suite's `missing: skip` is for what the suite itself names."""
+    from zotune.registry import names
+
+    head, _, rest = key.partition(".")
+    if rest and head in ("budget", "search", "models"):
+        return  # the suite's own model of these tells
+    name = rest if rest and head in ("grid", "defaults") else key
+    grid = suite.get("grid") or {}
+    known = [*TrainConfig.model_fields, *PROBE_KEYS, *grid, "missing", "keep_models"]
+    if name not in known:
+        raise InputError(
+            f"--set {key}: no such option; {nearest(name, [*known, 'budget.steps', 'budget.forward_passes'])}"
+        )
+    kinds = {"method": [*names("method"), "all"], "scheme": [*names("scheme"), "all"]}
+    if suite.get("kind") != "probe":
+        kinds["task"] = [*names("task"), *(suite.get("tasks") or {}), "all"]
+    for value in _listed(given) if name in kinds else ():
+        if value not in kinds[name]:
+            raise InputError(f"--set {key}={value}: no such {name}; {nearest(str(value), kinds[name])}")
+
+
 def _change(value: dict[str, Any], key: str, given: Any) -> None:
     """--set: `budget.steps`, `search.steps`, `models.NAME` and the suite's own scalars by their place; an axis of the grid;
     else a default, over all rules.
     """
+    if key == "data_dir" and value.get("kind") == "probe":
+        return  # it reads no data
     head, _, rest = key.partition(".")
     if rest and head == "search":
         value[head] = {**value.get(head, {}), **({rest: given} if rest == "seed" else {"budget": {rest: given}})}
@@ -203,8 +244,11 @@ def _change(value: dict[str, Any], key: str, given: Any) -> None:
 
 
 def expand(suite: Suite) -> Expanded:
-    """The suite's runs. Cells that this version lacks are left out with a reason, or refused, as the suite says."""
+    """The suite's runs. Cells that this version lacks, or whose options do not go together, are left out with a reason, or
+    refused, as the suite says.
+    """
     cells: list[Cell] = []
+    searched: set[str] = set()
     left_out: dict[str, int] = {}
     for axes in suite.cells():
         absent = [a for a in ("model", "method") + (("task",) if suite.kind == "train" else ()) if a not in axes]
@@ -216,23 +260,38 @@ def expand(suite: Suite) -> Expanded:
         if lacking:
             left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
             continue
-        values = _searched(suite, axes)
-        if not values:
-            cells.append(_cell(suite, axes))
-            continue
-        group = _name({k: v for k, v in axes.items() if k != "seed"})
-        waits = replace(_cell(suite, axes), group=group, open=tuple(values))
-        if group not in {cell.group for cell in cells}:
-            for pair in itertools.product(*values.values()):
-                tried = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
-                cell = _cell(suite, tried, suite.search.budget)
-                trial = cell.options["steps"] != waits.options["steps"]
-                cells.append(replace(cell, search=True, trial=trial, group=group))
-        cells.append(waits)
+        try:
+            own = _at(suite, axes, searched)
+        except InputError as error:
+            lines = str(error).splitlines()
+            if suite.missing == "refuse":
+                raise InputError("\n".join(f"suite {suite.name}: {_name(axes)}: {line}" for line in lines)) from None
+            reason = "; ".join(lines)
+            left_out[reason] = left_out.get(reason, 0) + 1
+        else:
+            cells += own
+            searched |= {cell.group for cell in own} - {""}
     if not cells:
         said = "; ".join(left_out) or "its exclusions leave nothing"
         raise InputError(f"suite {suite.name}: no run is left ({said})")
     return Expanded(suite, cells, left_out)
+
+
+def _at(suite: Suite, axes: Mapping[str, Any], searched: Collection[str]) -> list[Cell]:
+    """The cell, behind the pairs of lr and eps that are tried for it unless its group has been searched."""
+    values = _searched(suite, axes)
+    if not values:
+        return [_cell(suite, axes)]
+    group = _name({k: v for k, v in axes.items() if k != "seed"})
+    waits = replace(_cell(suite, axes), group=group, open=tuple(values))
+    tried = []
+    if group not in searched:
+        for pair in itertools.product(*values.values()):
+            own = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
+            cell = _cell(suite, own, suite.search.budget)
+            trial = cell.options["steps"] != waits.options["steps"]
+            tried.append(replace(cell, search=True, trial=trial, group=group))
+    return [*tried, waits]
 
 
 def together(several: Sequence[Expanded]) -> Expanded:
@@ -272,13 +331,16 @@ def _options(suite: Suite, axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _searched(suite: Suite, axes: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The values of lr and eps to try for a cell; none of those that a later rule or the grid sets."""
+    """The values of lr and eps to try for a cell; none of those that a later rule or the grid sets, no eps where it has none."""
+    from zotune.methods import has_eps
+
     options, values = dict(suite.defaults), dict[str, list[float]]()
     for rule in suite.rules:
         if matches(rule.when, {**options, **axes}):
             options |= rule.set
             values = {k: v for k, v in values.items() if k not in rule.set} | dict(rule.search)
-    return {k: v for k, v in values.items() if k not in axes and v}
+    known = ("lr", "eps") if has_eps(str(axes.get("method"))) else ("lr",)
+    return {k: v for k, v in values.items() if k not in axes and v and k in known}
 
 
 def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -290,8 +352,6 @@ def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
         value, known = options.get(kind), names(kind)
         if kind == "task" and (suite.kind == "probe" or value in suite.tasks):
             continue
-        if kind == "method" and suite.kind == "probe":
-            known = [*known, *PROBE_METHODS]
         if value is not None and value not in known:
             return f"{kind} {value!r} is not in this version", f"; {nearest(str(value), known)}"
     fields = [*TrainConfig.model_fields, *(PROBE_KEYS if suite.kind == "probe" else ())]
@@ -322,32 +382,41 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
             made["data"] = {"kind": given.pop("made"), **{k: given.pop(k) for k in _SIZES if k in given}}
             options["data"] = f"made:{task}"
         options = given | options
-    cost = forwards_a_step(options)
+    built = {"model": {"random": made["model"]}} if "model" in made else {}  # what blocks are counted in
+    cost = forwards_a_step(options | built)
     paid = budget or suite.budget
     if paid.steps is not None:
         steps = paid.steps
     else:
         assert paid.forward_passes is not None
-        steps = steps_for(paid.forward_passes, options)
+        steps = steps_for(paid.forward_passes, options | built)
         if steps < 1:
             raise InputError(
-                f"suite {suite.name}: budget: {paid.forward_passes} forward passes pay for no step of "
+                f"budget: {paid.forward_passes} forward passes pay for no step of "
                 f"{options['method']} ({cost} each); raise the budget"
             )
     own = options.get("steps")
     options["steps"] = steps if own is None else int(own) if budget is None else min(int(own), steps)
     name = _name(axes)
     if suite.kind == "train":
-        try:
-            checked = resolve(TrainConfig, options | {"output": "-"}, None)
-        except InputError as error:
-            raise InputError(
-                "\n".join(f"suite {suite.name}: {name}: {line}" for line in str(error).splitlines())
-            ) from None
+        checked = resolve(TrainConfig, options | {"output": "-"}, None)
         options = checked.model_dump(exclude={"output", "resume", "overwrite", "dry_run"}, exclude_none=True)
+    else:
+        probe_config(options)
     labels = {k: v for k, v in axes.items() if k not in AXES}
-    passes = forwards_of(int(options["steps"]), options)
+    passes = forwards_of(int(options["steps"]), options | built)
     return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
+
+
+def probe_config(options: Mapping[str, Any]) -> TrainConfig:
+    """What a probe steps by. Raises InputError for what it cannot measure, and for what does not go together."""
+    for key in options:
+        if key not in (*PROBE_OPTIONS, *PROBE_KEYS):
+            raise InputError(f"--{key.replace('_', '-')}: a probe times a few steps on random weights and takes none")
+    if options.get("checkpointing") and not str(options.get("method")).startswith("fo-"):
+        raise InputError(f"--checkpointing: method {options.get('method')!r} keeps no activations; it is for fo-*")
+    given = {key: value for key, value in options.items() if key in PROBE_OPTIONS and key not in ("model", "steps")}
+    return resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
 
 
 _SIZES = ("train", "validation", "test")

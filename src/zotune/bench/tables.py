@@ -9,22 +9,30 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup, escape
 
-from zotune.bench.frame import label
+from zotune.bench.frame import label, metric_of, percentage
+from zotune.tasks.metrics import figure
 
 
-def accuracy(groups: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """For each model and task: methods × schemes, cells (text, group), and the mean rank over the schemes."""
+def scores(groups: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """For each model and task: methods × schemes, cells (text, group), and the mean rank where methods compete.
+
+    It is over the schemes in which every method (of the same variant) that is ranked at all has a rank.
+    """
     tables = {}
     scored = groups[(groups["mean"].notna()) | (groups.kind == "train")]
     for (model, task), here in scored.groupby(["model", "task"], sort=False):
         names = list(dict.fromkeys(label(row) for row in here.itertuples()))
         schemes = list(dict.fromkeys(here.scheme))
-        table = pd.DataFrame("", index=names, columns=[*schemes, "mean rank"], dtype=object)
-        ranks: dict[str, list[float]] = {name: [] for name in names}
+        table = pd.DataFrame("", index=names, columns=schemes, dtype=object)
         for row in here.itertuples():
             table.loc[label(row), row.scheme] = Cell(mean_sd(row), row.group)
-            ranks[label(row)] += [row.rank] if row.rank == row.rank else []
-        table["mean rank"] = [f"{sum(r) / len(r):.1f}" if (r := ranks[name]) else "" for name in names]
+        ranks = pd.Series("", index=names, dtype=object)
+        for _, same in here[here["rank"].notna()].groupby("variant"):
+            ranked = same.pivot(index="method", columns="scheme", values="rank").dropna(axis="columns")
+            for row in same.itertuples() if len(ranked.columns) else ():
+                ranks[label(row)] = f"{ranked.loc[row.method].mean():.1f}"
+        if any(ranks):
+            table["mean rank"] = ranks
         tables[f"{model}, {task}"] = table
     return tables
 
@@ -44,16 +52,18 @@ def mean_sd(row: Any) -> str:
     """`91.2 ± 0.4`, or why there is no figure."""
     if row.mean != row.mean:
         return "does not fit" if row.oom else "failed" if row.failed else "not run"
-    return f"{row.mean:.1f}" + (f" ± {row.sd:.1f}" if row.sd == row.sd else "")
+    return figure(row.metric, row.mean) + (f" ± {figure(row.metric, row.sd)}" if row.sd == row.sd else "")
 
 
 def summary(groups: pd.DataFrame) -> pd.DataFrame:
-    """A row a configuration, columns as the files and the sortable table have them."""
+    """A row a configuration, columns as the files and the sortable table have them; the score's has the metric's name."""
+    metric = metric_of(groups)
     return pd.DataFrame(
         [
             {
                 "model": row.model, "task": row.task, "method": row.method, "scheme": row.scheme, "variant": row.variant,
-                "accuracy": row.mean, "sd": row.sd, "seeds": row.n, "rank": row.rank, "before": row.before,
+                **({"metric": row.metric} if metric == "score" else {}),
+                metric: row.mean, "sd": row.sd, "seeds": row.n, "rank": row.rank, "before": row.before,
                 "lr": row.lr, "eps": row.eps, "forward passes": row.forward_passes, "minutes a run": row.seconds / 60,
                 "ms a step": row.step_seconds * 1000, "peak GiB": row.peak_bytes / 2**30,
                 "failed": row.failed, "does not fit": row.oom, "group": row.group,
@@ -64,7 +74,7 @@ def summary(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 FORMATS: dict[str, Callable[[float], str]] = {
-    "accuracy": lambda v: f"{v:.1f}", "sd": lambda v: f"{v:.1f}", "before": lambda v: f"{v:.1f}",
+    "sd": lambda v: f"{v:.1f}", "before": lambda v: f"{v:.1f}",
     "rank": lambda v: f"{v:.0f}", "lr": lambda v: f"{v:g}", "eps": lambda v: f"{v:g}",
     "forward passes": lambda v: f"{v:.0f}", "minutes a run": lambda v: f"{v:.2f}", "ms a step": lambda v: f"{v:.2f}",
     "peak GiB": lambda v: f"{v:.3f}", "predicted GiB": lambda v: f"{v:.3f}", "tokens": lambda v: f"{v:.0f}",
@@ -73,11 +83,13 @@ FORMATS: dict[str, Callable[[float], str]] = {
 
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a run."""
+    metric = metric_of(frame)
     return pd.DataFrame(
         [
             {
                 "model": row.model, "task": row.task, "method": row.method, "scheme": row.scheme, "variant": row.variant,
-                "seed": row.seed, "status": row.status, "accuracy": row.accuracy, "before": row.before, "lr": row.lr,
+                "seed": row.seed, "status": row.status, **({"metric": row.metric} if metric == "score" else {}),
+                metric: row.score, "before": row.before, "lr": row.lr,
                 "eps": row.eps, "forward passes": row.forward_passes, "minutes a run": row.seconds / 60,
                 "ms a step": row.step_seconds * 1000, "peak GiB": row.peak_bytes / 2**30,
                 "predicted GiB": row.planned_bytes / 2**30, "code": row.code, "key": row.key,
@@ -90,8 +102,12 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
 def written(table: pd.DataFrame) -> pd.DataFrame:
     """Every value as the text that a reader sees; columns that are empty throughout are left out."""
     out = pd.DataFrame(index=table.index)
+    metric = next(
+        (str(column) for column in table.columns if column not in FORMATS and not percentage(str(column))), ""
+    )
     for column in table.columns:
-        text = [_written(str(column), value) for value in table[column]]
+        name = metric if metric and column in ("sd", "before") else str(column)
+        text = [_written(name, value) for value in table[column]]
         if any(text):
             out[column] = pd.Series(text, index=table.index, dtype=object)
     return out
@@ -100,7 +116,9 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
 def _written(column: str, value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return FORMATS[column](value) if column in FORMATS else str(value)
+    if column in FORMATS:
+        return FORMATS[column](value)
+    return figure(column, value) if isinstance(value, float) else str(value)
 
 
 def linked(table: pd.DataFrame, anchors: pd.Series, columns: tuple[str, ...]) -> pd.DataFrame:

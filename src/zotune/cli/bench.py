@@ -104,7 +104,7 @@ def run(
         if dry_run:
             return
         if not plan.to_do:
-            print(f"all done; zotune bench report {output}")
+            show_done(plan, output)
             return
         seconds = None if time_limit is None else 60 * time_limit - (time.monotonic() - began)
         waiting = Waiting(plan, store, forecast, seconds)
@@ -116,6 +116,8 @@ def run(
             else:
                 state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live, waiting=waiting)
         show_end(state, output)
+    if unexpected(state):
+        raise typer.Exit(1)
 
 
 @app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR, or in several.")
@@ -248,11 +250,11 @@ def show_plan(plan: Plan) -> None:
     for line in searches(plan):
         console.print(line, highlight=False, markup=False)
     waiting = [*plan.to_do, *plan.held]
-    expected = minutes([run.planned.get("seconds") for run in waiting])
+    expected = duration([run.planned.get("seconds") for run in waiting])
     count = len(plan.runs) + len(plan.held)
     console.print(
         f"{count} runs, {plan.forward_passes:,} forward passes; {count - len(waiting)} done, "
-        f"{len(waiting)} to do, about {expected} minutes one after the other",
+        f"{len(waiting)} to do, about {expected} one after the other",
         highlight=False,
     )
 
@@ -272,16 +274,24 @@ def searches(plan: Plan) -> list[str]:
 
 
 def left_out(reasons: dict[str, int]) -> list[str]:
-    """What this version lacks, a line a kind.
+    """What this version lacks, a line a kind, and what does not go together.
 
     >>> left_out({"method 'zo-x' is not in this version": 2, "method 'zo-y' is not in this version": 1})
     ["left out, not in this version: method 'zo-x' (2 runs), 'zo-y' (1 run)"]
+    >>> left_out({"--blocks: method 'zo-sgd-cons' compares one move of all weights; use zo-sgd": 1})
+    ["left out: --blocks: method 'zo-sgd-cons' compares one move of all weights; use zo-sgd (1 run)"]
     """
+    lacking = " is not in this version"
     kinds: dict[str, list[str]] = {}
+    others = []
     for reason, count in reasons.items():
-        kind, name = reason.removesuffix(" is not in this version").split(" ", 1)
-        kinds.setdefault(kind, []).append(f"{name} ({count} run{'s' if count > 1 else ''})")
-    return [f"left out, not in this version: {kind} {', '.join(names)}" for kind, names in kinds.items()]
+        runs = f"({count} run{'s' if count > 1 else ''})"
+        if reason.endswith(lacking):
+            kind, name = reason.removesuffix(lacking).split(" ", 1)
+            kinds.setdefault(kind, []).append(f"{name} {runs}")
+        else:
+            others.append(f"left out: {reason} {runs}")
+    return [f"left out, not in this version: {kind} {', '.join(names)}" for kind, names in kinds.items()] + others
 
 
 def minutes(seconds: list[float | None]) -> str:
@@ -289,6 +299,34 @@ def minutes(seconds: list[float | None]) -> str:
     if not seconds:
         return "0"
     return "?" if not known else f"{sum(known) / 60:.1f}" + ("+" if len(known) < len(seconds) else "")
+
+
+def duration(seconds: list[float | None]) -> str:
+    """
+    >>> duration([30.0, 60.0]), duration([9000.0, None]), duration([None])
+    ('1.5 minutes', '2.5 hours or more', '? minutes')
+    """
+    from zotune.cli.expected import time_of
+
+    known = [s for s in seconds if s is not None]
+    if seconds and not known:
+        return "? minutes"
+    return time_of(sum(known)) + (" or more" if len(known) < len(seconds) else "")
+
+
+def show_done(plan: Plan, output: str) -> None:
+    """There is nothing to run."""
+    failed = [run.cell.name for run in plan.runs if run.status == "failed"]
+    said = f"all done, {len(failed)} of {len(plan.runs)} failed: --retry runs them again" if failed else "all done"
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    print(f"{said}; zotune bench report {output}")
+
+
+def unexpected(state: State) -> bool:
+    """Whether a run failed. Want of memory is a result, and so is an lr or eps of a search that does not work, unless none does."""
+    failed = any(record.status == "failed" and not run.cell.search for run, record in state.finished)
+    return failed or bool(state.plan.hopeless)
 
 
 def show_end(state: State, output: str) -> None:
@@ -299,6 +337,8 @@ def show_end(state: State, output: str) -> None:
             last = (record.error.strip().splitlines() or ["no word"])[-1]
             print(f"failed: {run.cell.name}: {last}", file=sys.stderr)
     said = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing run"
+    if "failed" in counts:
+        said += " (--retry runs failed ones again)"
     left = len(state.plan.to_do) + len(state.plan.held)
     if state.late:
         said += f"; the time is up, {left} runs are left: the same command goes on"
@@ -369,5 +409,5 @@ class Live:
         expected += [run.planned.get("seconds") for run in [*state.waiting, *state.plan.held]]
         shared = [None if seconds is None else seconds / at_once for seconds in expected]
         took = time.monotonic() - self.began
-        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {minutes(shared)} min"
+        table.caption = f"{self.said} of {self.total} done, {took:.0f} s, left about {duration(shared)}"
         return table

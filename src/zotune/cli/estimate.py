@@ -14,42 +14,58 @@ from zotune.errors import InputError, nearest
 from zotune.folder import write_atomically
 from zotune.memory import readable
 
+SEQ_LEN = 256
+BYTES, FORMATS = {"GiB": 2**30, "MiB": 2**20}, {"GiB": ".2f", "MiB": ".1f"}
+
 
 def estimate(options: EstimateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from zotune.bench.estimate import CARDS, compare, model_config, rates_here
+    from zotune.methods import METHODS
 
     if options.card is not None and options.card not in CARDS:
         raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
     config = model_config(options.model, options.trust_remote_code)
     rates = CARDS[options.card] if options.card else rates_here()
     room = int(options.memory * 2**30) if options.memory else rates.memory
+    limit = getattr(config, "max_position_embeddings", None)
+    seq_len = options.seq_len or min(SEQ_LEN, limit if isinstance(limit, int) else SEQ_LEN)
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
+    if options.checkpointing and options.method in METHODS and not options.method.startswith("fo-"):
+        raise InputError(
+            f"--checkpointing: method {options.method!r} keeps no activations; it is for fo-sgd and fo-adam"
+        )
+    if options.state_dtype:
+        if options.method in METHODS and "state_dtype" not in METHODS[options.method].options:
+            raise InputError(f"--state-dtype: method {options.method!r} keeps no state")
+        chosen["state_dtype"] = options.state_dtype
     if options.checkpointing:
         chosen["checkpointing"] = True
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         rows = compare(
-            config, chosen, batch_size=options.batch_size, seq_len=options.seq_len, dtype=options.dtype,
+            config, chosen, batch_size=options.batch_size, seq_len=seq_len, dtype=options.dtype,
             queries=options.queries, answer_tokens=options.answer_tokens, rates=rates,
         )  # fmt: skip
     first = rows[0]
     console = Console()
     console.print(
-        f"{options.model}: {first.method}, {first.scheme}, {options.batch_size} × {options.seq_len} tokens",
+        f"{options.model}: {first.method}, {first.scheme}, {options.batch_size} × {seq_len} tokens",
         highlight=False,
     )
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("GiB", no_wrap=True)
+    unit = "GiB" if min(row.peak for row in rows) >= 0.1 * 2**30 else "MiB"
+    table.add_column(unit, no_wrap=True)
     for name in ("weights", "grads", "state", "activ.", "peak", "ms/step", "fits" if room else ""):
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        sizes = [f"{size / 2**30:.2f}" for size in (row.weights, row.gradients, row.state, row.activations, row.peak)]
+        sizes = [row.weights, row.gradients, row.state, row.activations, row.peak]
+        figures = [f"{size / BYTES[unit]:{FORMATS[unit]}}" for size in sizes]
         fits = "" if not room else "yes" if row.peak <= room else "no"
         name = f"{row.method} {row.scheme} {row.variant}".strip()
-        table.add_row(name, *sizes, f"{1000 * (row.step_seconds or 0):.0f}", fits, style="bold" if i == 0 else "")
+        table.add_row(name, *figures, f"{1000 * (row.step_seconds or 0):.0f}", fits, style="bold" if i == 0 else "")
     console.print(table, highlight=False)
     where = options.card or "this machine"
     console.print(
@@ -57,6 +73,7 @@ def estimate(options: EstimateConfig) -> None:
         f"position{'s' if options.answer_tokens > 1 else ''} a row" + (f"; {readable(room)} to fit" if room else ""),
         highlight=False,
     )
+    console.print("fo-adam below the first row: its moments in the weights' dtype, as torch's are", highlight=False)
     if options.output:
         path = Path(options.output).expanduser()
         if not path.absolute().parent.is_dir():

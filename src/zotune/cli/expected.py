@@ -24,25 +24,28 @@ class Expected:
 
 def time_of(seconds: float) -> str:
     """
-    >>> time_of(2.14), time_of(264.0)
-    ('2.1 s', '4.4 minutes')
+    >>> time_of(2.14), time_of(264.0), time_of(9000.0), time_of(864000.0)
+    ('2.1 s', '4.4 minutes', '2.5 hours', '10.0 days')
     """
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+    for unit, length, least in (("days", 86400, 172800), ("hours", 3600, 7200), ("minutes", 60, 60)):
+        if seconds >= least:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def expected(ready: Prepared) -> Expected:
     """By `zotune.bench.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
 
-    Nothing for what that does not know: blocks, hybrid training, several directions, masked models, classifiers, answers that
-    are generated, losses without a gradient.
+    Nothing for what that does not know: blocks, hybrid training, kept masks, quantised weights, several directions, masked
+    models, classifiers, answers that are generated, losses without a gradient.
     """
-    from zotune.bench.estimate import METHODS, PROCESS_BYTES, SCHEMES, estimate, forward_seconds, rates_here
+    from zotune.bench.estimate import METHODS, PROCESS_BYTES, SCHEMES, counted, estimate, forward_seconds, rates_here
     from zotune.models.kinds import kind_of
 
     config = ready.config
     known = config.method in METHODS and config.scheme in SCHEMES and kind_of(ready.model) == "causal"
     known = known and config.loss in ("answer", "candidates") and not ready.task.generates
-    if not known or config.blocks or config.hybrid or config.groups != 1:
+    if not known or not counted(config.model_dump(include={"blocks", "hybrid", "mask", "quantize", "groups"})):
         return Expected()
     on_cpu, size = ready.device.type == "cpu", config.batch_size
     first = ready.train[0]
@@ -55,6 +58,7 @@ def expected(ready: Prepared) -> Expected:
     common: dict[str, Any] = {
         "method": config.method, "scheme": config.scheme, "dtype": config.dtype, "queries": config.queries,
         "batch_size": sequences, "answer_tokens": answer, "rates": rates,
+        "estimator": config.estimator, "state_dtype": config.state_dtype, "rounding": config.rounding,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():

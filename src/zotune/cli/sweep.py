@@ -55,8 +55,10 @@ def sweep(options: SweepConfig) -> None:
     best = rows[0]
     if not best["seeds"]:
         raise InputError(f"--output {folder}: no run of the search was finished; see {folder}/logs")
-    write_atomically(folder / "best.yaml", yaml.safe_dump({"lr": best["lr"], "eps": best["eps"]}))
-    print(f"chosen on validation: --lr {best['lr']:g} --eps {best['eps']:g}   ({folder / 'best.yaml'})")
+    found = {key: best[key] for key in ("lr", "eps") if best[key] == best[key]}  # not every method has eps
+    write_atomically(folder / "best.yaml", yaml.safe_dump(found))
+    flags = " ".join(f"--{key} {value:g}" for key, value in found.items())
+    print(f"chosen on validation: {flags}   ({folder / 'best.yaml'})")
     print(f"how sensitive the result is: zotune bench report {options.output}")
 
 
@@ -75,7 +77,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         score = "" if row["validation"] != row["validation"] else f"{row['validation']:.1f}"
         table.add_row(
             f"{row['lr']:g}",
-            f"{row['eps']:g}",
+            f"{row['eps']:g}" if row["eps"] == row["eps"] else "",
             score,
             str(row["seeds"]),
             str(row["failed"] or ""),

@@ -17,7 +17,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
+
+from zotune.bench.frame import metric_of, percentage
 
 # Series are told apart by marker and dash as well as by colour. Okabe and Ito's palette, darkened to stand on white.
 COLOURS = ("#0068a8", "#c04a00", "#007a5a", "#a8508a", "#7a6400", "#4a4ac0", "#b02a2a", "#5a5a5a")
@@ -86,10 +89,18 @@ def place(model: str, task: str) -> str:
     return f"{model.rsplit('/', 1)[-1]}, {task}" if task else model.rsplit("/", 1)[-1]
 
 
-def percent(axis: Any) -> None:
-    """No room above 100 %."""
+def percent(axis: Any, shown: pd.DataFrame) -> None:
+    """No room above 100 %, where percentages are shown."""
     low, high = axis.get_ylim()
-    axis.set_ylim(low, min(high, 101))
+    axis.set_ylim(low, min(high, 101) if percentage(metric_of(shown)) else high)
+
+
+def spread(rows: pd.DataFrame) -> Any:
+    """One standard deviation down and up; of percentages no further than 100."""
+    up = rows.sd.fillna(0)
+    if percentage(metric_of(rows)):
+        up = up.clip(upper=(100 - rows["mean"]).clip(lower=0))
+    return [rows.sd.fillna(0), up]
 
 
 def legend(figure: Figure, axes: list[Any]) -> None:
@@ -129,10 +140,9 @@ def as_svg(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(FAINT, "var(--rule, #c8ccd0)", svg, flags=re.I)
     width = re.search(r'\bwidth="([0-9.]+)pt"', svg)
     size = f"max-width:{float(width[1]) * 4 / 3:.0f}px" if width else ""
-    broad = ' class="broad"' if figure.get_figwidth() > 6 else ""
     svg = re.sub(r'(<svg[^>]*?) (?:width)="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) (?:height)="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img"{broad} aria-label="{_attribute(title)}" style="{size}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(title)}" style="{size}"', 1)
 
 
 def _attribute(text: str) -> str:

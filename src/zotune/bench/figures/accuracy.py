@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, place, rows_of
-from zotune.bench.frame import label
+from zotune.bench.figures import COLOURS, MARKERS, legend, place, rows_of, spread
+from zotune.bench.frame import label, metric_of, unit
 
 NAME, TITLE = "accuracy", "Accuracy by method and scheme"
 ABOUT = "Test accuracy, mean over seeds; bars are one standard deviation. The dotted line is the model before training."
@@ -35,13 +35,13 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
             shift = (i - (len(schemes) - 1) / 2) * 0.6 / len(schemes)
             heights = [here.index(label(row)) + shift for row in rows.itertuples()]
             axis.errorbar(
-                rows["mean"], heights, xerr=rows.sd.fillna(0), label=scheme, linestyle="none", capsize=3,
+                rows["mean"], heights, xerr=spread(rows), label=scheme, linestyle="none", capsize=3,
                 color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=6,
             )  # fmt: skip
         axis.axvline(group.before.mean(), color=COLOURS[7], linestyle=":", linewidth=1)
         axis.set_yticks(range(len(here)), here)
         axis.set_ylim(len(here) - 0.5, -0.5)
-        axis.set_xlabel("test accuracy (%)")
+        axis.set_xlabel(f"test {unit(metric_of(group))}")
         axis.set_title(place(model, task))
     legend(figure, axes)
     return figure

@@ -13,4 +13,4 @@ ABOUT = "Training loss, means of 40 stretches and over seeds; the band is from t
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
-    return lines(runs, groups, "loss", "training loss (nats)", bins=40)
+    return lines(runs, groups, "loss", bins=40)

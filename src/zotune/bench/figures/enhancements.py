@@ -8,6 +8,7 @@ import pandas as pd
 
 from zotune.bench.figures import place
 from zotune.bench.figures.pairs import bars
+from zotune.bench.frame import metric_of
 
 NAME, TITLE = "enhancements", "Block-wise, hybrid and sparse"
 ABOUT = "Test accuracy at equal forward passes; bars are one standard deviation over seeds."
@@ -26,4 +27,4 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         if clusters:
             titles.append(place(str(model), str(task)))
             panels.append(clusters)
-    return bars(titles, panels) if titles else None
+    return bars(titles, metric_of(scored), panels) if titles else None

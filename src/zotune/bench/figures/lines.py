@@ -7,15 +7,18 @@ from typing import Any
 import pandas as pd
 
 from zotune.bench.figures import COLOURS, DASHES, legend, panels, percent, place
-from zotune.bench.frame import label
+from zotune.bench.frame import label, metric_of, unit
 
 
-def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: int | None = None) -> Any:
-    """The mean over a configuration's seeds; the band from their least to their greatest. bins: so many means a line."""
+def lines(runs: pd.DataFrame, groups: pd.DataFrame, what: str, bins: int | None = None) -> Any:
+    """The mean over a configuration's seeds; the band from their least to their greatest.
+
+    what: "loss" of training, or "validation", in the run's metric. bins: so many means a line.
+    """
     places: dict[tuple[str, str, str], list[tuple[str, pd.DataFrame]]] = {}
     by_key = runs.set_index("key")
     for row in groups[groups.kind == "train"].itertuples():
-        points = []
+        points, key = [], "loss" if what == "loss" else f"validation_{row.metric or 'accuracy'}"
         for run in by_key.loc[row.chosen].itertuples():
             points += [
                 {"passes": m["forward_passes"], "value": m[key]}
@@ -40,9 +43,12 @@ def lines(runs: pd.DataFrame, groups: pd.DataFrame, key: str, unit: str, bins: i
             if (line["max"] > line["min"]).any():
                 axis.fill_between(line.passes, line["min"], line["max"], color=COLOURS[i % 8], alpha=0.15, linewidth=0)
         axis.set_xlabel("forward passes")
-        axis.set_ylabel(unit)
-        if unit.endswith("(%)"):
-            percent(axis)
+        shown = groups[(groups.model == model) & (groups.task == task)]
+        if what == "loss":
+            axis.set_ylabel("training loss (nats)")
+        else:
+            axis.set_ylabel(f"validation {unit(metric_of(shown))}")
+            percent(axis, shown)
         axis.set_title(f"{place(model, task)}, {scheme}")
     legend(figure, axes)
     return figure

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from zotune.bench.figures import COLOURS, INK, legend, panels
+from zotune.bench.frame import percentage, unit
 
 
-def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, float]]]]]) -> Any:
+def bars(titles: list[str], metric: str, groups: list[list[tuple[str, list[tuple[str, float, float]]]]]) -> Any:
     """A panel a title: clusters (name, [(bar, mean, sd), …])."""
     names = list(dict.fromkeys(bar for panel in groups for _, cluster in panel for bar, _, _ in cluster))
     figure, axes = panels(len(titles))
@@ -18,7 +19,11 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
             if not found:
                 continue
             places = [x + (i - (len(names) - 1) / 2) * width for x, _, _ in found]
-            spread = [s for _, _, s in found]  # none is drawn for NaN
+            most = [max(0.0, 100 - m) if percentage(metric) else s for _, m, s in found]
+            spread = [
+                [s for _, _, s in found],
+                [min(s, up) for (_, _, s), up in zip(found, most, strict=True)],
+            ]  # none for NaN
             axis.bar(
                 places,
                 [m for _, m, _ in found],
@@ -33,8 +38,9 @@ def bars(titles: list[str], groups: list[list[tuple[str, list[tuple[str, float, 
                 axis.text(x, 1, f"{m:.1f}", ha="center", va="bottom", fontsize=8, color="white", rotation=90)
         slant: Any = {"rotation": 20, "ha": "right"} if len(panel) > 2 else {}
         axis.set_xticks(range(len(panel)), [cluster for cluster, _ in panel], **slant)
-        axis.set_ylim(0, 105)
-        axis.set_ylabel("test accuracy (%)")
+        if percentage(metric):
+            axis.set_ylim(0, 100)
+        axis.set_ylabel(f"test {unit(metric)}")
         axis.set_title(title)
         axis.grid(axis="x", visible=False)
     legend(figure, axes)

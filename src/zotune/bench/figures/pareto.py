@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from zotune.bench.figures import COLOURS, INK, MARKERS, legend, panels, percent, place
-from zotune.bench.frame import label
+from zotune.bench.frame import label, metric_of, unit
+from zotune.tasks.task import LOWER_IS_BETTER
 
 
 def front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
@@ -25,7 +26,7 @@ def front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     return kept
 
 
-def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
+def pareto(groups: pd.DataFrame, column: str, scale: float, cost_unit: str) -> Any:
     rows = groups[groups["mean"].notna() & groups[column].notna()]
     if len(rows) < 2:
         return None
@@ -35,7 +36,8 @@ def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
     figure, axes = panels(len(places))
     for axis, ((model, task), group) in zip(axes, places, strict=True):
         costs, values = list(group[column] / scale), list(group["mean"])
-        edge = front(costs, values)
+        lower = metric_of(group) in LOWER_IS_BETTER
+        edge = front(costs, [-value for value in values] if lower else values)
         axis.step([costs[i] for i in edge], [values[i] for i in edge], where="post", color=COLOURS[7], linewidth=1)
         for cost, value, row in zip(costs, values, group.itertuples(), strict=True):
             i, j = names.index(label(row)), schemes.index(row.scheme)
@@ -48,9 +50,9 @@ def pareto(groups: pd.DataFrame, column: str, scale: float, unit: str) -> Any:
             )
         for j, scheme in enumerate(schemes):
             axis.plot([], [], MARKERS[j % 8], color=INK, label=scheme)
-        axis.set_xlabel(unit)
-        axis.set_ylabel("test accuracy (%)")
-        percent(axis)
+        axis.set_xlabel(cost_unit)
+        axis.set_ylabel(f"test {unit(metric_of(group))}")
+        percent(axis, group)
         axis.set_title(place(model, task))
         axis.margins(0.08)
         axis.locator_params(axis="x", nbins=5)

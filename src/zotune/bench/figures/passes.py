@@ -13,4 +13,4 @@ ABOUT = "Validation accuracy while training, mean over seeds; the band is from t
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
-    return lines(runs, groups, "validation_accuracy", "validation accuracy (%)")
+    return lines(runs, groups, "validation")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place
+from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place, spread
+from zotune.bench.frame import metric_of, unit
 
 NAME, TITLE = "queries", "Accuracy against queries a step"
 ABOUT = "Test accuracy at equal forward passes; bars are one standard deviation over seeds."
@@ -25,15 +26,15 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         for i, name in enumerate(names):
             line = group[group.line == name].sort_values("queries")
             axis.errorbar(
-                line.queries, line["mean"], yerr=line.sd.fillna(0), label=name, color=COLOURS[i % 8],
+                line.queries, line["mean"], yerr=spread(line), label=name, color=COLOURS[i % 8],
                 marker=MARKERS[i % 8], capsize=3,
             )  # fmt: skip
         axis.set_xscale("log", base=2)
         ticks = sorted(set(group.queries))
         axis.set_xticks(ticks, [str(q) for q in ticks])
         axis.set_xlabel("queries a step")
-        axis.set_ylabel("test accuracy (%)")
-        percent(axis)
+        axis.set_ylabel(f"test {unit(metric_of(group))}")
+        percent(axis, group)
         axis.set_title(place(model, task))
     legend(figure, axes)
     return figure

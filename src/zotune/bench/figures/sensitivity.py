@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.ticker import NullFormatter
 
 from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, percent, place
-from zotune.bench.frame import GROUP, label
+from zotune.bench.frame import GROUP, label, metric_of, unit
 
 NAME, TITLE = "sensitivity", "How sensitive the result is to lr and eps"
 ABOUT = (
@@ -44,9 +44,10 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
         axis.xaxis.set_minor_formatter(NullFormatter())
+        shown = done[(done.model == model) & (done.task == task)]
         axis.set_xlabel("lr")
-        axis.set_ylabel("validation accuracy (%)")
-        percent(axis)
+        axis.set_ylabel(f"validation {unit(metric_of(shown))}")
+        percent(axis, shown)
         axis.set_title(f"{place(model, task)}, {scheme}")
     legend(figure, axes)
     return figure
