@@ -147,8 +147,11 @@ def load_config(name: str, *, gguf_file: str | None = None, trust_remote_code: b
 def limit_of(name: str, kind: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> int | None:
     """`length_limit` of a model whose weights are not read."""
     config = load_config(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    with _said_as_one_line(name, gguf_file), torch.device("meta"):
-        return length_limit(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
+    try:
+        with torch.device("meta"):
+            return length_limit(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
+    except Exception:  # whatever a model's own code may do that cannot be done without values
+        return _positions(config)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -175,14 +178,16 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
 
 def length_limit(model: nn.Module) -> int | None:
     """How many tokens the model takes, from its config, less an adapter's virtual ones; None where the config does not say."""
-    config = getattr(model.config, "text_config", model.config)
     adapter: Any = getattr(model, "active_peft_config", None)
     virtual = adapter.num_virtual_tokens if adapter is not None and adapter.is_prompt_learning else 0
-    for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        limit = getattr(config, field, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit - _positions_unused(model) - virtual
-    return None
+    limit = _positions(model.config)
+    return None if limit is None else limit - _positions_unused(model) - virtual
+
+
+def _positions(config: Any) -> int | None:
+    config = getattr(config, "text_config", config)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def _positions_unused(model: nn.Module) -> int:
