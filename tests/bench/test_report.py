@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from zotune.bench.figures import spread
+from zotune.bench.figures import context, spread
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
@@ -180,6 +180,22 @@ def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(resul
     page = make_report(other).read_text()
     assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "curves"}
     assert "context length" not in page
+
+
+def test_memory_against_length_joins_no_batches_of_other_sizes():
+    """Suites `memory` and `context-length` in one report: both have 256 tokens, of 16 rows and of 4."""
+    sizes = [("", 256, 16), ("tokens", 256, 4), ("tokens", 512, 4)]
+    rows = [
+        record(
+            i, kind="probe", task="", labels={"tokens": tokens} if label else {}, metrics=[],
+            options={"tokens": tokens, "batch_size": size}, result={"test_after": None, "peak_memory_bytes": size * 2**30},
+        )
+        for i, (label, tokens, size) in enumerate(sizes)
+    ]  # fmt: skip
+    runs = runs_frame(rows)
+    (line,) = context.draw(runs, groups_frame(runs)).axes[0].get_lines()
+    assert list(line.get_xdata()) == [256, 512]
+    assert list(line.get_ydata()) == [4, 4]
 
 
 def test_names_are_escaped_everywhere(results):

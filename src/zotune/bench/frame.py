@@ -44,6 +44,7 @@ def _row(record: Record) -> dict[str, Any]:
         "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method) else math.nan,
         "queries": int(options.get("queries") or 1),
         "tokens": _number(options.get("tokens")),
+        "batch_size": _number(options.get("batch_size")),
         "score": number("test_after"),
         "before": number("test_before"),
         "validation": number("validation_best"),
@@ -119,6 +120,7 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
                 "peak_bytes": chosen.peak_bytes.max() if len(chosen) else math.nan,
                 "queries": int(group.queries.iloc[0]),
                 "tokens": group.tokens.iloc[0],
+                "batch_size": group.batch_size.iloc[0],
             }
         )
     frame = pd.DataFrame(rows)

@@ -10,7 +10,7 @@ from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, place
 from zotune.bench.frame import said
 
 NAME, TITLE = "context", "Memory against context length"
-ABOUT = "Peak memory of a step. A line that ends early did not fit at the next length."
+ABOUT = "Peak memory of a step. A line ends where the next length did not fit, or was not run."
 
 
 def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
@@ -19,9 +19,11 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         " ".join([row.method, row.scheme, *(said(k, v) for k, v in row.labels.items() if k != "tokens")]).strip()
         for row in rows.itertuples()
     ]
-    rows = rows[rows.groupby(["model", "line"]).tokens.transform("nunique") > 1]
+    rows = rows[rows.groupby(["model", "line", "batch_size"], dropna=False).tokens.transform("nunique") > 1]
     if not len(rows):
         return None
+    if rows.batch_size.nunique() > 1:
+        rows["line"] += [f", {size:g} rows" for size in rows.batch_size]
     names = list(dict.fromkeys(rows.line))
     places = list(rows.groupby("model", sort=False))
     figure, axes = panels(len(places))
