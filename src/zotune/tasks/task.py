@@ -297,12 +297,22 @@ def template_fields(template: str) -> list[str]:
 
 
 def _filled(template: str, row: Row) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The template with the row's fields in it, and where each begins and ends."""
+    """The template with the row's fields in it, and where each begins and ends.
+
+    A space that stands on both sides of a brace stands once: SST-2's sentences end in one, and a second is a token of its own.
+
+    >>> _filled("{sentence} It was", Row({"sentence": "a fine film "}, "row 1"))
+    ('a fine film It was', ((0, 11),))
+    """
     text, places = "", []
-    for words, name, _, _ in string.Formatter().parse(template):
+    parts = list(string.Formatter().parse(template))
+    for (words, name, _, _), (behind, *_) in zip(parts, [*parts[1:], ("", None, None, None)], strict=True):
         text += words
         if name is not None:
-            places.append((len(text), len(text := text + _text(row[name]))))
+            value = _text(row[name])
+            value = value.lstrip(" ") if text.endswith(" ") else value
+            value = value.rstrip(" ") if behind.startswith(" ") else value
+            places.append((len(text), len(text := text + value)))
     return text, tuple(places)
 
 
