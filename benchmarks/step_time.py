@@ -25,7 +25,7 @@ import torch
 import transformers
 from mezo import InPlaceMeZO
 
-from zotune.memory import peak_bytes, reset_peak
+from zotune.memory import keep_freed, peak_bytes, reset_peak
 from zotune.models.loading import load_model, pick_device
 from zotune.models.schemes import get_scheme
 from zotune.optimizer import ZeroOrderOptimizer
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    keep_freed()  # as `zotune train` does; all steps here profit
     device = pick_device(args.device)
     model = load_model(args.model, dtype=args.dtype, device=device, gguf_file=args.gguf_file)
     vocabulary = model.get_output_embeddings().weight.shape[0]

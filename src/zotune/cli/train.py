@@ -18,7 +18,7 @@ from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
 from zotune.config import TrainConfig
 from zotune.folder import RunFolder
-from zotune.memory import peak_bytes, readable
+from zotune.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.optimizer import ZeroOrderOptimizer
@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> None:
     if config.dry_run:
         dry_run(config)
         return
+    keep_freed()
     with Bars() as bars:
         result = run.train(config, bars)
     summary(result, config.output, bars.expected)
