@@ -282,12 +282,12 @@ def test_the_page_in_a_browser_fits_sorts_and_filters_without_an_error(browser, 
     seeds = f"[...document.querySelectorAll('#table-runs tbody tr')].map(row => row.cells[{column}].innerText)"
     assert page.evaluate(seeds) != sorted(page.evaluate(seeds))
     header.click()  # in its middle
-    page.wait_for_function(f"(seeds => seeds.every((s, i) => !i || seeds[i - 1] <= s))({seeds})", timeout=5000)
+    page.wait_for_function(f"(seeds => seeds.every((s, i) => !i || seeds[i - 1] <= s))({seeds})", timeout=30_000)
     page.locator("#table-runs_wrapper input[type=search]").fill("zo-adam")
     rows = "document.querySelectorAll('#table-runs tbody tr').length"
-    page.wait_for_function(f"every => 0 < {rows} && {rows} < every", arg=every, timeout=5000)
-    page.locator("table.matrix a").first.click(timeout=5000)
-    page.wait_for_selector("details[open]", timeout=5000)
+    page.wait_for_function(f"every => 0 < {rows} && {rows} < every", arg=every, timeout=30_000)
+    page.locator("table.matrix a").first.click(timeout=30_000)
+    page.wait_for_selector("details[open]", timeout=30_000)
     assert page.locator("details[open]").count() == 1
     assert faults == []
 
