@@ -46,13 +46,17 @@ def keep_freed() -> bool:
     takes them again page by page, which is a tenth of a step on a CPU (docs/performance.md). Elsewhere nothing happens. It
     belongs to the whole process, so only programs call it: `zotune train` does.
     """
+    return all(set_malloc(option, KEPT_BYTES) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
+def set_malloc(option: int, value: int) -> bool:
+    """glibc's `mallopt`; whether there is one, and took it."""
     if not sys.platform.startswith("linux"):
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value) == 1)
     except (OSError, AttributeError):  # another C library
         return False
-    return all(mallopt(option, KEPT_BYTES) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import getpass
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +21,13 @@ from torch import nn
 
 from zotune.bench.estimate import model_config, without_dropout
 from zotune.bench.suite import PROBE_STEP, probe_config
-from zotune.memory import peak_bytes, reset_peak
+from zotune.memory import M_MMAP_THRESHOLD, peak_bytes, reset_peak, set_malloc
 from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
 from zotune.tasks.scoring import ROW_LOSSES
 
 WARM_UP = {"random": {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128,
                       "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}}  # fmt: skip
-M_MMAP_THRESHOLD = -3
 
 
 def measure(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +162,7 @@ def _stepper(
 
 def _exact_frees() -> None:
     """glibc hands back what is freed at once, so that the resident set is what is in use."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    set_malloc(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _wait(device: torch.device) -> None:

@@ -90,7 +90,7 @@ class FollowingEngine(SequentialEngine):
         shares: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:
         rows = rows_in(batch)
-        doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
+        doubled = twice_over(batch)
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
             mode.watching = not self._checked
             known = self._checked or self._norms or kernels_for(self.directions.params[0]) is None
@@ -117,7 +117,7 @@ class FollowingEngine(SequentialEngine):
         if not bool(torch.isfinite(theirs).all()):
             return
         # what the shape of a batch alone changes: the same losses at θ, doubled and not
-        doubled = {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
+        doubled = twice_over(batch)
         with torch.no_grad():
             once, twice = (loss(b).detach().double().view(-1) for b in (batch, doubled))
         rounding = 10 * (twice.view(2, -1) - once).abs().max() + 4 * self._eps * theirs.abs().mean()
@@ -136,6 +136,11 @@ class FollowingEngine(SequentialEngine):
 
 def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def twice_over(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its rows once more behind them."""
+    return {k: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for k, t in batch.items()}
 
 
 def rows_in(batch: Mapping[str, Any]) -> int:
