@@ -16,6 +16,7 @@ import torch
 import transformers as tf
 import yaml
 
+import zotune
 from zotune.cli.app import run
 from zotune.trajectory import read_file
 
@@ -375,3 +376,16 @@ def test_help_and_import_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+def test_the_version_is_told(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"zotune {zotune.__version__}\n"
+
+
+def test_nothing_asked_for_is_answered_with_the_help(capsys):
+    assert run([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Usage:")
+    assert "zotune: " not in said
+    assert "Fine-tune a model" in said

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+import zotune
 from zotune import config
 from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss, plain
@@ -27,6 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # which would take [default: …] for markup
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"zotune {zotune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="the version; `zotune env` has the libraries' too", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None: ...
 
 
 def command(name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None]) -> None:
@@ -171,6 +189,9 @@ def run(argv: list[str] | None = None) -> int:
     try:
         code = app(args=argv, standalone_mode=False)
     except ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its message is the help
+            print(error.format_message(), file=sys.stderr)
+            return 2
         return _fail(str(error.format_message()), getattr(error, "ctx", None))
     except (typer.Exit, SystemExit) as error:
         return int(getattr(error, "exit_code", getattr(error, "code", 0)) or 0)
