@@ -43,7 +43,7 @@ FLAGS = {
     ROW: ["--method", "zo-sgd", "--groups", "batch"],
     ZO: ["--method", "zo-sgd"],
     FO: ["--method", "fo-adam"],
-    F1: ["--method", "zo-sgd", "--loss", "f1"],
+    F1: ["--method", "zo-sgd", "--loss", "f1", "--engine", "sequential"],  # nothing of generation is captured
 }
 GRID = {  # (lr, eps); of fo-adam eps is not used
     ROW: [("1e-5", "1e-2"), ("3e-5", "1e-2")],

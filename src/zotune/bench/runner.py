@@ -6,6 +6,7 @@ Everything happens in one thread: Linux kills a child when the *thread* that sta
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import yaml
 from filelock import FileLock, Timeout
 
-from zotune.bench import Stopped, materials
+from zotune.bench import Stopped, materials, warm
 from zotune.bench.plan import Forecast, Plan, Run, code_version, made_folder
 from zotune.bench.store import Record, Store, now
 from zotune.errors import InputError
@@ -33,6 +34,17 @@ ZOTUNE = (sys.executable, "-m", "zotune.cli")
 ERROR_CHARACTERS = 4000
 # What torch, CUDA and numpy say where memory is short.
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "MemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    pid: int
+    returncode: Any
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 class Watcher(Protocol):
@@ -54,7 +66,7 @@ class Active:
 
 @dataclass(kw_only=True)
 class _Process(Active):
-    process: subprocess.Popen[bytes]
+    process: Process
     slot: int
     log: Path
     kills_before: int
@@ -135,12 +147,13 @@ def execute(
     waiting = waiting or Waiting(plan, store)
     state = State(plan, active, waiting=waiting.runs)
     free = list(range(jobs))
-    with signals() as asked:
+    with signals() as asked, warm.Server() as server:
+        start = functools.partial(_start, plan=plan, store=store, jobs=jobs, gpus=gpus, program=program, server=server)
         try:
             while not asked and not (waiting.late and active):
                 while free and (run := waiting.take()) is not None:
                     free.sort(key=lambda slot: (_crowd(slot, active, gpus), slot))
-                    active.append(_start(run, plan, store, free.pop(0), jobs, gpus, program))
+                    active.append(start(run, slot=free.pop(0)))
                 if not active:
                     break
                 for one in [a for a in active if a.process.poll() is not None]:
@@ -207,14 +220,21 @@ def _find_again(run: Run) -> None:
             write_atomically(path, yaml.safe_dump(known | places, sort_keys=False, allow_unicode=True))
 
 
-def _start(run: Run, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str]) -> _Process:
+def _start(
+    run: Run, *, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str], server: warm.Server
+) -> _Process:
     log = begin(run, plan, store)
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if gpus > 1 or jobs > 1:
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, gpus)
-    command = [*program, *run.arguments, *where(run, run.folder)]
-    return _Process(run=run, process=spawn(command, log, environment), slot=slot, log=log, kills_before=kernel_kills())
+    arguments, kills = [*run.arguments, *where(run, run.folder)], kernel_kills()
+    process: Process | None = None
+    # On a CPU a probe measures what a process of its own takes.
+    if warm.AVAILABLE and program == ZOTUNE and (run.cell.kind == "train" or gpus):
+        process = server.start(arguments, log, environment)
+    process = process or spawn([*program, *arguments], log, environment)
+    return _Process(run=run, process=process, slot=slot, log=log, kills_before=kills)
 
 
 def where(run: Run, folder: Path) -> list[str]:
@@ -272,7 +292,7 @@ def _end(active: Sequence[_Process], plan: Plan, store: Store) -> None:
             store.update(one.run.key, status="interrupted", finished=now())
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def end(processes: Sequence[Process]) -> None:
     """SIGTERM, and to what has not ended GRACE_SECONDS later SIGKILL."""
     for process in processes:
         _signal(process, signal.SIGTERM)
@@ -285,7 +305,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+def _signal(process: Process, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)  # it leads a group of its own
 
