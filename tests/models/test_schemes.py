@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from families import CAUSAL, MASKED, H, V
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer
 from zotune.errors import InputError
@@ -41,6 +42,51 @@ def logits(model, ids: torch.Tensor, **more) -> torch.Tensor:
 def test_lora_starts_at_the_model(name):
     ids = torch.randint(2, V, (2, 6))
     torch.testing.assert_close(logits(prepared(name, "lora"), ids), logits(families.build(name).double(), ids))
+
+
+class FromTheHost(TorchDispatchMode):
+    """Counts what goes from the host's memory to the device of the model, on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True  # whether a mask is plain; nothing asks that while a graph is captured
+        out = func(*args, **(kwargs or {}))
+        come, gone = (
+            [x for x in torch.utils._pytree.tree_leaves(of) if isinstance(x, torch.Tensor)]
+            for of in ((args, kwargs), out)
+        )
+        if any(t.device.type == "cpu" and t.dim() for t in come) and any(t.is_meta for t in gone):
+            self.found.append(func)
+        return out
+
+
+@pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("name", [*CAUSAL, *MASKED])
+def test_a_forward_copies_nothing_from_the_host(name, scheme):
+    """PEFT makes ids and masks of virtual tokens on the host, a copy and a wait a forward, which no CUDA graph can hold."""
+    try:
+        model = prepared(name, scheme).to("meta")
+    except InputError:
+        pytest.skip(f"{name} has no {scheme}")
+    batch = {key: torch.ones((4, 8), dtype=torch.long, device="meta") for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        with FromTheHost():
+            model(**batch)  # the first may bring its ids along
+        with FromTheHost() as seen:
+            model(**batch)
+    assert seen.found == []
+    assert torch.ones(1).device.type == "cpu"
+
+
+def test_a_forward_that_fails_leaves_no_device_behind():
+    model = prepared("llama", "prefix").to("meta")
+    with pytest.raises(RuntimeError):
+        model(input_ids=torch.ones((2, 3), device="meta"))  # ids are no floats
+    assert torch.ones(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", CAUSAL)

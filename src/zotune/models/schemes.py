@@ -160,12 +160,31 @@ def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
     import peft
 
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kind = getattr(model.config, "model_type", type(model).__name__)
         raise InputError(
             f"--scheme {scheme}: PEFT cannot adapt {kind!r} ({(str(error).splitlines() or ['?'])[0]})"
         ) from None
+    if config.is_prompt_learning:
+        adapted.register_forward_pre_hook(_to_its_device)
+        adapted.register_forward_hook(_from_its_device, always_call=True)
+    return adapted
+
+
+def _to_its_device(adapted: Any, args: Any) -> None:
+    """What PEFT makes in each forward, ids of virtual tokens and their mask, is made where the weights are: a copy from the
+    host would wait for the device, and no CUDA graph can hold one."""
+    device = adapted.prompt_encoder[adapted.active_adapter].embedding.weight.device
+    adapted.device_contexts = [*getattr(adapted, "device_contexts", ()), made := contextlib.ExitStack()]
+    if device.type != "cpu":
+        adapted.prompt_tokens = {name: ids.to(device) for name, ids in adapted.prompt_tokens.items()}
+        made.enter_context(device)
+
+
+def _from_its_device(adapted: Any, args: Any, out: Any) -> None:
+    *adapted.device_contexts, made = adapted.device_contexts
+    made.close()
 
 
 SCHEMES = {
