@@ -105,6 +105,37 @@ def reported(folder: Path, *records: dict) -> tuple[list[dict], pd.DataFrame]:
     return list(csv.DictReader((folder / "report" / "summary.csv").open())), groups
 
 
+def test_what_a_search_alone_has_run_says_so_and_is_not_ranked(tmp_path):
+    searched = {"labels": {"lr": 1e-3, "search": True}}
+    rows, groups = reported(
+        tmp_path,
+        {"method": "zo-adam"} | searched,
+        {"method": "zo-sgd"},
+        {"method": "zo-sgd-mmt"},
+        {"scheme": "lora"} | searched,
+    )
+    assert list(groups[groups.tried].method) == ["zo-sgd", "zo-adam"]
+    assert {(row["method"], row["scheme"]): row["rank"] for row in rows} == {
+        ("zo-sgd", "full"): "1.0", ("zo-sgd-mmt", "full"): "1.0", ("zo-adam", "full"): "", ("zo-sgd", "lora"): "",
+    }  # fmt: skip
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "80.0 (search)" in text
+    assert "(search) where only the search has run" in (tmp_path / "report" / "README.md").read_text()
+
+
+def test_rows_stand_in_the_order_of_the_lists_variants_last(tmp_path):
+    """Whatever order the runs ended in."""
+    _, groups = reported(
+        tmp_path,
+        {"method": "fo-adam"}, {"method": "zo-sgd", "labels": {"sparsity": 0.9}}, {"method": "zo-sgd", "labels": {"sparsity": 0.5}},
+        {"method": "mine"}, {"method": "zo-adam", "scheme": "prompt"}, {"method": "zo-adam"}, {"method": "zo-sgd"},
+    )  # fmt: skip
+    assert [(row.method, row.scheme, row.variant) for row in groups.itertuples()] == [
+        ("zo-sgd", "full", ""), ("zo-adam", "full", ""), ("zo-adam", "prompt", ""), ("fo-adam", "full", ""), ("mine", "full", ""),
+        ("zo-sgd", "full", "sparsity=0.5"), ("zo-sgd", "full", "sparsity=0.9"),
+    ]  # fmt: skip
+
+
 def test_of_a_metric_that_is_better_lower_the_least_is_chosen_and_ranks_first(tmp_path):
     def ran(method: str, lr: float, validation: float, test: float) -> dict:
         line = {"step": 10, "loss": 1.0, "forward_passes": 20, "validation_perplexity": validation}

@@ -75,6 +75,26 @@ def test_other_versions_of_the_code_count_only_when_asked(suite_file, program, t
     assert plan.code_version() == "later"
 
 
+def test_what_a_run_will_take_is_reckoned_anew_by_another_version(suite_file, program, tmp_path, monkeypatch):
+    from zotune.bench.plan import foresee, make_plan
+    from zotune.bench.suite import expand, load_suite
+
+    suite = suite_file(grid={"model": "tiny", "task": "words", "method": "zo-sgd", "seed": [0]})
+    _, store = run_here(suite, tmp_path / "out", program)
+    (row,) = store.all()
+    store.update(row.key, planned={"peak_bytes": 7, "step_seconds": 7.0})
+
+    def planned() -> dict:
+        plan = make_plan(expand(load_suite(suite)), tmp_path / "out", store)
+        foresee(plan, store)
+        return plan.runs[0].planned
+
+    assert planned()["peak_bytes"] == 7
+    for module in ("plan", "runner"):
+        monkeypatch.setattr(f"zotune.bench.{module}.code_version", lambda: "later")
+    assert planned()["peak_bytes"] > 10_000
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a child dies with its parent on Linux alone")
 def test_a_killed_runner_takes_its_run_with_it_and_goes_on_when_started_again(suite_file, program, tmp_path):
     suite, out = suite_file(), tmp_path / "out"

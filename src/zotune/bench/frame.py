@@ -11,7 +11,8 @@ import pandas as pd
 
 from zotune.bench.store import Record
 from zotune.bench.suite import _text
-from zotune.methods import has_eps
+from zotune.methods import METHODS, has_eps
+from zotune.models.schemes import SCHEMES
 from zotune.tasks.task import LOWER_IS_BETTER
 
 GROUP = ["kind", "model", "task", "method", "scheme", "variant"]  # what names a configuration, seeds and lr, eps aside
@@ -19,8 +20,23 @@ SEARCHED = ("lr", "eps")  # among several values of these the best on validation
 
 
 def runs_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a run. Bytes, seconds, percent; NaN where a run has no such figure."""
-    return pd.DataFrame([_row(record) for record in records])
+    """A row a run, in the order of `_place`. Bytes, seconds, percent; NaN where a run has no such figure."""
+    seen: dict[str, int] = {}
+    for record in records:
+        for name in (record.model, record.task):
+            seen.setdefault(name, len(seen))
+    return pd.DataFrame([_row(record) for record in sorted(records, key=lambda record: _place(record, seen))])
+
+
+def _place(record: Record, seen: dict[str, int]) -> tuple[Any, ...]:
+    """Models and tasks as they came, configurations before their variants, methods and schemes as `zotune list` has them."""
+    labels = {k: v for k, v in record.labels.items() if k not in (*SEARCHED, "search") and v is not False}
+    index = lambda name, names: (names.index(name) if name in names else len(names), name)  # noqa: E731
+    numbers = [(k, v if isinstance(v, int | float) else 0.0, _text(v)) for k, v in sorted(labels.items())]
+    return (
+        record.kind != "train", seen[record.model], seen[record.task], bool(labels), index(record.method, list(METHODS)),
+        index(record.scheme, list(SCHEMES)), numbers, record.seed, record.started,
+    )  # fmt: skip
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a configuration, its chosen lr and eps: mean and spread over seeds, and its rank among the methods.
 
     sd is the sample's (n − 1), NaN for one seed. rank 1 is the best mean of the methods of a model, task, scheme and variant;
-    equals share a rank, and a method without another has none.
+    equals share a rank, and a method without another has none, nor has one that a search alone has run.
     """
     rows = []
     for names, group in runs.groupby(GROUP, sort=False, dropna=False):
@@ -106,6 +122,8 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
                 "labels": group.labels.iloc[0],
                 "metric": next(filter(None, [*chosen.metric, *group.metric]), ""),
                 "n": len(chosen),
+                "tried": bool(len(chosen))
+                and bool(chosen.search.all()),  # by a search alone, which has a budget of its own
                 "failed": int((group.status == "failed").sum()),
                 "oom": int((group.status == "oom").sum()),
                 "mean": chosen.score.mean() if len(chosen) else math.nan,
@@ -125,6 +143,7 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows)
     goodness = frame["mean"].where(~frame.metric.isin(LOWER_IS_BETTER), -frame["mean"])
+    goodness = goodness.where(~frame.tried)
     among = goodness.groupby([frame[name] for name in ("model", "task", "scheme", "variant")])
     frame["rank"] = among.rank(ascending=False, method="min").where(among.transform("count") > 1)
     return frame

@@ -234,7 +234,8 @@ def foresee(plan: Plan, store: Store | None = None) -> Forecast:
     """Fill in what each run is expected to take."""
     records = store.all() if store is not None else []
     forecast = Forecast(records)
-    guesses = {_estimated(record.options): record.planned for record in records if "step_seconds" in record.planned}
+    own = [record for record in records if record.code == code_version() and "step_seconds" in record.planned]
+    guesses = {_estimated(record.options): record.planned for record in own}  # another version's may differ
     for run in [*plan.runs, *plan.held]:
         key = _estimated(run.options)
         if key not in guesses:

@@ -24,7 +24,7 @@ from zotune.errors import InputError
 
 SPREAD = (
     "mean ± one standard deviation over seeds; a figure without ± is one seed's. Where several learning rates or eps were "
-    "tried, the one best on validation."
+    "tried, the one best on validation; (search) where only the search has run, whose budget is shorter."
 )
 NUMBERS = ("before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
 
@@ -56,7 +56,7 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     partial = report.with_name(f".{report.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    drawn = _figures(runs, groups, partial, compact)
+    drawn = _figures(runs, groups[~groups.tried], partial, compact)  # a search's budget is another
     matrices = tables.scores(groups[groups.kind == "train"])
     scored = "Test " + metric_of(runs) + " in percent" * percentage(metric_of(runs))
     _files(partial, matrices, scored, tables.summary(groups), tables.runs(runs))

@@ -49,10 +49,11 @@ class Cell(str):
 
 
 def mean_sd(row: Any) -> str:
-    """`91.2 ± 0.4`, or why there is no figure."""
+    """`91.2 ± 0.4`, or why there is no figure. "(search)" behind one that a search found, within its budget."""
     if row.mean != row.mean:
         return "does not fit" if row.oom else "failed" if row.failed else "not run"
-    return figure(row.metric, row.mean) + (f" ± {figure(row.metric, row.sd)}" if row.sd == row.sd else "")
+    spread = f" ± {figure(row.metric, row.sd)}" if row.sd == row.sd else ""
+    return figure(row.metric, row.mean) + spread + " (search)" * row.tried
 
 
 def summary(groups: pd.DataFrame) -> pd.DataFrame:
