@@ -178,14 +178,34 @@ def pretend(monkeypatch) -> None:
     pytest.importorskip("triton")
 
     def captured(self, held, device):
-        held.run()  # as a capture does, before anything may change
-        held.graph = SimpleNamespace(replay=held.run)
+        def run():
+            with self.own_scratch():
+                held.run()
+
+        run()  # as a capture does, before anything may change
+        held.graph = SimpleNamespace(replay=run)
         return True
 
     monkeypatch.setattr(StepGraphs, "_captured", captured)
     monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
     for module in (updates, graphs, optimizer):
         monkeypatch.setattr(module, "fused", lambda directions: import_module("zotune.fused"))
+
+
+def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):
+    """Which holds copies of weights: memory does not grow with the shapes of batches."""
+    pretend(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(192, 160), nn.Tanh(), nn.Linear(160, 192), nn.Tanh(), nn.Linear(192, 160))
+    optimizer = ZeroOrderOptimizer(model, engine="sequential", lr=1e-3, eps=1e-2, seed=1)
+    loss = lambda batch: model(batch["x"]).square().mean()  # noqa: E731
+    held = []
+    for rows in (3, 5, 2, 4):
+        optimizer.step(loss, batch={"x": torch.randn(rows, 192)})
+        held.append(sum(buffer.numel() for buffer in optimizer._graphs._scratch._free))
+    assert len(optimizer._graphs._graphs) == 4
+    assert held == [held[0]] * 4
+    assert held[0] == 4 * 160 * 192
 
 
 def optimizer_of(model: nn.Module, captured: bool = True, **options) -> ZeroOrderOptimizer:

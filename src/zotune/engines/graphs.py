@@ -104,6 +104,8 @@ class StepGraphs:
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
         self._updates: dict[str, Any] = {}
+        # One for all: graphs run one after the other, and none reads what another has left.
+        self._scratch = Scratch(keeps=True)
 
     def step(
         self,
@@ -184,10 +186,9 @@ class StepGraphs:
         return done
 
     def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
-        own, forwards = self.engine.scratch, self.engine.forwards
-        with _ONE_AT_A_TIME:
+        forwards = self.engine.forwards
+        with _ONE_AT_A_TIME, self.own_scratch():
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self.engine.scratch = captured.scratch = Scratch()  # its buffers live as long as the graph
             try:
                 draws = torch.cuda.get_rng_state(device)
                 side = torch.cuda.Stream(device)
@@ -211,8 +212,17 @@ class StepGraphs:
                 logger.warning("steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
                 return False
             finally:
-                self.engine.scratch, self.engine.forwards = own, forwards
+                self.engine.forwards = forwards
         return True
+
+    @contextmanager
+    def own_scratch(self) -> Iterator[None]:
+        """The engine takes from the graphs' scratch, of which nothing is ever freed."""
+        outer, self.engine.scratch = self.engine.scratch, self._scratch
+        try:
+            yield
+        finally:
+            self.engine.scratch = outer
 
 
 @contextmanager
@@ -242,7 +252,6 @@ class _Captured:
     ) -> None:
         self.graphs, self.loss, self.shares, self.pairs, self.decays = graphs, loss, shares, pairs, decays
         self.graph: Any = None
-        self.scratch: Scratch | None = None
         self.batches = [{name: t.clone() for name, t in batch.items()} for batch in batches]
         self.device = device = next(iter(self.batches[0].values())).device
         groups, queries = len(graphs.eps_G), graphs.estimator.queries * pairs
@@ -339,7 +348,6 @@ class _CapturedFold:
     def __init__(self, graphs: StepGraphs, by: Displacement, at_once: int) -> None:
         self.graphs, self.at_once = graphs, at_once
         self.graph: Any = None
-        self.scratch: Scratch | None = None
         self.device = graphs.engine.directions.params[0].device
         self.seeds_Q = torch.zeros(len(by.seeds_Q), dtype=torch.int64, device=self.device)
         self.coefs_GQ = [torch.zeros(len(by.seeds_Q), device=self.device) for _ in by.coefs_GQ]
