@@ -22,6 +22,7 @@ from zotune.engines import graphs
 from zotune.engines.graphs import StepGraphs, _Captured, applicable, projected
 from zotune.engines.probing import spread, spread_on_device
 from zotune.estimators import OneSided, TwoSided
+from zotune.models.schemes import get_scheme
 from zotune.trajectory import Record, float32
 from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
 
@@ -120,6 +121,40 @@ def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
         optimizer.step(lambda batch: model(batch["x"]).square().mean(), batch=batch)
     assert not optimizer._graphs.usable
     assert optimizer.steps == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt", "head"])
+def test_steps_of_a_scheme_are_captured(scheme, dtype):
+    torch.manual_seed(0)
+    plain = get_scheme(scheme).prepare(tf.LlamaForCausalLM(CONFIG).to(dtype)).cuda().eval()
+    captured = copy.deepcopy(plain)
+    ids = [torch.randint(0, 64, (4, 8 + 8 * (i % 2)), device="cuda") for i in range(6)]
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+    def loss_of(model):
+        def rows(batch):
+            logits = model(**batch).logits[:, -1].float()
+            return nn.functional.cross_entropy(logits, batch["input_ids"][:, 0], reduction="none")
+
+        return rows
+
+    first, second = (
+        ZeroOrderOptimizer([p for p in m.parameters() if p.requires_grad], lr=1e-3, eps=1e-2, seed=1)
+        for m in (plain, captured)
+    )
+    first._captured_step = lambda *args: None
+    f, g = loss_of(plain), loss_of(captured)
+    for batch in batches:
+        first.step(f, batch=batch)
+        second.step(g, batch=batch)
+    second.land()
+    assert second._graphs is not None
+    assert second._graphs.usable
+    assert len(second._graphs._graphs) == 2
+    for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
 
 
 class Toy(nn.Module):
