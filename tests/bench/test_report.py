@@ -121,6 +121,15 @@ def test_what_a_search_alone_has_run_says_so_and_is_not_ranked(tmp_path):
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "80.0 (search)" in text
     assert "(search) where only the search has run" in (tmp_path / "report" / "README.md").read_text()
+    assert {row["from"] for row in rows if row["rank"]} == {""}
+    assert {row["from"] for row in rows if not row["rank"]} == {"search"}
+
+
+def test_a_run_that_failed_after_its_search_is_not_shown_as_the_search(tmp_path):
+    reported(
+        tmp_path, {"labels": {"lr": 1e-3, "search": True}}, {"status": "failed", "result": {}}, {"method": "zo-adam"}
+    )
+    assert "| zo-sgd | failed |" in (tmp_path / "report" / "tables.md").read_text()
 
 
 def test_rows_stand_in_the_order_of_the_lists_variants_last(tmp_path):

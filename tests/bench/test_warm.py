@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -102,28 +104,65 @@ def test_a_killed_runner_takes_server_and_run_with_it(long_run, tmp_path):
     until(lambda: not alive(pid) and not alive(server), 10)
 
 
-def test_where_the_server_was_killed_its_runs_are_and_the_next_has_another(long_run, tmp_path):
+def test_where_the_server_was_killed_its_runs_are_to_go_on_and_the_next_has_another(long_run, tmp_path):
     flags, _ = long_run
     with warm.Server() as server:
         lost = server.start([*flags[:-1], str(tmp_path / "out")], tmp_path / "log", os.environ)
-        server._process.kill()
-        assert lost.wait(10) == -signal.SIGKILL
+        server._now._process.kill()
         until(lambda: not alive(lost.pid), 10)
-        assert server.start(["list", "engines"], tmp_path / "next.log", os.environ).wait(60) == 0
+        another = server.start(["list", "engines"], tmp_path / "next.log", os.environ)
+        assert lost.poll() == lost.wait(1) == warm.LOST == 143  # nobody else tells
+        assert another.wait(60) == 0
 
 
-def test_a_fork_that_cannot_use_the_card_starts_anew(tmp_path, monkeypatch):
-    """The driver was started before the fork: the run is another interpreter, by execve."""
-    import torch
+def test_a_system_that_allows_no_further_process_takes_no_run_along(monkeypatch):
+    def fork():
+        raise BlockingIOError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    if (pid := os.fork()) == 0:
-        try:
-            warm.do({"arguments": ["list", "schemes"], "log": str(tmp_path / "log"), "environment": dict(os.environ)})
-        finally:
-            os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert "prompt" in (tmp_path / "log").read_text()
+    monkeypatch.setattr(os, "fork", fork)
+    ours, theirs = Pipe()
+    thread = threading.Thread(target=warm.serve, args=(theirs,))
+    thread.start()
+    ours.send({"arguments": []})
+    assert ours.recv() == ("refused", 0)
+    ours.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_who_is_asked_to_stop_waits_for_no_imports(tmp_path):
+    began = time.monotonic()
+    with warm.Server(asked=lambda: True) as server:
+        assert server.start(["list", "methods"], tmp_path / "log", os.environ) is None
+    assert time.monotonic() - began < 3
+
+
+PEFT = {
+    "starts the driver": ("import torch\ntorch.cuda.is_initialized = lambda: True\n", False),
+    "is broken": ("raise RuntimeError('no such kernel')\n", True),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_library_that_starts_the_driver_ends_the_server_and_one_that_is_broken_does_not(kind, tmp_path):
+    source, able = PEFT[kind]
+    (tmp_path / "peft.py").write_text(source)
+    places = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with warm.Server(tmp_path / "server.log") as server:
+        run = server.start(["list", "methods"], tmp_path / "log", os.environ | {"PYTHONPATH": places})
+        assert (run is not None) == able
+        if able:
+            assert run.wait(60) == 0
+        else:  # for good: none of the later ones waits
+            began = time.monotonic()
+            assert server.start(["list", "methods"], tmp_path / "log", os.environ) is None
+            assert time.monotonic() - began < 0.5
+
+
+def test_a_usage_error_names_the_program(server, tmp_path):
+    run = server.start(["train", "--no-such-option"], tmp_path / "log", os.environ)
+    assert run.wait(60) == 2
+    assert "see zotune train --help" in (tmp_path / "log").read_text()
 
 
 def test_what_is_loaded_beforehand_exists():

@@ -82,11 +82,32 @@ def test_a_forward_copies_nothing_from_the_host(name, scheme):
     assert torch.ones(1).device.type == "cpu"
 
 
-def test_a_forward_that_fails_leaves_no_device_behind():
-    model = prepared("llama", "prefix").to("meta")
+@pytest.mark.parametrize("scheme", ["prefix", "prompt"])
+def test_a_forward_leaves_nothing_of_a_device_behind(scheme):
+    """Not after one that failed, not for gradients after one without, not for a model that moves on."""
+    model = prepared("llama", scheme).float().to("meta")
+    (ids,) = model.prompt_tokens.values()
+    assert torch.equal(ids, torch.arange(len(ids)))  # what a device makes for itself
     with pytest.raises(RuntimeError):
         model(input_ids=torch.ones((2, 3), device="meta"))  # ids are no floats
     assert torch.ones(1).device.type == "cpu"
+    batch = {key: torch.ones((2, 8), dtype=torch.long, device="meta") for key in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        model(input_ids=batch["input_ids"])
+    with FromTheHost():
+        model(**batch).logits.sum().backward()
+    assert next(p for p in model.parameters() if p.requires_grad).grad is not None
+    assert next(iter(model.prompt_tokens.values())) is ids
+    moved = copy.deepcopy(model).to_empty(device="cpu")
+    assert moved(input_ids=torch.ones((2, 3), dtype=torch.long)).logits.device.type == "cpu"
+
+
+def test_the_model_s_own_forward_has_no_default_device():
+    model, seen = prepared("llama", "prefix").to("meta"), []
+    model.get_base_model().model.register_forward_pre_hook(lambda *of: seen.append(torch.ones(1).device.type))
+    with torch.no_grad(), FromTheHost():
+        model(input_ids=torch.ones((2, 3), dtype=torch.long, device="meta"))
+    assert seen == ["cpu"]
 
 
 @pytest.mark.parametrize("name", CAUSAL)

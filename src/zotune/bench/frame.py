@@ -124,6 +124,7 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
                 "n": len(chosen),
                 "tried": bool(len(chosen))
                 and bool(chosen.search.all()),  # by a search alone, which has a budget of its own
+                "lost": next((kind for kind in ("oom", "failed") if (group[~group.search].status == kind).any()), ""),
                 "failed": int((group.status == "failed").sum()),
                 "oom": int((group.status == "oom").sum()),
                 "mean": chosen.score.mean() if len(chosen) else math.nan,

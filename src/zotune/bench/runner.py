@@ -147,7 +147,9 @@ def execute(
     waiting = waiting or Waiting(plan, store)
     state = State(plan, active, waiting=waiting.runs)
     free = list(range(jobs))
-    with signals() as asked, warm.Server() as server:
+    log = plan.folder / "logs" / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with signals() as asked, warm.Server(log, lambda: asked) as server:
         start = functools.partial(_start, plan=plan, store=store, jobs=jobs, gpus=gpus, program=program, server=server)
         try:
             while not asked and not (waiting.late and active):
@@ -230,8 +232,8 @@ def _start(
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, gpus)
     arguments, kills = [*run.arguments, *where(run, run.folder)], kernel_kills()
     process: Process | None = None
-    # On a CPU a probe measures what a process of its own takes.
-    if warm.AVAILABLE and program == ZOTUNE and (run.cell.kind == "train" or gpus):
+    on_card = gpus and run.options.get("device") != "cpu"
+    if program == ZOTUNE and (run.cell.kind == "train" or on_card):  # on a CPU a probe measures a process of its own
         process = server.start(arguments, log, environment)
     process = process or spawn([*program, *arguments], log, environment)
     return _Process(run=run, process=process, slot=slot, log=log, kills_before=kills)
@@ -260,7 +262,14 @@ def _device(slot: int, gpus: int) -> str:
 
 def _finish(active: _Process, plan: Plan, store: Store) -> Record:
     starved = kernel_kills() > active.kills_before
-    return settle(active.run, plan, store, active.process.returncode, active.log.read_text(errors="replace"), starved)
+    return settle(active.run, plan, store, active.process.returncode, _said(active.log), starved)
+
+
+def _said(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def settle(run: Run, plan: Plan, store: Store, code: int, said: str, starved: bool) -> Record:
@@ -307,7 +316,8 @@ def end(processes: Sequence[Process]) -> None:
 
 def _signal(process: Process, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)  # it leads a group of its own
+        if process.poll() is None:
+            os.killpg(process.pid, number)  # it leads a group of its own
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ def mean_sd(row: Any) -> str:
     """`91.2 ± 0.4`, or why there is no figure. "(search)" behind one that a search found, within its budget."""
     if row.mean != row.mean:
         return "does not fit" if row.oom else "failed" if row.failed else "not run"
+    if row.tried and row.lost:  # its own run, after the search
+        return "does not fit" if row.lost == "oom" else "failed"
     spread = f" ± {figure(row.metric, row.sd)}" if row.sd == row.sd else ""
     return figure(row.metric, row.mean) + spread + " (search)" * row.tried
 
@@ -64,7 +66,8 @@ def summary(groups: pd.DataFrame) -> pd.DataFrame:
             {
                 "model": row.model, "task": row.task, "method": row.method, "scheme": row.scheme, "variant": row.variant,
                 **({"metric": row.metric} if metric == "score" else {}),
-                metric: row.mean, "sd": row.sd, "seeds": row.n, "rank": row.rank, "before": row.before,
+                metric: row.mean, "sd": row.sd, "seeds": row.n, "rank": row.rank,
+                "from": "search" * row.tried, "before": row.before,
                 "lr": row.lr, "eps": row.eps, "forward passes": row.forward_passes, "minutes a run": row.seconds / 60,
                 "ms a step": row.step_seconds * 1000, "peak GiB": row.peak_bytes / 2**30,
                 "failed": row.failed, "does not fit": row.oom, "group": row.group,

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,13 +32,17 @@ LOADED = (
     "transformers.loss.loss_utils", "transformers.core_model_loading",
 )  # fmt: skip
 AVAILABLE = sys.platform == "linux"
-REAP_SECONDS = 0.05
+POLL_SECONDS = 0.05
+PATIENCE_SECONDS = 300.0  # for the imports
+LOST = (
+    128 + signal.SIGTERM
+)  # what a run ends with whose server was killed: it is to go on, like one that was asked to stop
 
 
 class Forked:
     """A run under way, with what the runner uses of `subprocess.Popen`."""
 
-    def __init__(self, server: Server, pid: int) -> None:
+    def __init__(self, server: _Process, pid: int) -> None:
         self._server, self.pid = server, pid
         self.returncode: int | None = None
 
@@ -52,16 +56,20 @@ class Forked:
         while (code := self.poll()) is None:
             if deadline is not None and time.monotonic() >= deadline:
                 raise subprocess.TimeoutExpired(f"run {self.pid}", timeout or 0.0)
-            time.sleep(REAP_SECONDS)
+            time.sleep(POLL_SECONDS)
         return code
 
 
 class Server:
-    """Starts runs; `with` it, or close() it. Of the thread that made it alone: it dies with that thread."""
+    """Starts runs; `with` it, or close() it. Of the thread that made it alone: it dies with that thread.
 
-    def __init__(self) -> None:
-        self._ended: dict[int, int] = {}
-        self._process: subprocess.Popen[bytes] | None = None
+    log: what the server itself has to say. asked: whether to stop, which ends the wait for its imports.
+    """
+
+    def __init__(self, log: Path | None = None, asked: Callable[[], object] = lambda: False) -> None:
+        self._log, self._asked = log, asked
+        self._now: _Process | None = None
+        self._wanted = AVAILABLE
 
     def __enter__(self) -> Server:
         return self
@@ -71,66 +79,99 @@ class Server:
 
     def start(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Forked | None:
         """`zotune ARGUMENTS` as the leader of a group, what it says in the log. None where there is no server to be had."""
-        job = {"arguments": list(arguments), "log": str(log), "environment": dict(environment)}
-        for _ in range(2):  # a server that was killed is replaced once
-            if self._process is None:
-                self._open(environment)
+        log.write_bytes(b"")
+        for _ in range(2):  # one that was killed is replaced once
+            if not self._wanted:
+                break
+            if self._now is None or self._now.lost:
+                self._now = _Process(environment, self._log)
             try:
-                self._channel.send(job)
-                while (said := self._channel.recv())[0] != "started":
-                    self._note(said)
-                return Forked(self, said[1])
+                if not self._now.ready(self._asked):
+                    self._wanted = bool(self._asked())  # one that is of no use is not tried again
+                    self.close()
+                    break
+                pid = self._now.fork({"arguments": list(arguments), "log": str(log), "environment": dict(environment)})
+                return None if pid is None else Forked(self._now, pid)
             except (EOFError, OSError):
-                self.close()
+                self._now.close()
         return None
+
+    def close(self) -> None:
+        """End the server, and with it what still runs."""
+        if self._now is not None:
+            self._now.close()
+            self._now = None
+
+
+class _Process:
+    """A server, and the ends of its runs. Raises EOFError or OSError where it is gone."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path | None) -> None:
+        self.lost = False
+        self._ended: dict[int, int] = {}
+        self._ready: bool | None = None
+        self._channel, theirs = Pipe()
+        program = [sys.executable, "-m", "zotune.bench.warm", str(theirs.fileno())]
+        with open(log or os.devnull, "wb") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "zotune.bench.child", str(os.getpid()), *program],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=(theirs.fileno(),),
+                # A run picks its GPU after the fork: asking how many there are must not start the driver before.
+                env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}, start_new_session=True,
+            )  # fmt: skip
+        theirs.close()
+
+    def ready(self, asked: Callable[[], object]) -> bool:
+        """Whether it has imported everything and can fork; waits for that."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._ready is None and not asked() and time.monotonic() < deadline:
+            if self._channel.poll(POLL_SECONDS):
+                self._ready = self._channel.recv()[1]
+        return bool(self._ready)
+
+    def fork(self, job: Mapping[str, Any]) -> int | None:
+        """The run's process id; None where there could be no further process."""
+        self._channel.send(job)
+        while (said := self._channel.recv())[0] == "ended":
+            self._ended[said[1]] = said[2]
+        return said[1] if said[0] == "started" else None
 
     def code_of(self, pid: int) -> int | None:
         """The exit code of a run, minus a signal's number; None while it runs."""
         try:
-            while self._process is not None and self._channel.poll():
-                self._note(self._channel.recv())
+            while not self.lost and self._channel.poll():
+                said = self._channel.recv()
+                self._ended[said[1]] = said[2]
         except (EOFError, OSError):
             self.close()
-        if self._process is None:  # its runs died with it
-            self._ended.setdefault(pid, -signal.SIGKILL)
-        return self._ended.pop(pid, None)
+        return self._ended.pop(pid, LOST if self.lost else None)
 
     def close(self) -> None:
-        """End the server, and with it what still runs."""
-        if self._process is not None:
+        if not self.lost:
+            self.lost = True
             self._channel.close()
             self._process.kill()
             self._process.wait()
-            self._process = None
-
-    def _open(self, environment: Mapping[str, str]) -> None:
-        self._channel, theirs = Pipe()
-        program = [sys.executable, "-m", "zotune.bench.warm", str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "zotune.bench.child", str(os.getpid()), *program],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
-            # A run picks its GPU after the fork: asking how many there are must not start the driver before.
-            env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}, start_new_session=True,
-        )  # fmt: skip
-        theirs.close()
-
-    def _note(self, said: tuple[Any, ...]) -> None:
-        _, pid, code = said
-        self._ended[pid] = code
 
 
 def serve(channel: Connection) -> dict[str, Any] | None:
     """Forks for each job until nobody asks any more. Returns the job in the fork that is to do it, None in the server."""
     me = os.getpid()
     while True:
-        if channel.poll(REAP_SECONDS):
+        if channel.poll(POLL_SECONDS):
             try:
                 job: dict[str, Any] = channel.recv()
             except EOFError:
                 return None
-            if (pid := os.fork()) == 0:
+            try:
+                pid = os.fork()
+            except OSError:  # no memory, or too many processes: those that run go on
+                channel.send(("refused", 0))
+                continue
+            if pid == 0:
                 die_with(me)
-                os.setpgid(0, 0)
+                with contextlib.suppress(OSError):
+                    os.setpgid(0, 0)
                 channel.close()
                 return job
             with contextlib.suppress(OSError):  # both do it: whoever signals the group must find it
@@ -143,25 +184,34 @@ def serve(channel: Connection) -> dict[str, Any] | None:
 
 def do(job: Mapping[str, Any]) -> int:
     """The run, in the fork. Returns its exit code."""
-    said = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    said = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.environ.clear()
     os.environ.update(job["environment"])
-    import torch
-
-    if torch.cuda._is_in_bad_fork():  # something that was imported has started the driver, which no fork can use
-        os.execv(sys.executable, [sys.executable, "-m", "zotune.cli", *job["arguments"]])
+    sys.argv = ["zotune", *job["arguments"]]
+    sys.modules["__main__"].__package__ = ""  # by these two a usage error names the program
     from zotune.cli.app import run
 
     return run(job["arguments"])
 
 
+def load() -> bool:
+    """Imports; False where one of them has started the CUDA driver, which no fork can use."""
+    for module in LOADED:
+        with contextlib.suppress(Exception):  # a run that needs it says what is wrong
+            importlib.import_module(module)
+    import torch
+
+    return not (torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork())
+
+
 def main(argv: Sequence[str]) -> int:
     channel = Connection(int(argv[0]))
-    for module in LOADED:
-        with contextlib.suppress(ImportError):  # what an extra brings; a run that needs it says so
-            importlib.import_module(module)
+    able = load()
+    channel.send(("ready", able))
+    if not able:
+        return 0
     gc.freeze()  # what is loaded is shared: a collection in a fork writes to none of it
     job = serve(channel)
     return 0 if job is None else do(job)

@@ -167,24 +167,36 @@ def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
             f"--scheme {scheme}: PEFT cannot adapt {kind!r} ({(str(error).splitlines() or ['?'])[0]})"
         ) from None
     if config.is_prompt_learning:
-        adapted.register_forward_pre_hook(_to_its_device)
-        adapted.register_forward_hook(_from_its_device, always_call=True)
+        adapted.register_forward_pre_hook(_on_its_device)
+        adapted.base_model.register_forward_pre_hook(_off_its_device)
+        adapted.register_forward_hook(_as_it_was, always_call=True)
     return adapted
 
 
-def _to_its_device(adapted: Any, args: Any) -> None:
+def _on_its_device(adapted: Any, args: Any) -> None:
     """What PEFT makes in each forward, ids of virtual tokens and their mask, is made where the weights are: a copy from the
-    host would wait for the device, and no CUDA graph can hold one."""
+    host would wait for the device, and no CUDA graph can hold one. PEFT's ids count from 0."""
     device = adapted.prompt_encoder[adapted.active_adapter].embedding.weight.device
-    adapted.device_contexts = [*getattr(adapted, "device_contexts", ()), made := contextlib.ExitStack()]
-    if device.type != "cpu":
-        adapted.prompt_tokens = {name: ids.to(device) for name, ids in adapted.prompt_tokens.items()}
-        made.enter_context(device)
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return
+    adapted.host_tokens = adapted.prompt_tokens
+    adapted.prompt_tokens = {name: torch.arange(len(ids), device=device) for name, ids in adapted.host_tokens.items()}
+    adapted.base_model.until_here = made = contextlib.ExitStack()
+    made.enter_context(device)
 
 
-def _from_its_device(adapted: Any, args: Any, out: Any) -> None:
-    *adapted.device_contexts, made = adapted.device_contexts
-    made.close()
+def _off_its_device(base: Any, args: Any) -> None:
+    """The model's own forward is as it would be without."""
+    if (made := getattr(base, "until_here", None)) is not None:
+        made.close()
+
+
+def _as_it_was(adapted: Any, args: Any, out: Any) -> None:
+    """After a forward that failed too."""
+    _off_its_device(adapted.base_model, args)
+    if hasattr(adapted, "host_tokens"):
+        adapted.prompt_tokens = adapted.host_tokens
+        del adapted.host_tokens, adapted.base_model.until_here
 
 
 SCHEMES = {
