@@ -78,3 +78,24 @@ def test_rows_that_are_none_are_refused_as_the_command_does(model, tmp_path, dat
 def test_wrong_options_are_refused_as_the_command_does(model, tmp_path):
     with pytest.raises(zotune.InputError, match="--stepz: no such option"):
         zotune.train(**options(model, tmp_path / "run", data=[], stepz=3))
+
+
+def test_a_dry_run_and_outputs_are_those_of_the_commands(model, tmp_path, capsys):
+    rows = tiny.text_rows(12)
+    assert zotune.train(**options(model, tmp_path / "dry", data=rows, dry_run=True)) == {}
+    assert not (tmp_path / "dry").exists()
+    assert "nothing was written" in capsys.readouterr().out
+    own = {
+        "model": str(model),
+        "task": Task(name="t", prompt="{text} It was", words=WORDS),
+        "data": rows,
+        "device": "cpu",
+    }
+    figures = zotune.evaluate(**own, output=tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    told = zotune.predict(**own, output=str(tmp_path / "told.jsonl"))
+    assert [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()] == told
+    with pytest.raises(zotune.InputError, match="exists; name another file"):
+        zotune.predict(**own, output=str(tmp_path / "told.jsonl"))
+    with pytest.raises(zotune.InputError, match="is a folder; name a file"):
+        zotune.evaluate(**own, output=tmp_path)

@@ -389,3 +389,64 @@ def test_nothing_asked_for_is_answered_with_the_help(capsys):
     assert said.startswith("Usage:")
     assert "zotune: " not in said
     assert "Fine-tune a model" in said
+
+
+REFUSED = {
+    "groups": (["--groups", "batch", "--method", "zo-adam"], "low-rank directions do not serve"),
+    "folds": (["--method", "fo-sgd", "--fold-every", "2"], "fold_every=2: only updates that are lists"),
+    "tracker": (["--report-to", "nothing"], "--report-to nothing: "),
+    "data": (["--data", "nowhere"], "--data nowhere: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "run"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_is_a_line_and_leaves_no_run_behind(kind, dry, flags, tmp_path, capsys):
+    more, said = REFUSED[kind]
+    assert run(["train", *flags, *more, "--output", str(tmp_path / "run"), *["--dry-run"] * dry]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("zotune: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_overwrite_deletes_nothing(kind, flags, tmp_path):
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    before = weights(tmp_path / "run")
+    assert run(["train", *flags, *REFUSED[kind][0], "--output", str(tmp_path / "run"), "--overwrite"]) == 2
+    assert weights(tmp_path / "run") == before
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--method", "fo-adam", "--queries", "4"], "--queries: method 'fo-adam' has no option 'queries'"),
+        (["--seed", str(2**32)], "--seed: "),
+        (["--rank", "8"], "--rank 8: of low-rank directions"),
+        (["--alignment", "none"], "--alignment none: of built-in tasks"),
+    ],
+)
+def test_the_option_that_is_wrong_is_the_one_that_is_named(more, said, flags, tmp_path, capsys):
+    assert run(["train", *flags, *more, "--output", str(tmp_path / "run")]) == 2
+    assert f"zotune: {said}" in capsys.readouterr().err
+
+
+def test_a_run_s_options_serve_eval_and_its_folder_is_no_file_of_figures(flags, tmp_path, capsys):
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    given = ["--config", str(tmp_path / "run" / "config.yaml"), "--model", str(tmp_path / "run" / "model")]
+    assert run(["eval", *given]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert run(["eval", *given, "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_card_s_commands_are_quoted(flags, model, tmp_path):
+    place = tmp_path / "a model"
+    place.symlink_to(model)
+    assert run(["train", *flags, "--model", str(place), "--output", str(tmp_path / "a run")]) == 0
+    card = (tmp_path / "a run" / "README.md").read_text()
+    assert f"zotune replay --model '{place}' --trajectory" in card

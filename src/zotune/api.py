@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from zotune.config import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
 from zotune.errors import InputError
+from zotune.folder import write_atomically
 from zotune.run import Listener
 from zotune.tasks.splits import SPLITS
 
@@ -22,25 +23,46 @@ def train(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]
     options: those of the command with underscores, `zotune.train(model=…, data=…, output=…, lr=1e-5)`. Beside what the command
     takes, `data` may be a list of dicts, a `datasets.Dataset`, or a mapping (a `DatasetDict`) of train, validation and test to
     these; `task` may be a `zotune.tasks.Task` or its keys and values. listener: told of progress.
-    Raises InputError for what the command refuses.
+    With dry_run=True it prints what `--dry-run` prints, and returns {}. Raises InputError for what the command refuses.
     """
     from zotune.run import train
 
-    return train(_resolved(TrainConfig, options), listener)
+    config = _resolved(TrainConfig, options)
+    if config.dry_run:
+        from zotune.cli.train import dry_run
+
+        dry_run(config)
+        return {}
+    return train(config, listener)
 
 
 def evaluate(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]:
-    """The figures of `zotune eval`: task, metric, value, n and split. options: as of `train`; a list is scored whole."""
-    from zotune.inference import evaluation
+    """The figures of `zotune eval`: task, metric, value, n and split. options: as of `train`; a list is scored whole.
 
-    return evaluation(_resolved(EvalConfig, options), listener or Listener())
+    output: a JSON file that they are written to as well.
+    """
+    from zotune.inference import evaluation, output_file
+
+    config = _resolved(EvalConfig, options)
+    path = output_file(config.output) if config.output else None
+    figures = evaluation(config, listener or Listener())
+    if path is not None:
+        write_atomically(path, json.dumps(figures, indent=2) + "\n")
+    return figures
 
 
 def predict(*, listener: Listener | None = None, **options: Any) -> list[dict[str, Any]]:
-    """What `zotune predict` writes of each row, as a list. options: as of `train`; no label or answer is needed."""
-    from zotune.inference import predictions
+    """What `zotune predict` writes of each row, as a list. options: as of `train`; no label or answer is needed.
 
-    return predictions(_resolved(PredictConfig, {"output": "-"} | options), listener or Listener())[0]
+    output: a .jsonl file that it is written to as well.
+    """
+    from zotune.inference import output_file, predictions, write_lines
+
+    path = output_file(options["output"], bool(options.get("overwrite"))) if options.get("output") else None
+    told = predictions(_resolved(PredictConfig, {"output": "-"} | options), listener or Listener())[0]
+    if path is not None:
+        write_lines(told, path)
+    return told
 
 
 def _resolved(kind: type[T], given: dict[str, Any]) -> T:

@@ -26,7 +26,7 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
 
 def trajectory_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
     """The same of a run's trajectory, and how the model is had from it."""
-    model = config.model + (f" --gguf-file {shlex.quote(config.gguf_file)}" if config.gguf_file else "")
+    model = shlex.quote(config.model) + (f" --gguf-file {shlex.quote(config.gguf_file)}" if config.gguf_file else "")
     folder = (
         "\nThe masks of this run need the folder `calibration/` beside the file.\n" if config.mask == "wanda" else ""
     )

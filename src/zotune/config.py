@@ -75,7 +75,9 @@ class DataOptions(Options):
     max_length: Positive | None = Field(
         None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the directions, the rows drawn and their order")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of the directions, the rows drawn and their order"
+    )
 
     _tables: dict[str, list[Any]] | None = PrivateAttr(None)
 
@@ -397,6 +399,8 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         if key not in kind.model_fields and not _of_another_command(key, kind)
     ]
     given = {key: value for key, value in from_file.items() if key in kind.model_fields}
+    if any(_of_another_command(key, kind) for key in from_file):
+        given.pop("output", None)  # the run's own folder
     given |= {key: value for key, value in flags.items() if value is not None}
     try:
         options = kind.model_validate(given)
@@ -429,6 +433,8 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     task, data = given.get("task"), given.get("data")
     if task is None and data is None:
         problems.append("--task, --data: give one of the two, or both: the task asks about the data's rows")
+    if given.get("alignment") == "none" and task is None:
+        problems.append("--alignment none: of built-in tasks; --template says how your own rows are asked")
     if given.get("subset") is not None and data is None:
         problems.append("--subset: belongs to --data; a task names its own")
     if (
@@ -496,9 +502,9 @@ def _method_problems(options: TrainConfig) -> list[str]:
             raise ValueError(f"method {options.method!r} takes no weight_decay: it may stay where it is")
     except ValueError as error:
         names = (*STEP_OPTIONS, "estimator", "queries", "calibration_rows")
-        name = next((k for k in names if str(error).startswith(k)), None) or next(
-            (k for k in names if k in str(error)), "method"
-        )
+        lacks = re.search(r"has no option '(\w+)'", str(error))
+        starts = [lacks[1]] if lacks else [k for k in names if str(error).startswith(k)]
+        name = next(iter([*starts, *(k for k in names if k in str(error)), "method"]))
         return [f"{_flag(name)}: {error}"]
     return []
 
@@ -508,6 +514,9 @@ def _engine_problems(given: Mapping[str, Any]) -> list[str]:
     problems = []
     if groups != "1" and engine in ("sequential", "dual"):
         problems.append(f"--groups {groups}: engine {engine} gives a batch one direction; use --engine lowrank or auto")
+    rank = given.get("rank", 1)
+    if groups == "1" and engine != "lowrank" and str(rank) != "1":
+        problems.append(f"--rank {rank}: of low-rank directions; use --engine lowrank or --groups batch with it")
     if groups != "1" and given.get("estimator") == "one-sided":
         problems.append(f"--groups {groups}: needs two-sided estimates")
     return problems

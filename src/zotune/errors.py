@@ -18,8 +18,11 @@ class NonFiniteLoss(RuntimeError):
     """Too many steps in a row whose loss was NaN or infinite. The command line exits with 1."""
 
 
+SHOWN = 20  # names at most
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail of an error about a wrong name: the nearest known one, else all of them.
+    """The tail of an error about a wrong name: the nearest known one, else all of them, or the first of many.
 
     >>> nearest("zo-sdg", ["zo-sgd", "zo-adam"])
     "did you mean 'zo-sgd'?"
@@ -28,7 +31,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known)}"
+    many = f", … ({len(known)} in all)" if len(known) > SHOWN else ""
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(known[:SHOWN])}{many}"
 
 
 def plain(text: str) -> str:

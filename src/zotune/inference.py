@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zotune.config import EvalConfig, PredictConfig
+from zotune.errors import InputError
+from zotune.folder import write_atomically
 from zotune.models.adapters import put_adapter
 from zotune.run import Listener, encoder_for, load, pad_id
 from zotune.tasks import Example, Task
@@ -39,6 +43,23 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
         **({"cut_rows": cut} if cut else {}),
         **({"bad_rows": len(source.bad.said)} if source.bad.said else {}),
     }
+
+
+def output_file(name: str, overwrite: bool = True) -> Path:
+    """Where figures or predictions will go. Raises InputError before anything is computed."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise InputError(f"--output {name}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output {name}: exists; name another file, or pass --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--output {name}: no such folder")
+    return path
+
+
+def write_lines(told: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """A JSON object a line."""
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))
 
 
 def predictions(

@@ -252,6 +252,7 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
     """Run, or go on with, the run that the options describe. Returns what result.json holds."""
     listener = listener or Listener()
+    check_reporters(config.report_to)
     folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
     asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype") or v is not None}
@@ -260,8 +261,6 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     with folder.storing(), folder.locked():
         folder.check(asked, resume=config.resume, overwrite=config.overwrite)
         folder.tidy()
-        if config.overwrite:
-            folder.clear()
         if config.resume and (done := folder.read_json("result.json")):
             listener.say(f"{folder.path}: this run is finished; nothing to do")
             folder.finish(config.keep is not None)  # as its process may have been killed before
@@ -273,9 +272,39 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             if ready.unread:
                 listener.say(ready.unread)
             ready.config = config = resolved(config, ready.model)
+            if not config.resume:
+                optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
+            if config.overwrite:
+                folder.clear()
             folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
             listener.prepared(ready)
             return _Run(ready, folder, listener).go()
+
+
+def optimizer_for(ready: Prepared) -> ZeroOrderOptimizer:
+    """A run's optimizer, at lr 0. Raises InputError for options that do not go together."""
+    config = ready.config
+    try:
+        return ZeroOrderOptimizer(
+            ready.model, config.method, lr=0.0, eps=config.eps or 1e-3, direction=config.direction, queries=config.queries,
+            groups=config.groups, rank=config.rank, fold_every=config.fold_every, rounding=config.rounding,
+            weight_decay=config.weight_decay, engine=config.engine,
+            **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raises InputError for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([] if name in ("none", "all") else [name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError, AssertionError) as error:
+            raise InputError(f"--report-to {name}: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

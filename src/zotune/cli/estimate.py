@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 from zotune.config import EstimateConfig
@@ -23,10 +22,14 @@ def estimate(options: EstimateConfig) -> None:
     from rich.table import Table
 
     from zotune.bench.estimate import CARDS, compare, model_config, rates_here
+    from zotune.inference import output_file
     from zotune.methods import METHODS
 
     if options.card is not None and options.card not in CARDS:
         raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
+    if options.queries > 1 and options.method in METHODS and "queries" not in METHODS[options.method].options:
+        raise InputError(f"--queries {options.queries}: method {options.method!r} draws no directions")
+    path = output_file(options.output) if options.output else None
     config = model_config(options.model, options.trust_remote_code)
     rates = CARDS[options.card] if options.card else rates_here()
     room = int(options.memory * 2**30) if options.memory else rates.memory
@@ -74,8 +77,5 @@ def estimate(options: EstimateConfig) -> None:
         highlight=False,
     )
     console.print("fo-adam below the first row: its moments in the weights' dtype, as torch's are", highlight=False)
-    if options.output:
-        path = Path(options.output).expanduser()
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"--output {path}: no such folder")
+    if path is not None:
         write_atomically(path, json.dumps([vars(row) for row in rows], indent=2) + "\n")

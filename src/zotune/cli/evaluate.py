@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from zotune import inference
 from zotune.cli.progress import Bars
 from zotune.cli.replay import rebuilt
 from zotune.config import EvalConfig, PredictConfig
-from zotune.errors import InputError
 from zotune.folder import write_atomically
 from zotune.models.kinds import kind_of
 from zotune.run import check_kind, load
@@ -21,8 +18,7 @@ from zotune.tasks.task import METRICS
 
 
 def evaluate(options: EvalConfig) -> None:
-    if options.output and not Path(options.output).expanduser().absolute().parent.is_dir():
-        raise InputError(f"--output {options.output}: no such folder")
+    path = inference.output_file(options.output) if options.output else None
     with Bars() as bars:
         figures = inference.evaluation(options, bars, lambda options, task: _loaded(options, task, bars))
     shown = [(figures["metric"], figures["value"])]
@@ -30,22 +26,15 @@ def evaluate(options: EvalConfig) -> None:
     cut = f", {figures['cut_rows']} of them cut" if "cut_rows" in figures else ""
     said = "  ".join(f"{name} {figure(name, value)}" for name, value in shown)
     print(f"{figures['task']}  {said}  ({figures['n']} rows of {figures['split']}{cut})")
-    if options.output:
-        write_atomically(Path(options.output).expanduser(), json.dumps(figures, indent=2) + "\n")
+    if path is not None:
+        write_atomically(path, json.dumps(figures, indent=2) + "\n")
 
 
 def predict(options: PredictConfig) -> None:
-    output = Path(options.output).expanduser()
-    if output.exists() and not options.overwrite:
-        raise InputError(f"--output {output}: exists; name another file, or pass --overwrite")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: no such folder")
+    output = inference.output_file(options.output, options.overwrite)
     with Bars() as bars:
         told, split = inference.predictions(options, bars)
-    temporary = output.with_name(f".{output.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
-    os.replace(temporary, output)
+    inference.write_lines(told, output)
     print(f"{len(told)} rows of {split} → {output}")
 
 

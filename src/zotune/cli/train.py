@@ -21,7 +21,6 @@ from zotune.folder import RunFolder
 from zotune.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
-from zotune.optimizer import ZeroOrderOptimizer
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 
@@ -72,6 +71,7 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
 
 def dry_run(config: TrainConfig) -> None:
     """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
+    run.check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
     ready = run.prepare(config)
@@ -128,21 +128,7 @@ def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
     config = ready.config
     ready.model.eval()
-    optimizer = ZeroOrderOptimizer(
-        ready.model,
-        config.method,
-        lr=0.0,
-        eps=config.eps or 1e-3,
-        direction=config.direction,
-        queries=config.queries,
-        groups=config.groups,
-        rank=config.rank,
-        fold_every=config.fold_every,
-        rounding=config.rounding,
-        weight_decay=config.weight_decay,
-        engine=config.engine,
-        **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
-    )
+    optimizer = run.optimizer_for(ready)
     rows = (ready.train * config.batch_size)[: config.batch_size]
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
     batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
