@@ -153,3 +153,13 @@ def test_the_command_plans_without_writing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run([*command, "--lrs", "fast"]) == 2
     assert run([*command, "--overwrite"]) == 2
+
+
+def test_a_search_in_which_no_run_finished_says_why(tmp_path, capsys):
+    command = ["sweep", "--model", "org/model", "--data", str(tmp_path / "nothere"), "--template", "{text}",
+               "--label-words", '{"0": "bad", "1": "good"}', "--output", str(tmp_path / "out"), "--lrs", "1e-5",
+               "--device", "cpu"]  # fmt: skip
+    assert run(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"no run of the search was finished, the first failed: --data {tmp_path / 'nothere'}: no such file" in last
+    assert last.endswith(f"see {tmp_path / 'out'}/logs")
