@@ -741,11 +741,17 @@ def _numbers(raw_P: Sequence[Any]) -> list[float]:
     return [float(torch.as_tensor(raw, dtype=torch.float64).mean()) for raw in raw_P]
 
 
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, by name. Raises ValueError where there is none."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("the model has no trainable parameter: none has requires_grad=True")
+    return named
+
+
 def _groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, nn.Module):
-        params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
-        if not params:
-            raise ValueError("the model has no trainable parameter: none has requires_grad=True")
+        params = trainable(params)
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize")
