@@ -65,10 +65,14 @@ def sweep(options: SweepConfig) -> None:
 
 
 def _why(records: list[Record]) -> str:
-    """The last line of what the first run that failed said: mostly it is bad input, the same for all."""
+    """What the first run that failed said last: mostly it is bad input, the same for all. Of bad rows also the first, as the
+    last line only counts them.
+    """
     for record in records:  # in the order of their first start
-        if record.status in ("failed", "oom") and record.error.strip():
-            return f", the first failed: {record.error.strip().splitlines()[-1].removeprefix('zotune: ')}"
+        if record.status in ("failed", "oom") and (lines := record.error.strip().splitlines()):
+            ours = [line for line in lines if line.startswith("zotune: ")]
+            said = [ours[0], lines[-1]] if len(ours) > 1 and " bad rows" in lines[-1] else lines[-1:]
+            return ", the first failed: " + "; ".join(line.removeprefix("zotune: ") for line in said)
     return ""
 
 
