@@ -289,6 +289,12 @@ def test_dropout_is_the_same_in_both_probes():
         ({"estimater": "two-sided"}, "estimator"),
         ({"estimator": "twosided"}, "two-sided"),
         ({"eps": 0.0}, "eps"),
+        ({"eps": "1e-3"}, "eps='1e-3': must be a number"),
+        ({"lr": None}, "lr=None: must be a number"),
+        ({"seed": -1}, "seed=-1: must be a whole number from 0"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": "7"}, "seed='7'"),
         ({"lr": -1.0}, "lr"),
         ({"queries": 0}, "queries"),
         ({"groups": 0}, "groups"),
@@ -309,3 +315,29 @@ def test_what_cannot_be_trained_is_refused():
         ZeroOrderOptimizer([("q", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))])
     with pytest.raises(TypeError, match="closure"):
         ZeroOrderOptimizer(nn.Linear(2, 2)).step()
+
+
+@pytest.mark.parametrize("batch", [None, {"x": torch.ones(2, 2)}, [{"x": torch.ones(2, 2)}] * 2])
+@pytest.mark.parametrize("method", ["zo-sgd", "zo-sgd-cons", "forward-grad", "fo-sgd"])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda: None, "the closure returned None; it has to return the loss"),
+        (lambda: object(), "the closure returned a object"),
+        (lambda: torch.ones(0), "the closure returned an empty tensor"),
+        (lambda: [], "the closure returned an empty tensor"),
+    ],
+)
+def test_a_closure_without_a_loss_is_named_and_no_skipped_step(batch, method, returned, said):
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    optimizer = ZeroOrderOptimizer(model, method=method)
+
+    def closure(*given):
+        model(torch.ones(2))  # the weights are read
+        return returned()
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        optimizer.step(closure, batch=batch)
+    assert torch.equal(model.weight, before)
+    assert (optimizer.steps, optimizer.skipped_steps) == (0, 0)

@@ -137,6 +137,11 @@ def test_what_makes_no_sense_without_a_gradient_is_refused(tmp_path):
         train(tmp_path, zo={"method": "zo-sdg"})
 
 
+def test_a_model_with_nothing_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no trainable parameter: none has requires_grad=True"):
+        train(tmp_path, model().requires_grad_(False))
+
+
 def test_a_step_does_not_walk_through_the_model(tmp_path, monkeypatch):
     """A step of a large model takes less than what the Trainer does with gradients and modes that are not there."""
     walks = {"zero_grad": 0, "train": 0, "num_parameters": 0}

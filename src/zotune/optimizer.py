@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -113,9 +114,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         max_skipped: int = 5,
         **options: Any,
     ) -> None:
+        for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            _check(name, number, isinstance(number, (Real, Tensor)), "a number")
         _check("lr", lr, lr >= 0, "at least 0")
         _check("eps", eps, eps > 0, "above 0")
         _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        whole_number = isinstance(seed, Integral) and not isinstance(seed, bool)
+        _check("seed", seed, whole_number and 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")
         _check("queries", queries, queries >= 1 and queries == int(queries), "a whole number from 1")
         _check("max_skipped", max_skipped, max_skipped >= 1, "at least 1")
         if direction not in noise.DIRECTIONS:
@@ -741,11 +746,17 @@ def _numbers(raw_P: Sequence[Any]) -> list[float]:
     return [float(torch.as_tensor(raw, dtype=torch.float64).mean()) for raw in raw_P]
 
 
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, by name. Raises ValueError where there is none."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("the model has no trainable parameter: none has requires_grad=True")
+    return named
+
+
 def _groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, nn.Module):
-        params = [(n, p) for n, p in params.named_parameters() if p.requires_grad]
-        if not params:
-            raise ValueError("the model has no trainable parameter: none has requires_grad=True")
+        params = trainable(params)
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize")

@@ -182,6 +182,12 @@ def check_kind(kind: str, task: Task, loss: str = "answer") -> None:
         raise InputError(
             f"--loss {loss}: scores a generated answer, which a {kind} model cannot write; use answer or accuracy"
         )
+    if kind != "causal" and task.models:
+        given = "conversations" if task.messages_field else "plain text"
+        raise InputError(
+            f"--model: task {task.name!r} is {given}, which causal models train on; this is a {kind} one: name a causal model, "
+            "or say what is asked by --template"
+        )
     if kind != "causal" and task.generates:
         raise InputError(f"--model-kind {kind}: task {task.name!r} generates its answers, which a causal model does")
     if kind == "classifier" and not task.labels:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zotune.errors import nearest
 from zotune.methods import METHODS
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.optimizer import ZeroOrderOptimizer, trainable
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -72,7 +72,7 @@ class _TrainersOptimizer(ZeroOrderOptimizer):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters. Decay reaches what the Trainer decays: no biases and no norms."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = trainable(model)
     if not weight_decay:
         return [{"params": named}]
     decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # reads no self

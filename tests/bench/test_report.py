@@ -276,6 +276,13 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
         make_report(tmp_path)
 
 
+def test_a_file_in_the_place_of_the_report_is_refused(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert run(["bench", "report", str(tmp_path), "--output", str(tmp_path / "taken")]) == 2
+    assert capsys.readouterr().err == f"zotune: --output {tmp_path / 'taken'}: is a file; name a folder\n"
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_no_bar_passes_a_hundred_percent():
     rows = pd.DataFrame({"mean": [98.0, 60.0, 12.0], "sd": [5.0, 5.0, math.nan], "metric": ["accuracy"] * 3})
     down, up = spread(rows)

@@ -14,6 +14,7 @@ from zotune.bench import search
 from zotune.bench.runner import execute
 from zotune.bench.store import Record, Store
 from zotune.bench.suite import expand
+from zotune.cli import sweep
 from zotune.cli.app import run
 from zotune.config import SweepConfig, resolve
 
@@ -153,3 +154,24 @@ def test_the_command_plans_without_writing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run([*command, "--lrs", "fast"]) == 2
     assert run([*command, "--overwrite"]) == 2
+
+
+def test_a_search_in_which_no_run_finished_says_why(tmp_path, capsys):
+    command = ["sweep", "--model", "org/model", "--data", str(tmp_path / "nothere"), "--template", "{text}",
+               "--label-words", '{"0": "bad", "1": "good"}', "--output", str(tmp_path / "out"), "--lrs", "1e-5",
+               "--device", "cpu"]  # fmt: skip
+    assert run(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"no run of the search was finished, the first failed: --data {tmp_path / 'nothere'}: no such file" in last
+    assert last.endswith(f"see {tmp_path / 'out'}/logs")
+
+
+def test_what_failed_is_said_by_its_last_line_and_of_bad_rows_by_the_first_one():
+    rows = "zotune: a:1: no word\nzotune: a:2: no word\nzotune: 9 bad rows, the first 2 above"
+    for error, said in (
+        (rows, "a:1: no word; 9 bad rows, the first 2 above"),
+        ("Traceback\nKeyError: 3", "KeyError: 3"),
+    ):
+        failed = [Record(status="done", error=""), Record(status="failed", error=error)]
+        assert sweep._why(failed) == f", the first failed: {said}"
+    assert sweep._why([]) == ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 
@@ -105,6 +107,34 @@ def test_skipped_rows_are_counted_and_reported_wherever_rows_are_read(data, mode
     assert run(preview) == 2
     assert run([*preview, skip]) == 0
     assert "bad rows: 3 left out" in capsys.readouterr().out
+
+
+def test_a_bad_row_that_chooses_and_scores_counts_once(data, model, tmp_path):
+    (data / "validation.jsonl").write_text((data / "test.jsonl").read_text())
+    (data / "test.jsonl").unlink()
+    flags = [*tiny.flags(model, data, steps=2), "--skip-bad-rows", "--output", str(tmp_path / "run")]
+    assert run(["train", *flags]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["test_split"], result["bad_rows"], result["test_rows"]) == ("validation", 4, 19)
+
+
+@pytest.mark.parametrize("field", ["text", "label"])
+@pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), pd.NA, pd.NaT])
+def test_what_pandas_has_for_no_value_is_none(field, missing):
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1} | {field: missing}]
+    source = Source(tables={"": rows}).asking(TASK.example)
+    with pytest.raises(InputError, match=f"row 2: field '{field}' has no value"):
+        source.rows("train")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("given", [list(pd.DataFrame({"text": ["a"], "label": [0]})), ["a", "b", 3]])
+def test_rows_none_of_which_is_a_dict_are_refused_in_one_line(given, skip):
+    with pytest.raises(InputError) as error:
+        Source(tables={"": given}, bad=BadRows(skip)).rows("train")
+    assert str(error.value).startswith("data: holds no dict (but ")
+    assert 'df.to_dict("records")' in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def stopping(model, data, out, **changes):

@@ -139,3 +139,23 @@ def test_a_function_of_one_s_own_also_says_which_step_is_best(tmp_path, monkeypa
     (tmp_path / "asked.yaml").write_text("prompt: '{prompt}'\nanswer_field: completion\nmetric: mine:none\n")
     assert run(["eval", *given, "--task", str(tmp_path / "asked.yaml")]) == 2
     assert "has no attribute 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["masked", "classifier"])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "the film"}, "is plain text"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "is conversations"),
+    ],
+)
+def test_rows_for_causal_models_are_refused_once_and_not_row_by_row(kind, row, said, tmp_path, capsys):
+    model = tiny.save_model(tmp_path / "model")
+    data = tiny.write_rows(tmp_path / "notes.jsonl", [row] * 12)
+    command = ["train", "--model", str(model), "--data", str(data), "--model-kind", kind, "--device", "cpu"]
+    assert run([*command, "--output", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err.splitlines()
+    assert len(line) == 1
+    assert line[0].startswith(
+        f"zotune: --model: task 'notes.jsonl' {said}, which causal models train on; this is a {kind}"
+    )

@@ -36,6 +36,8 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     Raises InputError where nothing has finished, and for a target that is not a report's.
     """
     report = target or folders[0] / "report"
+    if report.exists() and not report.is_dir():
+        raise InputError(f"--output {report}: is a file; name a folder")
     if report.exists() and any(report.iterdir()) and not (report / "runs.csv").is_file():
         raise InputError(f"--output {report}: holds files that are not a report's; name another folder")
     newest: dict[str, Record] = {}

@@ -12,6 +12,7 @@ from zotune.errors import InputError
 
 if TYPE_CHECKING:
     from zotune.bench.plan import Plan
+    from zotune.bench.store import Record
 
 
 def sweep(options: SweepConfig) -> None:
@@ -50,16 +51,29 @@ def sweep(options: SweepConfig) -> None:
             show_plan(plan)
             carry_out(plan)
             keys = {run.key for run in plan.runs}
-        rows = search.outcome([record for record in store.all() if record.key in keys])
+        records = [record for record in store.all() if record.key in keys]
+        rows = search.outcome(records)
     _show(rows)
     best = rows[0]
     if not best["seeds"]:
-        raise InputError(f"--output {folder}: no run of the search was finished; see {folder}/logs")
+        raise InputError(f"--output {folder}: no run of the search was finished{_why(records)}; see {folder}/logs")
     found = {key: best[key] for key in ("lr", "eps") if best[key] == best[key]}  # not every method has eps
     write_atomically(folder / "best.yaml", yaml.safe_dump(found))
     flags = " ".join(f"--{key} {value:g}" for key, value in found.items())
     print(f"chosen on validation: {flags}   ({folder / 'best.yaml'})")
     print(f"how sensitive the result is: zotune bench report {options.output}")
+
+
+def _why(records: list[Record]) -> str:
+    """What the first run that failed said last: mostly it is bad input, the same for all. Of bad rows also the first, as the
+    last line only counts them.
+    """
+    for record in records:  # in the order of their first start
+        if record.status in ("failed", "oom") and (lines := record.error.strip().splitlines()):
+            ours = [line for line in lines if line.startswith("zotune: ")]
+            said = [ours[0], lines[-1]] if len(ours) > 1 and " bad rows" in lines[-1] else lines[-1:]
+            return ", the first failed: " + "; ".join(line.removeprefix("zotune: ") for line in said)
+    return ""
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:

@@ -87,11 +87,32 @@ def whole(loss: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
 
 
 def _joined(losses: list[Any]) -> Any:
+    for loss in losses:
+        if not (isinstance(loss, Tensor) and loss.numel()):
+            _refuse_no_loss(loss)
     if len(losses) == 1:
         return losses[0]
     if all(isinstance(loss, Tensor) for loss in losses):
         return torch.cat([loss.view(-1) for loss in losses])
     return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+
+
+def _refuse_no_loss(loss: Any) -> None:
+    """Raises TypeError or ValueError, which name the closure, for what is no loss. The mean of no number would be a NaN, and
+    a step with one is skipped: nobody would hear of it.
+    """
+    if loss is None:
+        raise TypeError("the closure returned None; it has to return the loss")
+    if isinstance(loss, (int, float)):
+        return
+    try:
+        numbers = torch.as_tensor(loss, dtype=torch.float64).numel()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"the closure returned a {type(loss).__name__}; it has to return the loss, a number or a tensor"
+        ) from None
+    if not numbers:
+        raise ValueError("the closure returned an empty tensor; it has to return the loss, of at least one row")
 
 
 def _means(losses_B: Tensor, shares_G: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,15 +31,24 @@ class Row:
         if field not in self.fields:
             has = ", ".join(repr(name) for name in self.fields)
             raise InputError(f"{self.where}: no field {field!r} (has {has})")
-        if self.fields[field] is None:
+        if _missing(self.fields[field]):
             raise InputError(f"{self.where}: field {field!r} has no value")
         return self.fields[field]
+
+
+def _missing(value: Any) -> bool:
+    """Whether a field has no value: None, or what pandas has in the place of one (NaN, NaT, NA)."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas need not be there to be looked for
+        return True
+    value = value.item() if getattr(value, "shape", None) == () else value  # a number of NumPy
+    return isinstance(value, float) and math.isnan(value)
 
 
 class BadRows:
     """Rows that cannot be used: gathered, and refused together unless they are to be skipped.
 
-    said: a line for each, with its place and what was expected there.
+    said: a line for each, with its place and what was expected there. A row that is met again, as one that serves to choose and
+    to score is, counts once.
     """
 
     SHOWN = 5
@@ -46,6 +56,7 @@ class BadRows:
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip
         self.said: list[str] = []
+        self._known: set[str] = set()
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -53,7 +64,9 @@ class BadRows:
         try:
             yield
         except InputError as error:
-            self.said.append(str(error))
+            if (line := str(error)) not in self._known:
+                self._known.add(line)
+                self.said.append(line)
 
     def refuse(self) -> None:
         """Raises InputError with the first few, if there are any and they are not to be skipped."""
@@ -201,12 +214,21 @@ def read_hub(name: str, subset: str | None) -> dict[str, Iterable[Mapping[str, A
 
 def rows_of(given: Iterable[Any], where: str, bad: BadRows) -> list[Row]:
     """Rows in memory, or of a hub data set, each a mapping of fields."""
-    found = []
+    found: list[Row] = []
+    others: set[str] = set()
     for number, fields in enumerate(given, start=1):
         with bad.caught():
             if not isinstance(fields, Mapping):
+                others.add(type(fields).__name__)
                 raise InputError(f"{where}, row {number}: a {type(fields).__name__} where a dict was expected")
             found.append(Row(dict(fields), f"{where}, row {number}"))
+    if (
+        others and not found
+    ):  # not a bad row here and there: the whole is another thing, such as a table, which gives its columns
+        raise InputError(
+            f"data: holds no dict (but {', '.join(sorted(others))}); give a list of dicts or a datasets.Dataset, of a table of "
+            'pandas df.to_dict("records")'
+        )
     return found
 
 
