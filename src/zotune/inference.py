@@ -111,7 +111,7 @@ def _outcome(
         model = put_adapter(model, options.adapter, options.allow_pickle)
     if shots:
         examples = after_shots(examples, shots, tokenizer.mask_token)
-    examples, rows = encoded(encoder_for(model, tokenizer, options), source, examples)
+    examples, rows = encoded(encoder_for(model, tokenizer, options, task), source, examples)
     if source.unread:
         listener.say(source.unread)
     if source.bad.said:

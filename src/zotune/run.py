@@ -35,8 +35,17 @@ from zotune.guards import Guards
 from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models import schemes
 from zotune.models.adapters import save
+from zotune.models.heads import head_names, is_named, label_names, outputs_of
 from zotune.models.kinds import kind_of
-from zotune.models.loading import find_kind, length_limit, load_model, load_tokenizer, load_weights, pick_device
+from zotune.models.loading import (
+    find_kind,
+    length_limit,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    pick_device,
+)
 from zotune.models.quantized import base_dtype, library_versions, refuse_rough, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.optimizer import StepRecord, ZeroOrderOptimizer
@@ -159,7 +168,11 @@ def pad_id(tokenizer: Any) -> int:
 def load(
     options: ModelOptions, task: Task | None = None, *, labels: Sequence[str] = (), seed: int = 0
 ) -> tuple[nn.Module, Any]:
-    """The model and tokenizer that the options name; a classifier with the task's labels, or these, its fresh head by the seed."""
+    """The model and tokenizer that the options name; a fresh head by the seed.
+
+    Of a classifier the outputs are named, in their order, as in the adapter's folder, or the checkpoint if its own head has names
+    (they must be the task's, in any order); else by the task, or by `labels`.
+    """
     extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
     device = pick_device(options.device)
     adapter = getattr(options, "adapter", None)
@@ -167,6 +180,12 @@ def load(
     if task is not None:
         check_kind(kind, task, getattr(options, "loss", "answer"))
         labels = task.labels
+    if task is not None and kind == "classifier":
+        whose = f"--adapter {adapter}" if known else f"--model {options.model}"
+        held = known or head_names(load_config(options.model, trust_remote_code=options.trust_remote_code))
+        if held:
+            outputs_of(held, task.words or {}, whose)
+            labels = held if is_named(held) or sorted(held) == sorted(labels) else labels
     tokenizer = load_tokenizer(options.model, **extra)
     common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
     common |= {"quantize": options.quantize, "allow_pickle": options.allow_pickle}
@@ -199,8 +218,12 @@ def check_kind(kind: str, task: Task, loss: str = "answer") -> None:
         raise InputError(f"--template {task.prompt!r}: {MASK} is for masked models, this is a {kind} one; leave it out")
 
 
-def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions) -> Encoder:
-    return Encoder(tokenizer, length_limit(model), options.max_length, kind_of(model))
+def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions, task: Task) -> Encoder:
+    kind = kind_of(model)
+    outputs: tuple[int, ...] = ()
+    if kind == "classifier":
+        outputs = outputs_of(label_names(model.config), task.words or {}, "the model")
+    return Encoder(tokenizer, length_limit(model), options.max_length, kind, outputs)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -233,7 +256,7 @@ def prepare(config: TrainConfig) -> Prepared:
     base = fingerprint(model) if recorded else ""
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = schemes.prepare(model, config.scheme, config.freeze)
-    encode = encoder_for(model, tokenizer, config)
+    encode = encoder_for(model, tokenizer, config, task)
     (train, train_rows), (validation, validation_rows), (test, test_rows) = (
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
@@ -538,7 +561,8 @@ class _Run:
         return found
 
     def _header(self, optimizer: ZeroOrderOptimizer) -> Header:
-        config = self.ready.config
+        config, kind = self.ready.config, kind_of(self.ready.model)
+        labels = label_names(self.ready.model.config) if kind == "classifier" else self.ready.task.labels
         return Header(
             noise_version=noise.NOISE_VERSION,
             direction=config.direction,
@@ -565,8 +589,8 @@ class _Run:
                 "gguf_file": config.gguf_file,
                 "scheme": config.scheme,
                 "freeze": config.freeze,
-                "kind": kind_of(self.ready.model),
-                "labels": self.ready.task.labels,
+                "kind": kind,
+                "labels": labels,  # of a classifier, its outputs' names in their order
                 "sha256": self.ready.base,
                 **({"start": start(self.ready.model)} if config.scheme != "full" else {}),
                 "machine": machine(self.ready.device) | library_versions(self.ready.model),

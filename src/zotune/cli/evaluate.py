@@ -10,6 +10,7 @@ from zotune.cli.progress import Bars
 from zotune.cli.replay import rebuilt
 from zotune.config import EvalConfig, PredictConfig
 from zotune.folder import write_atomically
+from zotune.models.heads import label_names, outputs_of
 from zotune.models.kinds import kind_of
 from zotune.run import check_kind, load
 from zotune.tasks import Task
@@ -42,7 +43,9 @@ def _loaded(options: EvalConfig | PredictConfig, task: Task, bars: Bars) -> tupl
     """The model as it is, or as a run's trajectory makes it."""
     if trajectory := getattr(options, "trajectory", None):
         model, tokenizer, line = rebuilt(options, trajectory, bars=bars)
-        bars.say(line)
         check_kind(kind_of(model), task)
+        if kind_of(model) == "classifier":
+            outputs_of(label_names(model.config), task.words or {}, f"--trajectory {trajectory}")
+        bars.say(line)
         return model, tokenizer
     return load(options, task, seed=options.seed)

@@ -37,6 +37,11 @@ def kind_of_config(config: Any) -> str:
     return "classifier" if named in auto.MODEL_MAPPING_NAMES.values() else "masked"
 
 
+def names_classifier(config: Any) -> bool:
+    """Whether a checkpoint's architecture has a classifier's head; unlike `kind_of_config` never of a bare encoder."""
+    return _kind_of_class((getattr(config, "architectures", None) or [""])[0]) == "classifier"
+
+
 def is_encoder(config: Any) -> bool:
     from transformers.models.auto import modeling_auto as auto
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
+from zotune.models.heads import check_count, head_names, label_names
 from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, without_adapter
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
 
@@ -44,10 +45,11 @@ def load_model(
 ) -> nn.Module:
     """The pretrained model, in eval mode, on the device.
 
-    name: a hub name or a local folder. kind: see `zotune.models.kinds`. labels: of a classifier, an output each; the head that
-    a checkpoint lacks is drawn by the seed (`fresh_parameters` names what was). dtype None keeps the checkpoint's own (float32
-    for GGUF). quantize: see `zotune.models.quantized`; a head stays whole. Weights are read from safetensors or GGUF; pickled
-    ones, by torch's reader of tensors alone, if that is allowed. Raises InputError where the model cannot be had.
+    name: a hub name or a local folder. kind: see `zotune.models.kinds`. labels: of a classifier, the names of its outputs in their
+    order, whatever the checkpoint calls them (`zotune.models.heads` matches those by name); the head that a checkpoint lacks is
+    drawn by the seed (`fresh_parameters` names what was). dtype None keeps the checkpoint's own (float32 for GGUF). quantize: see
+    `zotune.models.quantized`; a head stays whole. Weights are read from safetensors or GGUF; pickled ones, by torch's reader of
+    tensors alone, if that is allowed. Raises InputError where the model cannot be had.
     """
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     packed: dict[str, Any] = {}
@@ -71,6 +73,8 @@ def load_model(
         "DISABLE_SAFETENSORS_CONVERSION", "1"
     )  # transformers would have a server convert pickled ones
     if kind == "classifier" and labels:
+        if held := head_names(load_config(name, trust_remote_code=trust_remote_code)):
+            check_count(held, labels, f"--model {name}", "its adapter or run")
         kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         kwargs |= {"label2id": {label: i for i, label in enumerate(labels)}}
     with _said_as_one_line(name, None), _pickled_refused(name, allow_pickle):
@@ -110,12 +114,12 @@ def find_kind(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str, list[str]]:
-    """The kind that is asked for, or the adapter's, or the checkpoint's; and the labels of an adapter's classifier."""
+    """The kind that is asked for, or the adapter's, or the checkpoint's; and what an adapter's classifier calls its outputs."""
     _refuse_adapter(name)
     if adapter and (Path(adapter).expanduser() / "config.json").is_file():
         config = load_config(str(Path(adapter).expanduser()))
         kind = kind_of_config(config) if asked == "auto" else asked
-        return kind, list(config.id2label.values()) if kind == "classifier" else []
+        return kind, label_names(config) if kind == "classifier" else []
     if asked == "auto":
         asked = "causal" if gguf_file else kind_of_config(load_config(name, trust_remote_code=trust_remote_code))
     return asked, []
@@ -282,6 +286,11 @@ def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"--model {name}: it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
+            ) from None
+        if "ignore_mismatched_sizes" in str(error):  # transformers' words name an argument that nobody here can give
+            raise InputError(
+                f"--model {name}: its weights have other shapes than its config.json, or a head of the task's labels, asks for; "
+                "fetch it again, or start from a model without a head"
             ) from None
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(f"--model {name}: {lines[0].strip()}") from error

@@ -23,7 +23,7 @@ class Encoded:
 
     counted: the places in the one candidate whose tokens count, where not all do.
     mask, tail: of a masked model, the token that stands in the answer's place, once for each of its tokens, and what follows it.
-    A classifier's candidates add nothing: they are its outputs.
+    A classifier's candidates add nothing: they are its outputs. outputs: which of them is each candidate's; (): they are in order.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +35,7 @@ class Encoded:
     counted: tuple[int, ...] = ()
     mask: int | None = None
     tail: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
     @property
     def learned(self) -> int:
@@ -67,11 +68,18 @@ class Encoder:
 
     kind "causal": the answer follows the prompt. "masked": the answer stands where the prompt has `<mask>` (or the tokenizer's own
     mask), else at its end, before a full stop; an answer of k tokens is k masks. "classifier": the prompt alone.
+    outputs: of a classifier, the output of each of the task's labels.
     """
 
     def __init__(
-        self, tokenizer: Any, model_takes: int | None, max_length: int | None = None, kind: str = "causal"
+        self,
+        tokenizer: Any,
+        model_takes: int | None,
+        max_length: int | None = None,
+        kind: str = "causal",
+        outputs: Sequence[int] = (),
     ) -> None:
+        self.outputs = () if list(outputs) == [*range(len(outputs))] else tuple(outputs)
         if max_length is not None and model_takes is not None and max_length > model_takes:
             raise InputError(f"--max-length {max_length}: the model takes {model_takes} tokens")
         if kind == "masked" and (tokenizer.mask_token_id is None or not tokenizer.is_fast):
@@ -92,7 +100,7 @@ class Encoder:
         if self.kind == "classifier":
             ids = tuple(self.tokenizer(example.prompt, verbose=False)["input_ids"])
             kept, cut = self._fit(ids, 0, example, "the prompt is")
-            return Encoded(kept, ((),) * len(example.candidates), label, cut)
+            return Encoded(kept, ((),) * len(example.candidates), label, cut, outputs=self.outputs)
         prompt, answers, tail = self._filled(example)
         kept, cut = self._fit(prompt, max(map(len, answers)) + len(tail), example, "prompt and answer are")
         mask = self.tokenizer.mask_token_id
@@ -262,7 +270,8 @@ class Collator:
 
     The batch: input_ids (S, T); positions (S, K) of the hidden states that predict the answer's tokens, targets (S, K),
     target_mask (S, K); labels (B,); and `candidates` (B, C) ids, or `present` (B, C): S = B·C, and a row
-    with fewer candidates than C repeats its first. A classifier's batch: input_ids, attention_mask and labels.
+    with fewer candidates than C repeats its first. A classifier's batch: input_ids, attention_mask, labels, and `outputs`
+    (B, C) where the head's are not in the candidates' order.
     """
 
     loss: str
@@ -272,7 +281,8 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         labels = torch.tensor([row.label for row in rows])
         if rows[0].classified:
-            return {**self._padded([row.prompt for row in rows], masked=True), "labels": labels}
+            outputs = {"outputs": torch.tensor([row.outputs for row in rows])} if rows[0].outputs else {}
+            return {**self._padded([row.prompt for row in rows], masked=True), "labels": labels, **outputs}
         if self.loss == "answer":
             pairs = [(row, row.candidates[row.label]) for row in rows]
             return {**self._sequences(pairs, [row.counted for row in rows]), "labels": labels}

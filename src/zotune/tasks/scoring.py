@@ -66,7 +66,8 @@ def candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, C) nats: each candidate's mean log-probability a token; −inf where a row has fewer candidates."""
     if "targets" not in batch:
         logits_BC: Tensor = model(**_inputs(batch)).logits
-        return logits_BC.float().log_softmax(-1)
+        scores_BC = logits_BC.float().log_softmax(-1)
+        return scores_BC.gather(1, batch["outputs"]) if "outputs" in batch else scores_BC
     if "candidates" in batch:
         logits_BV = answer_logits(model, batch)[:, 0]
         return logits_BV.log_softmax(-1).gather(1, batch["candidates"])
