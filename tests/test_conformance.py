@@ -292,7 +292,7 @@ def test_dropout_is_the_same_in_both_probes():
         ({"eps": "1e-3"}, "eps='1e-3': must be a number"),
         ({"lr": None}, "lr=None: must be a number"),
         ({"seed": -1}, "seed=-1: must be a whole number from 0"),
-        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": "7"}, "seed='7'"),
         ({"lr": -1.0}, "lr"),

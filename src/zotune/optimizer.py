@@ -120,7 +120,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         _check("eps", eps, eps > 0, "above 0")
         _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         whole_number = isinstance(seed, Integral) and not isinstance(seed, bool)
-        _check("seed", seed, whole_number and 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")
+        _check("seed", seed, whole_number and 0 <= seed < 2**64, "a whole number from 0 to 2**64 - 1")
         _check("queries", queries, queries >= 1 and queries == int(queries), "a whole number from 1")
         _check("max_skipped", max_skipped, max_skipped >= 1, "at least 1")
         if direction not in noise.DIRECTIONS:
