@@ -36,6 +36,14 @@ CONFIG = tf.LlamaConfig(
 )
 
 
+def steps_apart(plain: ZeroOrderOptimizer, captured: ZeroOrderOptimizer, f, g, batches) -> None:
+    """The same steps by both, the first without graphs."""
+    plain._captured_step = lambda *args: None
+    for batch in batches:
+        plain.step(f, batch=batch)
+        captured.step(g, batch=batch)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
@@ -56,11 +64,7 @@ def test_captured_steps_give_the_weights_of_steps_without(dtype, direction, engi
 
     chosen = {"groups": "batch"} if engine == "batch" else {"engine": engine}
     first, second = (ZeroOrderOptimizer(m, lr=1e-3, direction=direction, seed=1, **chosen) for m in (plain, captured))
-    first._captured_step = lambda *args: None
-    f, g = loss_of(plain), loss_of(captured)
-    for batch in batches:
-        first.step(f, batch=batch)
-        second.step(g, batch=batch)
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
     first.flush()
     second.flush()
     assert getattr(second.engine, "usable", True)
@@ -144,11 +148,7 @@ def test_steps_of_a_scheme_are_captured(scheme, dtype):
         ZeroOrderOptimizer([p for p in m.parameters() if p.requires_grad], lr=1e-3, eps=1e-2, seed=1)
         for m in (plain, captured)
     )
-    first._captured_step = lambda *args: None
-    f, g = loss_of(plain), loss_of(captured)
-    for batch in batches:
-        first.step(f, batch=batch)
-        second.step(g, batch=batch)
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
     second.land()
     assert second._graphs is not None
     assert second._graphs.usable

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from zotune.config import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
 from zotune.errors import InputError
-from zotune.folder import write_atomically
 from zotune.run import Listener
 from zotune.tasks.splits import SPLITS
 
@@ -41,13 +40,13 @@ def evaluate(*, listener: Listener | None = None, **options: Any) -> dict[str, A
 
     output: a JSON file that they are written to as well.
     """
-    from zotune.inference import evaluation, output_file
+    from zotune.inference import evaluation, output_file, write_figures
 
     config = _resolved(EvalConfig, options)
     path = output_file(config.output) if config.output else None
     figures = evaluation(config, listener or Listener())
     if path is not None:
-        write_atomically(path, json.dumps(figures, indent=2) + "\n")
+        write_figures(figures, path)
     return figures
 
 

@@ -122,8 +122,8 @@ def groups_frame(runs: pd.DataFrame) -> pd.DataFrame:
                 "labels": group.labels.iloc[0],
                 "metric": next(filter(None, [*chosen.metric, *group.metric]), ""),
                 "n": len(chosen),
-                "tried": bool(len(chosen))
-                and bool(chosen.search.all()),  # by a search alone, which has a budget of its own
+                # by a search alone, which has a budget of its own
+                "tried": bool(len(chosen) and chosen.search.all()),
                 "lost": next((kind for kind in ("oom", "failed") if (group[~group.search].status == kind).any()), ""),
                 "failed": int((group.status == "failed").sum()),
                 "oom": int((group.status == "oom").sum()),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from zotune import inference
 from zotune.cli.progress import Bars
 from zotune.cli.replay import rebuilt
 from zotune.config import EvalConfig, PredictConfig
-from zotune.folder import write_atomically
 from zotune.models.heads import label_names, outputs_of
 from zotune.models.kinds import kind_of
 from zotune.run import check_kind, load
@@ -28,7 +26,7 @@ def evaluate(options: EvalConfig) -> None:
     said = "  ".join(f"{name} {figure(name, value)}" for name, value in shown)
     print(f"{figures['task']}  {said}  ({figures['n']} rows of {figures['split']}{cut})")
     if path is not None:
-        write_atomically(path, json.dumps(figures, indent=2) + "\n")
+        inference.write_figures(figures, path)
 
 
 def predict(options: PredictConfig) -> None:
