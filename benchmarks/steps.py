@@ -119,7 +119,7 @@ def _zero_order(model: Any, batch: dict[str, Tensor], options: dict[str, Any]) -
             found["note"] = "not captured"
         if not getattr(optimizer.engine, "usable", True):
             found["note"] = f"separate forwards: {optimizer.engine.why}"
-        pools = [optimizer.engine.scratch] + [held.scratch for held in (graphs._graphs.values() if graphs else ())]
+        pools = [optimizer.engine.scratch] + ([graphs._scratch] if graphs else [])
         found["scratch_gib"] = sum(buffer.numel() for pool in pools for buffer in pool._free) / 2**30
         return found
 

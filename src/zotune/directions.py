@@ -217,7 +217,9 @@ class Directions:
         """(n,) bool, False where elements first, first + 1, … are zero in every direction; None where none is."""
         return None
 
-    def gradient_tiles(self, param: torch.nn.Parameter, by: Displacement, size: int) -> Iterator[tuple[int, Tensor]]:
+    def gradient_tiles(
+        self, param: torch.nn.Parameter, by: Displacement | HeldDisplacement, size: int
+    ) -> Iterator[tuple[int, Tensor]]:
         """The displacement itself, without the weights, tile by tile: (first element, 1-D float32 or float64 tensor).
 
         A tile's memory is the next one's.

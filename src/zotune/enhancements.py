@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zotune import noise
 from zotune.calibration import Norms, by_output, chunk_of, scores
-from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.directions import Directions, Displacement, HeldDisplacement, signed
 from zotune.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
@@ -215,12 +215,17 @@ class Mask:
         self.kind, self.scope, self.refresh = of.mask or "random", of.sparsity_scope or "layer", of.mask_refresh
         self.drawn: int | None = None
         self.state: MutableMapping[Any, Any] = {}
+        self.version = 0  # grows where a mask is not written into the places of the one before
+        self._seeds: dict[torch.device, Tensor] = {}
 
     def at(
         self, step: int, named: Mapping[str, Any], state: MutableMapping[Any, Any], norms: Callable[[int], Norms]
     ) -> None:
         """The mask of a step; weights are read, and `norms` called, at the steps that draw one."""
         self.state, self.drawn = state, step // self.refresh * self.refresh if self.refresh else 0
+        seed = signed(noise.step_seed(self.seed, self.drawn))
+        for seed_1 in self._seeds.values():
+            seed_1.fill_(seed)
         key, params = "sparsity" if self.kind == "random" else "kept", list(named.values())
         if any(key not in state[p] for p in params) or (step == self.drawn and self.kind != "random"):
             if self.kind == "wanda":
@@ -233,22 +238,44 @@ class Mask:
         own = self.state[param]
         if self.kind != "random":
             return None if own["kept"] is None else own["kept"][first : first + count]
-        seed = noise.step_seed(self.seed, self.drawn or 0)
-        return noise.kept(count, seed, pid, own["sparsity"], first, param.device)
+        return noise.kept(count, self._seed_on(param.device), pid, own["sparsity"], first)
+
+    def keep_rows(self, param: Any, pid: int, rows_K: Tensor) -> Tensor | None:
+        """(K, D) bool: the same of the rows named."""
+        own, width = self.state[param], param[0].numel()
+        if self.kind != "random":
+            return None if own["kept"] is None else own["kept"].view(-1, width)[rows_K]
+        return noise.kept_rows(rows_K, width, self._seed_on(param.device), pid, own["sparsity"])
+
+    def _seed_on(self, device: torch.device) -> Tensor:
+        """(1,) int64, the mask's seed: always in the same place, where a graph reads that of the mask of its step."""
+        if device not in self._seeds:
+            seed = signed(noise.step_seed(self.seed, self.drawn or 0))
+            self._seeds[device] = torch.tensor([seed], dtype=torch.int64, device=device)
+        return self._seeds[device]
+
+    def _write(self, param: Any, key: str, value: Any) -> None:
+        """A mask's part for a parameter, into the tensor of the one before where there is one."""
+        own = self.state[param]
+        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor):
+            own[key].copy_(value)
+        elif key not in own or (own[key] is not value and own[key] != value):
+            own[key] = value
+            self.version += 1
 
     def _measure(self, params: Sequence[Any]) -> None:
         for tensors in [list(params)] if self.scope == "global" else [[p] for p in params]:
             if self.kind == "random" and self.scope == "layer":
-                self.state[tensors[0]]["sparsity"] = self.sparsity
+                self._write(tensors[0], "sparsity", self.sparsity)
                 continue
             edge, ties = smallest([p.data for p in tensors], int(self.sparsity * sum(p.numel() for p in tensors)))
             for param in tensors:
                 left_out, ties = _under(_bits(param.data), edge, ties)
                 kept = ~left_out
                 if self.kind == "magnitude":
-                    self.state[param]["kept"] = kept
+                    self._write(param, "kept", kept)
                 else:
-                    self.state[param]["sparsity"] = 1 - int(kept.sum()) / max(kept.numel(), 1)
+                    self._write(param, "sparsity", 1 - int(kept.sum()) / max(kept.numel(), 1))
 
     def _weigh(self, named: Mapping[str, Any], norms: Norms) -> None:
         """Wanda's mask. Of equal scores the first are left out."""
@@ -271,8 +298,10 @@ class Mask:
                 f"mask='wanda': {empty} is all zero, so its scores tell no weight from another (LoRA starts so); "
                 "use mask='random'"
             )
+        masked = {id(param) for param, _ in maps}
         for param in named.values():
-            self.state[param]["kept"] = None
+            if id(param) not in masked:
+                self._write(param, "kept", None)
         edge, ties = 0, 0
         if self.scope == "global":
             edge, ties = smallest(_Scores(maps), int(self.sparsity * sum(p.numel() for p, _ in maps)))
@@ -286,7 +315,7 @@ class Mask:
                 else:
                     least = scores_oI.argsort(dim=1, stable=True)[:, : int(self.sparsity * scores_oI.shape[1])]
                     kept_oI.scatter_(1, least, False)
-            self.state[param]["kept"] = kept.view(-1)
+            self._write(param, "kept", kept.view(-1))
 
 
 class _Scores:
@@ -359,15 +388,36 @@ class MaskedDirections(Directions):
         out: Tensor,
         update: Displacement | HeldDisplacement | None = None,
     ) -> Tensor:
-        assert update is None
-        for k, row in enumerate(rows_K.tolist()):
-            self._masked(param, param.data[row], row * param[0].numel(), by, out[k])
-        return out
+        super().displaced_rows(param, rows_K, by, out, update)
+        keep_KD = self.mask.keep_rows(param, self.slots[id(param)].id, rows_K)
+        return out if keep_KD is None else out.copy_(torch.where(keep_KD.view(out.shape), out, param.data[rows_K]))
 
     def apply(self, by: Displacement | HeldDisplacement, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         for param in self.params if params is None else params:
             if not by.is_zero(self.slots[id(param)].group):
                 self.displaced(param, by, param.data)
+
+    def apply_compensated(
+        self,
+        by: Displacement | HeldDisplacement,
+        residuals: Sequence[Tensor],
+        factors: Sequence[float | Tensor] = (),
+        params: Sequence[torch.nn.Parameter] | None = None,
+    ) -> None:
+        """As `Directions.apply_compensated`, by tiles; decay reaches every weight, as it does elsewhere."""
+        for param, lost in zip(self.params if params is None else params, residuals, strict=True):
+            group = self.slots[id(param)].group
+            factor = factors[group] if factors else 1.0
+            flat, lost_n = param.data.reshape(-1), lost.view(-1)
+            for first, moved in self.gradient_tiles(param, by, CHUNK):
+                part = slice(first, first + moved.numel())
+                total = (flat[part].to(moved.dtype) + lost_n[part].to(moved.dtype)) * factor + moved
+                rounded = total.to(param.dtype)
+                moves = (moved != 0) | (factor != 1)  # a tie that was rounded once is not rounded again
+                lost_n[part] = torch.where(moves, (total - rounded.to(moved.dtype)).to(param.dtype), lost_n[part])
+                flat[part] = torch.where(moves, rounded, flat[part])
+            if not param.data.is_contiguous():
+                param.data.copy_(flat.view(param.shape))
 
     def _masked(
         self, param: torch.nn.Parameter, w: Tensor, start: int, by: Displacement | HeldDisplacement, out: Tensor

@@ -319,7 +319,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute both losses of every row in one forward, if loss_of returns one a row. On CUDA such a step
         is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; not
-        with masks, blocks, hybrid training, forward-grad or back-propagation. It returns when the device has been given the
+        with blocks, hybrid training or back-propagation. It returns when the device has been given the
         step: the loss is a tensor there, and the step is one of the past (in `last`, for `watch`, as a skipped one of those
         that end in `NonFiniteLoss`) with the next one, or when somebody asks.
         """
@@ -328,10 +328,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shares, step = self._shares(closure, batch, batches), self.steps
+        self._draw_mask(step, lambda drawn: self._calibrate(drawn, loss_of, batches))
         if batch is not None and (near := self._captured_step(loss_of, batches, shares)) is not None:
             return near
         self.land()
-        self._draw_mask(step, lambda drawn: self._calibrate(drawn, loss_of, batches))
         losses_P: list[float] = []
         g_BGQ: list[tuple[tuple[float, ...], ...]] = []
         gradients: list[Any] = []
@@ -479,10 +479,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def _draw_mask(self, step: int, norms: Callable[[int], Norms]) -> None:
         if self._mask is not None:
-            directions = self.engine.directions
+            directions, version = self.engine.directions, self._mask.version
             named = {directions.slots[id(p)].name: p for p in directions.params}
             self._mask.seed = self.param_groups[0]["seed"]
             self._mask.at(step, named, self.state, norms)
+            if self._mask.version != version:
+                self._graphs = None  # they read the mask where it was
 
     def _calibrate(self, drawn: int, loss_of: Any, batches: list[Any]) -> Norms:
         """The norms of the linear maps' inputs at θ, kept for a replay."""
@@ -525,8 +527,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Wait for all steps that the device has been given, but so many, and see what they found."""
         while len(self._flying) > but:
             flying = self._flying.popleft()
-            (losses_P, choice), rule = flying.flight.taken(), self.method.rule
-            d_Q = spread(self.method.estimator, losses_P, flying.shares, flying.pairs)
+            (losses_P, d_Q, choice), rule = flying.flight.taken(), self.method.rule
+            if not self.method.forward_mode:
+                d_Q = spread(self.method.estimator, losses_P, flying.shares, flying.pairs)
             scalars = self._scalars(flying.seeds_Q, d_Q, *flying.settings)
             skipped = not self._applicable(losses_P, scalars)
             if not skipped and self.fold_every == 1:
@@ -600,7 +603,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         step before: what the host has to do meets with what the device does.
         """
         groups, rule, more = self.param_groups, self.method.rule, self.enhancements
-        if not rule.capturable or self.method.forward_mode or self.method.first_order or more.sequential:
+        if not rule.capturable or self.method.first_order or more.blocks is not None or more.hybrid is not None:
             return None
         if not all(_on_cuda(p) for g in groups for p in g["params"]) or not all(
             isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches

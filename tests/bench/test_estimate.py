@@ -135,16 +135,19 @@ def test_every_method_and_scheme_is_estimated_and_costs_more_than_the_weights(me
 def test_a_step_that_no_graph_holds_is_as_long_as_its_host_needs():
     """On a card: small models wait for the host, and large ones do not."""
     rates = CARDS["h100"]
-    small = {"method": "zo-sgd", "scheme": "full", "seq_len": 16, "rates": rates, **SHAPE}
-    graph, alone = (estimate(model_config(SMALL), captured=captured, **small) for captured in (True, False))
-    assert alone.peak == graph.peak
-    assert alone.step_seconds == pytest.approx(2 * graph.calls * rates.call)
-    assert graph.step_seconds < alone.step_seconds / 10
-    large = model_config({"random": {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 4096}})
-    there, back = (
-        estimate(large, method="zo-sgd", dtype="bfloat16", batch_size=64, seq_len=2048, rates=rates, captured=captured)
-        for captured in (True, False)
+    small = {"scheme": "full", "seq_len": 16, "rates": rates, **SHAPE}
+    graph, derived, alone = (
+        estimate(model_config(SMALL), method=method, **small) for method in ("zo-sgd", "forward-grad", "fo-sgd")
     )
+    assert alone.step_seconds == pytest.approx(3 * alone.calls * rates.call)
+    assert graph.step_seconds < alone.step_seconds / 10
+    assert derived.step_seconds < alone.step_seconds / 5
+    masked = estimate(model_config(SMALL), method="zo-sgd", masked=True, **small)
+    assert masked.peak == graph.peak
+    assert graph.step_seconds < masked.step_seconds < alone.step_seconds
+    config = model_config({"random": {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 4096}})
+    large = {"method": "zo-sgd", "dtype": "bfloat16", "batch_size": 64, "seq_len": 2048, "rates": rates}
+    there, back = (estimate(config, masked=masked, **large) for masked in (False, True))
     assert back.step_seconds == pytest.approx(there.step_seconds, rel=0.05)
     assert estimate_for(SMALL, SHAPE | {"method": "zo-sgd", "device": "cpu", "sparsity": 0.5})["step_seconds"] > 0
 

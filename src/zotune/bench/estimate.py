@@ -148,14 +148,14 @@ def estimate(
     state_dtype: str | None = None,
     rounding: str = "nearest",
     rates: Rates | None = None,
-    captured: bool = True,
+    masked: bool = False,
 ) -> Estimate:
     """Peak bytes and seconds of a training step of zotune.
 
     config: of transformers, as `model_config` gives it; it is not altered. checkpointing: of activations, first order alone.
     quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K.
-    state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. captured: whether a step can be
-    a CUDA graph, which of zeroth order all are but with masks, blocks or hybrid training. Raises InputError.
+    state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. masked: whether directions
+    are sparse. Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
     """
     import copy
 
@@ -192,7 +192,7 @@ def estimate(
         step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries, estimator), peak,
         state_dtype="parameter" if STATE_BYTES.get(state_dtype) == kind.itemsize else state_dtype,
     )  # fmt: skip
-    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates, captured)) if rates else made
+    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates, masked)) if rates else made
 
 
 _counted: dict[tuple[Any, ...], tuple[int, int, int, int, int, int, float, int, int]] = {}
@@ -285,7 +285,7 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         rounding=options.get("rounding") or "nearest",
         answer_tokens=int(options.get("answer_tokens") or 1),
         rates=rates_here(options.get("device", "auto")),
-        captured=not options.get("sparsity"),
+        masked=bool(options.get("sparsity")),
     )
     on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
     process = 0 if on_gpu or "tokens" in options else PROCESS_BYTES
@@ -527,17 +527,20 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
     return max(made.flops / rates.flops, made.weights / rates.bandwidth)
 
 
+MASKED = 3  # calls that a mask adds to each of a forward
+
+
 def _given(work: float, calls: int, rates: Rates) -> float:
     """Seconds of a device's work and of the host that gives it these calls: a card works while the host goes on."""
     host = calls * rates.call
     return work + host if rates.node is None else max(work, host)
 
 
-def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rates, captured: bool) -> float:
+def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rates, masked: bool) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
-    First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. In a graph
-    both probes of a pair share their calls (engine `dual`).
+    First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. On a card the
+    others are graphs, in which both probes of a pair share their calls (engine `dual`), but for masked ones.
     """
     whole = trained_bytes > made.weights / 2
     product, forwards = _product_seconds(made, rates), made.forwards
@@ -547,11 +550,12 @@ def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rat
         return _given(work, passes * made.calls, rates)
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
-        return _given(2 * forwards * product + copies, 2 * forwards * made.calls, rates)
+        work, calls = 2 * forwards * product + copies, 2 * forwards * made.calls
+        return work + calls * (rates.call if rates.node is None else rates.node)
     work = forwards * (product + copies) + copies + 2 * made.state / rates.bandwidth
-    if captured and rates.node is not None:
-        return work + -(-forwards // 2) * made.calls * rates.node
-    return _given(work, forwards * made.calls, rates)
+    if rates.node is None:
+        return work + forwards * made.calls * rates.call
+    return work + (MASKED * forwards if masked else -(-forwards // 2)) * made.calls * rates.node
 
 
 _measured: dict[str, Rates] = {}

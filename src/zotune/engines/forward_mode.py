@@ -27,7 +27,9 @@ class ForwardModeEngine(SequentialEngine):
 
     name = "forward-mode"
 
-    def derivative(self, closure: Callable[[], Tensor], along: Displacement) -> tuple[Tensor, Tensor]:
+    def derivative(
+        self, closure: Callable[[], Tensor], along: Displacement | HeldDisplacement
+    ) -> tuple[Tensor, Tensor]:
         """(L, ∇Lᵀ(displacement)), 0-d. Raises InputError where a function of the model has no forward-mode derivative."""
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _DualReads(self, along):
             try:
@@ -49,7 +51,6 @@ class _DualReads(_PerturbedReads):
         self.read = set(engine.directions.slots)
 
     def _dual(self, param: Any, tangent: Tensor) -> Tensor:
-        assert isinstance(self.at, Displacement)
         flat = tangent.view(-1)
         for first, tile in self.engine.directions.gradient_tiles(param, self.at, 1 << 20):
             flat[first : first + tile.numel()] = tile.to(tangent.dtype)

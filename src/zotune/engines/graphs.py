@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, signed
-from zotune.engines.probing import centre, loss_at, probe, spread_on_device
+from zotune.engines.forward_mode import ForwardModeEngine
+from zotune.engines.probing import centre, loss_at, probe, spread_on_device, whole
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine, Through
 from zotune.estimators import Estimator
@@ -33,20 +34,21 @@ _ONE_AT_A_TIME = threading.Lock()  # captures: runs may share a process, each on
 
 
 class Taken(NamedTuple):
-    """What a captured step found. choice: a conservative step's."""
+    """What a captured step found. derivatives_Q: by forward mode, else none. choice: a conservative step's."""
 
     losses_P: list[float]
+    derivatives_Q: list[float]
     choice: int
 
 
 class Flight:
     """A captured step that the device has been given: its numbers come to the host when it has taken it.
 
-    loss: the loss near θ, a 0-d float32 tensor on the device.
+    found: losses, derivatives and choice in a row, so many losses. loss: the loss near θ, a 0-d float32 tensor on the device.
     """
 
-    def __init__(self, found: Tensor, loss: Tensor) -> None:
-        self.loss = loss
+    def __init__(self, found: Tensor, losses: int, loss: Tensor) -> None:
+        self.loss, self._losses = loss, losses
         self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         self._numbers.copy_(found, non_blocking=True)
         self._done = torch.cuda.Event() if found.is_cuda else None
@@ -57,8 +59,8 @@ class Flight:
         """Waits for the step, not for what the device was given after it."""
         if self._done is not None:
             self._done.synchronize()
-        *losses_P, choice = self._numbers.tolist()
-        return Taken(losses_P, int(choice))
+        *numbers, choice = self._numbers.tolist()
+        return Taken(numbers[: self._losses], numbers[self._losses :], int(choice))
 
 
 def projected(
@@ -100,6 +102,7 @@ class StepGraphs:
     ) -> None:
         self.engine, self.estimator, self.rule, self.eps_G, self.room = engine, estimator, rule, tuple(eps_G), room
         self.most, self.state, self.applies = most, state, applies
+        self.forward_mode = isinstance(engine, ForwardModeEngine)
         self.usable = True
         self._graphs: dict[Any, Any] = {}
         self._pool: Any = None
@@ -140,7 +143,7 @@ class StepGraphs:
         captured.load(batches, seeds_Q, lr_G, numbers_GN)
         captured.graph.replay()
         self.engine.replayed()
-        return Flight(captured.found, captured.loss_near.clone())
+        return Flight(captured.found, captured.probes, captured.loss_near.clone())
 
     def update(self, kernel: str) -> Any:
         """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
@@ -266,9 +269,12 @@ class _Captured:
         self.given = torch.zeros(groups * NUMBERS + groups + 1, dtype=torch.float64, device=device)
         self.numbers_GN = self.given[: groups * NUMBERS].view(groups, NUMBERS)
         self.lr_G, self.armed = self.given[groups * NUMBERS : -1], self.given[-1]
-        probes = len(graphs.estimator.probes) * len(shares)
-        self.found = torch.zeros(probes + 1, dtype=torch.float64, device=device)  # the losses, and a choice
-        one_each = torch.eye(probes, dtype=torch.float64).tolist()  # the loss near θ is linear in those of the probes
+        self.probes = len(graphs.estimator.probes) * len(shares)
+        derivatives = queries if graphs.forward_mode else 0
+        self.found = torch.zeros(self.probes + derivatives + 1, dtype=torch.float64, device=device)  # last, a choice
+        one_each = torch.eye(
+            self.probes, dtype=torch.float64
+        ).tolist()  # the loss near θ is linear in those of the probes
         weights = [centre(graphs.estimator, losses_P, shares) for losses_P in one_each]
         self.weights_P = torch.tensor(weights, dtype=torch.float64, device=device)
         self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
@@ -303,18 +309,38 @@ class _Captured:
             own = HeldDisplacement(self.seeds_Q[query * self.pairs : (query + 1) * self.pairs], self.eps_GQ)
             return own if sign > 0 else own.negated()
 
-        losses_P = torch.stack(probe(graphs.engine, graphs.estimator, self.loss, self.batches, at, self.shares))
-        self.found[:-1].copy_(losses_P)
+        if graphs.forward_mode:
+            losses_P, g_GQ = self._derivatives()
+        else:
+            losses_P = torch.stack(probe(graphs.engine, graphs.estimator, self.loss, self.batches, at, self.shares))
+            g_GQ = projected(graphs.estimator, losses_P, self.eps_G, self.shares, self.pairs, graphs.most)
+        self.found[: self.probes].copy_(losses_P)
         self.loss_near.copy_((self.weights_P * losses_P).sum())
         if not graphs.applies:
             return
-        g_GQ = projected(graphs.estimator, losses_P, self.eps_G, self.shares, self.pairs, graphs.most)
         goes = applicable(graphs.rule, losses_P, g_GQ, self.lr_G, graphs.room) & (self.armed != 0)
         if isinstance(graphs.rule, Linear):
             self._displace(graphs.rule, losses_P, g_GQ, goes)
         else:
             mean_GQ = (g_GQ.float().double() / self.queries).float()
             graphs.update(graphs.rule.kernel).run(self.seeds_Q, mean_GQ, self.numbers_GN, goes.int())
+
+    def _derivatives(self) -> tuple[Tensor, Tensor]:
+        """L(θ) of each query's forward, and its derivative along the query's z, clipped: (Q,) and (G, Q)."""
+        graphs, engine, ones_G = (
+            self.graphs,
+            self.graphs.engine,
+            [torch.ones_like(self.eps_GQ[0][:1])] * len(self.eps_GQ),
+        )
+        assert isinstance(engine, ForwardModeEngine)
+        found = []
+        for query in range(len(self.seeds_Q)):
+            along = HeldDisplacement(self.seeds_Q[query : query + 1], ones_G)
+            found.append(engine.derivative(lambda: whole(self.loss, self.batches), along))
+        losses_Q, g_Q = (torch.stack(numbers).double() for numbers in zip(*found, strict=True))
+        self.found[self.probes : -1].copy_(g_Q)
+        g_GQ = g_Q.expand(len(ones_G), -1)
+        return losses_Q, g_GQ if graphs.most is None else g_GQ.clamp(-graphs.most, graphs.most)
 
     def _displace(self, rule: Linear, losses_P: Tensor, g_GQ: Tensor, goes: Tensor) -> None:
         """The update of a rule that is a list of coefficients, zeros where it does not go."""

@@ -112,12 +112,20 @@ def fill(out: Tensor, seed: int, pid: int, direction: str, start: int = 0) -> No
     add_noise(out, torch.zeros_like(out), seeds, one, pid, direction, start)
 
 
-def kept(count: int, seed: int, pid: int, sparsity: float, start: int, device: torch.device) -> Tensor:
+def kept(count: int, seed_1: Tensor, pid: int, sparsity: float, start: int = 0) -> Tensor:
     """(count,) bool, False for a fraction `sparsity` of the elements start, start + 1, … of a parameter.
 
-    Element i is left out where its word (block i // 4, word i % 4, stream MASK) is under sparsity·2³², rounded.
+    Element i is left out where its word (block i // 4, word i % 4, stream MASK) is under sparsity·2³², rounded. seed_1: (1,) int64,
+    the seed's bit pattern, on the device that is to have the result; kernels read it there.
     """
-    result: Tensor = backend_for(device).kept(count, seed, pid, min(round(sparsity * 2**32), _WORD), start, device)
+    result: Tensor = backend_for(seed_1.device).kept(count, seed_1, pid, min(round(sparsity * 2**32), _WORD), start)
+    return result
+
+
+def kept_rows(rows_K: Tensor, width: int, seed_1: Tensor, pid: int, sparsity: float) -> Tensor:
+    """(K, width) bool: `kept` of the rows named (int64) of a parameter with so many elements a row."""
+    backend = backend_for(rows_K.device)
+    result: Tensor = backend.kept_rows(rows_K, width, seed_1, pid, min(round(sparsity * 2**32), _WORD))
     return result
 
 

@@ -373,11 +373,17 @@ def _add_flat(out: Tensor, w: Tensor, seeds: Any, coefs: Any, pid: int, directio
             out[part] = w[part] + total
 
 
-def kept(count: int, seed: int, pid: int, edge: int, start: int, device: Any) -> Tensor:
+def kept(count: int, seed_1: Tensor, pid: int, edge: int, start: int) -> Tensor:
     """See `zotune.noise.kept`; edge: words under it are left out."""
     out = np.empty(count, np.bool_)
-    _kept(out, start, np.uint64(seed), np.uint32(pid), np.uint32(Stream.MASK), np.uint32(edge))
+    _kept(out, start, seed_1.numpy().view(np.uint64)[0], np.uint32(pid), np.uint32(Stream.MASK), np.uint32(edge))
     return torch.from_numpy(out)
+
+
+def kept_rows(rows_K: Tensor, width: int, seed_1: Tensor, pid: int, edge: int) -> Tensor:
+    """See `zotune.noise.kept_rows`."""
+    rows = [kept(width, seed_1, pid, edge, row * width) for row in rows_K.tolist()]
+    return torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.bool)
 
 
 def add_noise(

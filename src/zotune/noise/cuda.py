@@ -292,6 +292,20 @@ def _kept_kernel(out, n, block, shift, seeds, pid, edge, STREAM: tl.constexpr, G
     tl.store(out + at_GE, word_GE >= edge.to(tl.uint32, bitcast=True), mask=(at_GE >= 0) & (at_GE < n))
 
 
+@triton.jit(do_not_specialize=["pid", "edge"])
+def _kept_rows_kernel(out, rows, n, D, seeds, pid, edge, STREAM: tl.constexpr, SIZE: tl.constexpr):
+    """out (K, D), a word an element: the rows of a look-up are few."""
+    at_S = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    index_S = tl.load(rows + at_S // D, mask=at_S < n, other=0) * D + at_S % D
+    low = ((index_S // 4) & 0xFFFFFFFF).to(tl.uint32)
+    high = (((index_S // 4) >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    x0, x1, x2, x3 = tl.philox(tl.load(seeds), low, high, zero + pid.to(tl.uint32, bitcast=True), zero + STREAM, 10)
+    lane_S = index_S % 4
+    word_S = tl.where(lane_S < 2, tl.where(lane_S == 0, x0, x1), tl.where(lane_S == 2, x2, x3))
+    tl.store(out + at_S, word_S >= edge.to(tl.uint32, bitcast=True), mask=at_S < n)
+
+
 def _shape(direction: str, tile: int = TILE) -> dict[str, Any]:
     gaussian = direction == "gaussian"
     group = NORMAL_GROUP if gaussian else SIGN_GROUP
@@ -302,14 +316,23 @@ def _signed(pid: int) -> int:
     return pid - (1 << 32) if pid >> 31 else pid
 
 
-def kept(count: int, seed: int, pid: int, edge: int, start: int, device: torch.device) -> Tensor:
+def kept(count: int, seed_1: Tensor, pid: int, edge: int, start: int) -> Tensor:
     """See `zotune.noise.kept`; edge: words under it are left out."""
-    out = torch.empty(count, dtype=torch.bool, device=device)
-    seeds = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], dtype=torch.int64, device=device)
+    out = torch.empty(count, dtype=torch.bool, device=seed_1.device)
     if count:
         grid = (triton.cdiv(count + start % 4, TILE),)
         _kept_kernel[grid](
-            out, count, start // 4, start % 4, seeds, _signed(pid), _signed(edge), STREAM=int(Stream.MASK), G=TILE // 4
+            out, count, start // 4, start % 4, seed_1, _signed(pid), _signed(edge), STREAM=int(Stream.MASK), G=TILE // 4
+        )
+    return out
+
+
+def kept_rows(rows_K: Tensor, width: int, seed_1: Tensor, pid: int, edge: int) -> Tensor:
+    """See `zotune.noise.kept_rows`."""
+    out = torch.empty(len(rows_K), width, dtype=torch.bool, device=seed_1.device)
+    if out.numel():
+        _kept_rows_kernel[(triton.cdiv(out.numel(), TILE),)](
+            out, rows_K, out.numel(), width, seed_1, _signed(pid), _signed(edge), STREAM=int(Stream.MASK), SIZE=TILE
         )
     return out
 

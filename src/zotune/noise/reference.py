@@ -53,12 +53,19 @@ def signs(index: Tensor, seed: int, pid: int) -> Tensor:
     return (1 - 2 * ((word >> (index % 32)) & 1)).float()
 
 
-def kept(count: int, seed: int, pid: int, edge: int, start: int, device: torch.device) -> Tensor:
+def kept(count: int, seed_1: Tensor, pid: int, edge: int, start: int) -> Tensor:
     """See `zotune.noise.kept`; edge: words under it are left out."""
-    index = torch.arange(start, start + count, device=device)
-    block = torch.arange(start // 4, (start + count + 3) // 4, device=device)
-    words_n = words(block, seed, pid, Stream.MASK).view(-1)
-    return words_n[index - start // 4 * 4] >= edge
+    return _kept(torch.arange(start, start + count, device=seed_1.device), seed_1, pid, edge)
+
+
+def kept_rows(rows_K: Tensor, width: int, seed_1: Tensor, pid: int, edge: int) -> Tensor:
+    """See `zotune.noise.kept_rows`."""
+    return _kept(rows_K[:, None] * width + torch.arange(width, device=rows_K.device), seed_1, pid, edge)
+
+
+def _kept(index: Tensor, seed_1: Tensor, pid: int, edge: int) -> Tensor:
+    words_n4 = words(index // 4, int(seed_1), pid, Stream.MASK)
+    return words_n4.gather(-1, (index % 4).unsqueeze(-1)).squeeze(-1) >= edge
 
 
 DRAW = {"gaussian": normals, "rademacher": signs}
