@@ -295,7 +295,7 @@ STEPS = [
     {"method": "zo-sgd-cons", "estimator": "one-sided", "rounding": "compensated", "g_clip": 0.5},
     {"method": "forward-grad", "weight_decay": 0.3, "g_clip": 0.5, "queries": 2, "micro": 2},
     {"method": "zo-sgd", "weight_decay": 0.3, "sparsity": 0.5, "mask_refresh": 2, "micro": 2},
-    {"method": "zo-sgd", "sparsity": 0.5, "mask": "magnitude", "mask_refresh": 2, "rounding": "compensated"},
+    {"method": "zo-sgd", "sparsity": 0.5, "mask": "magnitude", "mask_refresh": 4, "rounding": "compensated"},
     {"method": "zo-adam", "sparsity": 0.5, "mask": "magnitude", "sparsity_scope": "global", "mask_refresh": 3},
     {
         "method": "forward-grad",

@@ -527,7 +527,9 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
     return max(made.flops / rates.flops, made.weights / rates.bandwidth)
 
 
-MASKED = 3  # calls that a mask adds to each of a forward
+# Kernels for each call of a plain forward, of SmolLM2-135M's captured steps on an H100: 24.6 ms a masked one, 30 by forward mode.
+MASKED = 2
+DUAL_NUMBERS = 5
 
 
 def _given(work: float, calls: int, rates: Rates) -> float:
@@ -550,8 +552,8 @@ def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rat
         return _given(work, passes * made.calls, rates)
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
-        work, calls = 2 * forwards * product + copies, 2 * forwards * made.calls
-        return work + calls * (rates.call if rates.node is None else rates.node)
+        work, calls = 2 * forwards * product + copies, forwards * made.calls
+        return work + (2 * calls * rates.call if rates.node is None else DUAL_NUMBERS * calls * rates.node)
     work = forwards * (product + copies) + copies + 2 * made.state / rates.bandwidth
     if rates.node is None:
         return work + forwards * made.calls * rates.call
