@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.ahead import Ahead, Tile
 from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
 from zotune.engines.stacks import SMALL_BYTES, Stacks
@@ -22,6 +23,8 @@ from zotune.engines.waiting import Waiting
 
 ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
 TILE_BYTES = 16 << 20  # of a copy: both stay in a GPU's second cache
+BLOCKS = 128  # of 128 × 128 outputs: what a product gives 132 processors to do, where its rows are few and tiles could be small
+MOST_BYTES = 96 << 20  # of a copy that is as large as that takes
 
 # Numbers of a batch, tokens mostly, up to which one forward is worth it on a CPU. It saves a draw of each weight, whatever the
 # batch; a doubled batch's activations leave the caches and are allocated anew, which grows with it (docs/performance.md).
@@ -51,6 +54,7 @@ class DualEngine(FollowingEngine):
         self.waiting = Waiting(directions)
         small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES and p.is_contiguous()]
         self.stacks = Stacks(directions, small, parts=2)
+        self.ahead = Ahead()
 
     @property
     def holds(self) -> bool:  # type: ignore[override]
@@ -100,7 +104,10 @@ class DualEngine(FollowingEngine):
         at: Displacement | HeldDisplacement,
         shares: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        found = super()._doubled(loss, batch, at, shares)
+        try:
+            found = super()._doubled(loss, batch, at, shares)
+        finally:
+            self.ahead.end()
         self.settle()  # tables of which only rows were read
         return found
 
@@ -115,28 +122,25 @@ class DualEngine(FollowingEngine):
 class _DualReads(PartedReads):
     def __init__(self, engine: DualEngine, at: Displacement | HeldDisplacement, rows: int) -> None:
         super().__init__(Parts((rows, rows)), engine.directions.params, engine.stacks.of)
-        self.engine, self.at, self.waiting = engine, at, engine.waiting
+        self.engine, self.at, self.waiting, self.ahead = engine, at, engine.waiting, engine.ahead
+        self.ahead.begin(engine.scratch, self._make)
 
     def copy(self, param: Any, part: int) -> Tensor:
+        self.ahead.reads(param)
         self.waiting.take(param)
         by = self.at if part == 0 else self.at.negated()
         return self.engine.directions.displaced(param, by, torch.empty_like(param))
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        (outputs, width), scratch = weight.shape, self.engine.scratch
+        outputs, width = weight.shape
         halves = x.reshape(2, -1, width)
         out = x.new_empty(2, halves.shape[1], outputs)
         rows, with_bias = _plan(weight, halves.shape[1], bias is not None)
-        copies = scratch.take(weight.data[:rows].expand(2, rows, width))
-        if not weight.is_contiguous() or self.waiting.row(weight):
+        if not weight.is_contiguous() or self.waiting.row(weight) != self.ahead.made(weight):
             self.waiting.take(weight)
         for first in range(0, outputs, rows):
             last = min(first + rows, outputs)
-            tiles = copies.view(-1)[: 2 * (last - first) * width].view(2, last - first, width)
-            update = self.waiting.of(weight)
-            self.engine.directions.displaced_both(weight, first, last, self.at, tiles[0], tiles[1], update)
-            if update is not None:
-                self.waiting.taken(weight, last)
+            tiles = self.ahead.copies(Tile(weight, first, last))
             if with_bias:
                 assert bias is not None
                 for half in range(2):
@@ -144,12 +148,21 @@ class _DualReads(PartedReads):
                     torch.addmm(own, halves[half], tiles[half].t(), out=out[half])
             else:
                 torch.bmm(halves, tiles.transpose(1, 2), out=out[:, :, first:last])
-        scratch.give(copies)
+            self.ahead.give(tiles)
         out = out.view(*x.shape[:-1], outputs)
         return out if bias is None or with_bias else self.plus_bias(out, bias)
 
+    def _make(self, tile: Tile, copies: Tensor) -> None:
+        """Both copies of the rows, which take the update that they lack."""
+        weight, first, last = tile
+        update = self.waiting.of(weight)
+        self.engine.directions.displaced_both(weight, first, last, self.at, copies[0], copies[1], update)
+        if update is not None:
+            self.waiting.taken(weight, last)
+
     def rows(self, ids: Tensor, weight: Any) -> Any:
         """Where the weight lacks an update, these rows have it and the weight waits: a head may read it whole."""
+        self.ahead.reads(weight)
         if self.waiting.row(weight):
             self.waiting.take(weight)
         halves, update = ids.reshape(2, -1), self.waiting.of(weight)
@@ -163,7 +176,11 @@ def _plan(weight: Tensor, n: int, has_bias: bool) -> tuple[int, bool]:
     """Rows of a weight that are copied and multiplied at once, and whether the product adds the bias."""
     outputs, width = weight.shape
     size = weight.numel() * weight.element_size()
-    rows = min(outputs, -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED)
+    rows = -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED
+    if weight.is_cuda and n >= ALIGNED:
+        filling = -(-BLOCKS // (2 * -(-n // ALIGNED))) * ALIGNED
+        rows = max(rows, min(filling, MOST_BYTES // (width * weight.element_size()) // ALIGNED * ALIGNED))
+    rows = min(outputs, rows)
     within = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and n * outputs >= FILLS_GPU
     if within and 2 * n >= width and size <= WHOLE_BYTES:
         rows = outputs
