@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer, optimizer, updates
 from zotune.engines import graphs
+from zotune.engines.following import capturing
 from zotune.engines.graphs import StepGraphs, _Captured, applicable, projected
 from zotune.engines.probing import spread, spread_on_device
 from zotune.estimators import OneSided, TwoSided
@@ -129,8 +130,21 @@ def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt", "head"])
-def test_steps_of_a_scheme_are_captured(scheme, dtype):
+@pytest.mark.parametrize(
+    ("scheme", "chosen"),
+    [
+        ("lora", {"engine": "dual"}),
+        ("lora", {"groups": "batch"}),
+        ("lora", {}),
+        ("prefix", {}),
+        ("prompt", {}),
+        ("head", {}),
+    ],
+)
+def test_steps_of_a_scheme_are_captured(scheme, chosen, dtype, monkeypatch):
+    kernels, added = import_module("zotune.engines.kernels"), []
+    outer = kernels.adapter_outer
+    monkeypatch.setattr(kernels, "adapter_outer", lambda *args: (added.append(capturing()), outer(*args)))
     torch.manual_seed(0)
     plain = get_scheme(scheme).prepare(tf.LlamaForCausalLM(CONFIG).to(dtype)).cuda().eval()
     captured = copy.deepcopy(plain)
@@ -145,7 +159,7 @@ def test_steps_of_a_scheme_are_captured(scheme, dtype):
         return rows
 
     first, second = (
-        ZeroOrderOptimizer([p for p in m.parameters() if p.requires_grad], lr=1e-3, eps=1e-2, seed=1)
+        ZeroOrderOptimizer([p for p in m.parameters() if p.requires_grad], lr=1e-3, eps=1e-2, seed=1, **chosen)
         for m in (plain, captured)
     )
     steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
@@ -153,6 +167,7 @@ def test_steps_of_a_scheme_are_captured(scheme, dtype):
     assert second._graphs is not None
     assert second._graphs.usable
     assert len(second._graphs._graphs) == 2
+    assert {*added} == ({True, False} if chosen else {*added})  # adapters are kernels, in graphs and without
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
 

@@ -92,6 +92,7 @@ def test_dual_adds_a_bias_within_the_product_as_after_it(monkeypatch):
     from zotune.engines import dual as dual_engine
 
     monkeypatch.setattr(dual_engine, "SMALL_BYTES", 2048)  # under the matrices
+    monkeypatch.setattr(dual_engine, "NARROW", 0)
     model, at, batch = build("opt").double(), Displacement((77,), ((1e-2,),)), batch_of(3)
     found, asked = [], set()
     for within in (True, False):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from zotune.engines import parts
-from zotune.engines.norms import FusedNorms, recognised
+from zotune.engines.modules import FusedModules
+from zotune.engines.norms import recognised
 from zotune.optimizer import ZeroOrderOptimizer
 
 RMS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"}
@@ -48,7 +49,7 @@ def test_a_module_is_known_by_what_it_computes():
 @pytest.mark.parametrize("family", [f for f in families.CAUSAL if f in RMS])
 def test_the_norms_of_a_family_are_found_in_a_forward(family):
     model = families.build(family)
-    norms = FusedNorms(list(model.parameters()))
+    norms = FusedModules(list(model.parameters()))
     with norms.learning(), torch.no_grad():
         model(input_ids=torch.tensor([[1, 2, 3]]))
     wanted = [m for name, m in model.named_modules() if "norm" in name.lower() and type(m).__module__ != "torch.nn"]
@@ -125,7 +126,7 @@ def test_a_norm_that_is_given_a_gate_computes_as_it_is_written(monkeypatch, engi
 
 def test_a_forward_that_somebody_puts_on_a_norm_stays_there():
     model = nn.ModuleList([nn.Linear(8, 8), Gated()])
-    norms = FusedNorms(list(model.parameters()))
+    norms = FusedModules(list(model.parameters()))
     with norms.learning(), torch.no_grad():
         model[1](torch.ones(2, 8))
     assert norms

@@ -25,6 +25,7 @@ READS = ["llama", "opt", "gpt2", "deberta"]  # tied heads, biases, weights that 
 def small_sizes(monkeypatch):
     """As models of real size have them: matrices are not among the small parameters, and go by several tiles."""
     monkeypatch.setattr(dual_engine, "SMALL_BYTES", 512)
+    monkeypatch.setattr(dual_engine, "NARROW", 0)
     monkeypatch.setattr(dual_engine, "TILE_BYTES", 4096)
     monkeypatch.setattr(dual_engine, "ALIGNED", 8)
 
@@ -189,6 +190,7 @@ def test_a_product_that_raises_between_tiles_loses_and_doubles_nothing(monkeypat
         pytest.fail("no product was cut short")
     monkeypatch.undo()
     monkeypatch.setattr(dual_engine, "SMALL_BYTES", 512)
+    monkeypatch.setattr(dual_engine, "NARROW", 0)
     steps(models, optimizers, 2)
     optimizers[0].settle()
     assert same(*models)

@@ -18,7 +18,7 @@ from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.ahead import Ahead, Tile
 from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
-from zotune.engines.stacks import SMALL_BYTES, Stacks
+from zotune.engines.stacks import NARROW, NARROW_BYTES, SMALL_BYTES, Stacks
 from zotune.engines.waiting import Waiting
 
 ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
@@ -52,8 +52,7 @@ class DualEngine(FollowingEngine):
         super().__init__(directions, asked)
         self.may_hold = asked
         self.waiting = Waiting(directions)
-        small = [p for p in directions.params if p.numel() * p.element_size() <= SMALL_BYTES and p.is_contiguous()]
-        self.stacks = Stacks(directions, small, parts=2)
+        self.stacks = Stacks(directions, [p for p in directions.params if _is_small(p)], parts=2)
         self.ahead = Ahead()
 
     @property
@@ -170,6 +169,12 @@ class _DualReads(PartedReads):
         for half, by in enumerate((self.at, self.at.negated())):
             self.engine.directions.displaced_rows(weight, halves[half].long(), by, out[half], update)
         return out.view(*ids.shape, *weight.shape[1:])
+
+
+def _is_small(param: Tensor) -> bool:
+    """Whether both copies of a parameter are drawn before the forward."""
+    narrow = param.dim() == 2 and min(param.shape) <= NARROW
+    return param.is_contiguous() and param.numel() * param.element_size() <= (NARROW_BYTES if narrow else SMALL_BYTES)
 
 
 def _plan(weight: Tensor, n: int, has_bias: bool) -> tuple[int, bool]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
-from zotune.engines.norms import FusedNorms
+from zotune.engines.modules import FusedModules
 from zotune.engines.parts import PartedReads, Unfollowed, kernels_for
 from zotune.engines.sequential import SequentialEngine, same_draws
 
@@ -35,7 +35,7 @@ class FollowingEngine(SequentialEngine):
         self.why = ""  # it is not
         self.trust: bool | None = None  # what a process before this one found, so that a resumed run takes the same way
         self._checked = False
-        self._norms = FusedNorms(directions.params)
+        self._fused = FusedModules(directions.params)
         self._eps = 0.0  # of the narrowest format that activations were seen in
 
     @abstractmethod
@@ -62,7 +62,7 @@ class FollowingEngine(SequentialEngine):
             if redraw.needed():
                 raise Unfollowed("the loss draws from torch's generator (dropout?)")
             if not self._checked and not capturing():
-                if self._norms:  # the forward that is checked is the one that is used
+                if self._fused:  # the forward that is checked is the one that is used
                     found = self._doubled(loss, batch, at, shares)
                     self.forwards -= 2
                 if self.trust is None:
@@ -93,9 +93,9 @@ class FollowingEngine(SequentialEngine):
         doubled = twice_over(batch)
         with torch.no_grad(), self._reads(at, shares or (rows,), 2) as mode:
             mode.watching = not self._checked
-            known = self._checked or self._norms or kernels_for(self.directions.params[0]) is None
-            learning = nullcontext() if known else self._norms.learning()
-            with learning, self._norms.standing_in(mode):
+            known = self._checked or self._fused or kernels_for(self.directions.params[0]) is None
+            learning = nullcontext() if known else self._fused.learning()
+            with learning, self._fused.standing_in(mode):
                 losses = loss(doubled)
         self.forwards += 2
         self._eps = max(self._eps, mode.eps)

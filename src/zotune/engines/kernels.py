@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,attr-defined"
-"""What parts with weights of their own need beside a shared product, on CUDA, in one pass each: low-rank terms, scales and shifts,
-and the fold of low-rank updates into the weights."""
+"""What parts with weights of their own need beside a shared product, on CUDA, in one pass each: low-rank terms, adapters, scales
+and shifts, and the fold of low-rank updates into the weights."""
 
-# P parts, M rows a part, D inputs, N outputs, R rank, G directions (part p has direction p % G).
+# P parts, M rows a part, D inputs, N outputs, R rank, G directions (part p has direction p % G). Beside an adapter, whose own
+# rank is R, K is the directions'.
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zotune.engines.parts import Values
 
 
 @triton.jit
@@ -187,6 +190,124 @@ def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype
         HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=256,
     )  # fmt: skip
     return y
+
+
+@triton.jit
+def _values(n_B, d_B, w, u, v, own, N, D, K: tl.constexpr):
+    """A tile of W + own·U·Vᵀ, float32: W (N, D), U (N, K), V (D, K); K 0: W alone."""
+    in_N, in_D = n_B < N, d_B < D
+    at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
+    w_BB = tl.load(at, mask=in_N[:, None] & in_D[None, :], other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        u_B = tl.load(u + n_B * K + k, mask=in_N, other=0.0).to(tl.float32) * own
+        w_BB += u_B[:, None] * tl.load(v + d_B * K + k, mask=in_D, other=0.0).to(tl.float32)[None, :]
+    return w_BB
+
+
+@triton.jit
+def _adapter_inner_kernel(
+    t, x, a, u, v, scale, P, M, D, G, EACH, stride_p, stride_m, a_p, R: tl.constexpr, K: tl.constexpr,
+    EXACT: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """t (S, P, M, R) float32 ← x·A_pᵀ over each of S slices of D, EACH long; A_p = A + scale_p·U·Vᵀ. x is read once."""
+    part, cut = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    m_B = tl.program_id(1) * BM + tl.arange(0, BM)
+    r_B = tl.arange(0, BR)
+    in_M = m_B < M
+    x_at = x + part * stride_p + m_B.to(tl.int64)[:, None] * stride_m
+    a += part * a_p
+    own = 0.0
+    if K > 0:
+        own = tl.load(scale + part)
+        u += part % G * R * K
+        v += part % G * D * K
+    total_BB = tl.zeros((BM, BR), dtype=tl.float32)
+    for first in range(0, EACH, BD):
+        d_B = tl.program_id(2) * EACH + first + tl.arange(0, BD)
+        x_BB = tl.load(x_at + d_B[None, :], mask=in_M[:, None] & (d_B < D)[None, :], other=0.0)
+        a_BB = tl.trans(_values(r_B, d_B, a, u, v, own, R, D, K))
+        if EXACT:
+            total_BB += tl.dot(x_BB, a_BB, input_precision="ieee")
+        else:  # x is narrow itself, A the sum of two such: 16 bits of it in bfloat16
+            high_BB = a_BB.to(x_BB.dtype)
+            low_BB = (a_BB - high_BB.to(tl.float32)).to(x_BB.dtype)
+            if WIDE:
+                x_BB, high_BB, low_BB = x_BB.to(tl.float32), high_BB.to(tl.float32), low_BB.to(tl.float32)
+            total_BB = tl.dot(x_BB, high_BB, total_BB)
+            if SPLIT:
+                total_BB = tl.dot(x_BB, low_BB, total_BB)
+    t_at = t + ((cut * P + part) * M + m_B.to(tl.int64)[:, None]) * R + r_B[None, :]
+    tl.store(t_at, total_BB, mask=in_M[:, None] & (r_B < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def _adapter_outer_kernel(
+    y, t, b, u, v, scale, scaling, P, M, N, G, b_p, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """y (P, M, N) += scaling·t·B_pᵀ, rounded once; t is the sum of its S slices, B_p = B + scale_p·U·Vᵀ."""
+    part = tl.program_id(0).to(tl.int64)
+    m_B = tl.program_id(1) * BM + tl.arange(0, BM)
+    n_B = tl.program_id(2) * BN + tl.arange(0, BN)
+    r_B = tl.arange(0, BR)
+    at = y + (part * M + m_B.to(tl.int64)[:, None]) * N + n_B[None, :]
+    inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    y_BB = tl.load(at, mask=inside, other=0.0)
+    t_BB = tl.zeros((BM, BR), dtype=tl.float32)
+    for cut in tl.static_range(S):
+        t_at = t + ((cut * P + part) * M + m_B.to(tl.int64)[:, None]) * R + r_B[None, :]
+        t_BB += tl.load(t_at, mask=(m_B < M)[:, None] & (r_B < R)[None, :], other=0.0)
+    b += part * b_p
+    own = 0.0
+    if K > 0:
+        own = tl.load(scale + part)
+        u += part % G * N * K
+        v += part % G * R * K
+    b_BB = tl.trans(_values(n_B, r_B, b, u, v, own, N, R, K))
+    # three products of 11 bits each: float32 but for its last bits
+    total_BB = y_BB.to(tl.float32) + tl.dot(t_BB, b_BB, input_precision="tf32x3") * scaling
+    tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
+
+
+WIDEST_ADAPTER = 64  # rank of an adapter that is served
+MOST_FACTORS = 16  # rank of directions beside it
+ADAPTER_WIDE = 128  # of x at once
+FILLED = 256  # programs that fill a GPU of 132 processors; where rows alone make fewer, D is cut into slices
+MOST_SLICES = 4
+
+
+def adapter_inner(x_PMD: Tensor, a: Values) -> Tensor:
+    """(S, P, M, R) float32, whose sum over S is x·A_pᵀ. x's last dimension, and A's but for the parts, are contiguous."""
+    (parts, rows, wide), rank = x_PMD.shape, a.w.shape[1]
+    many, tall = _rows_at_once(parts, rows), max(16, triton.next_power_of_2(rank))
+    programs, steps = parts * triton.cdiv(rows, many), triton.cdiv(wide, ADAPTER_WIDE)
+    slices = min(MOST_SLICES, steps, max(1, FILLED // programs))
+    each = triton.cdiv(steps, slices) * ADAPTER_WIDE
+    t = torch.empty(slices, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
+    _adapter_inner_kernel[(parts, triton.cdiv(rows, many), slices)](
+        t, x_PMD, a.w, a.u, a.v, a.scale, parts, rows, wide, _groups(a), each, x_PMD.stride(0), x_PMD.stride(1),
+        a.w.stride(0), R=rank, K=_rank(a), EXACT=x_PMD.dtype == torch.float32,
+        SPLIT=a.w.dtype != x_PMD.dtype or a.u is not None, WIDE=INTERPRETED, BM=many, BR=tall, BD=ADAPTER_WIDE, num_warps=4,
+    )  # fmt: skip
+    return t
+
+
+def adapter_outer(y_PMN: Tensor, t_SPMR: Tensor, b: Values, scaling: float) -> None:
+    """y += scaling·Σ_s t_s·B_pᵀ in place, computed in float32 and rounded once. y is contiguous, and B but for the parts."""
+    (slices, parts, rows, rank), out = t_SPMR.shape, y_PMN.shape[2]
+    many = _rows_at_once(parts, rows)
+    _adapter_outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 128))](
+        y_PMN, t_SPMR, b.w, b.u, b.v, b.scale, float(scaling), parts, rows, out, _groups(b), b.w.stride(0),
+        R=rank, K=_rank(b), S=slices, BM=many, BN=128, BR=max(16, triton.next_power_of_2(rank)), num_warps=4,
+    )  # fmt: skip
+
+
+def _groups(values: Values) -> int:
+    return 1 if values.u is None else values.u.shape[0]
+
+
+def _rank(values: Values) -> int:
+    return 0 if values.u is None else values.u.shape[2]
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from torch import Tensor
 from zotune import noise
 from zotune.directions import Directions, Displacement, HeldDisplacement, joined
 from zotune.engines.following import FollowingEngine, capturing
-from zotune.engines.parts import PartedReads, Parts, Unfollowed, kernels_for
+from zotune.engines.parts import PartedReads, Parts, Unfollowed, Values, kernels_for
 from zotune.engines.sequential import same_draws
 from zotune.engines.stacks import Stacks
 
@@ -267,6 +267,12 @@ class _LowRankReads(PartedReads):
         u, v = u_GOR[group].to(wide), v_GDR[group].to(wide)
         scale = self._scale(self.engine.directions.slots[id(param)].group, wide, u.device)[part]
         return (param.data.view(len(u), -1).to(wide) + scale * (u @ v.t())).to(param.dtype).view(param.shape)
+
+    def values_of(self, param: Tensor) -> Values | None:
+        if id(param) not in self.factors.of or not self.is_param(param):
+            return super().values_of(param)
+        scale_P = self._scale(self.engine.directions.slots[id(param)].group, torch.float32, param.device)
+        return Values(param.data.expand(len(self.parts.rows_P), *param.shape), *self.factors.of[id(param)], scale_P)
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
         u_GOR, v_GDR = self.factors.of[id(weight)]

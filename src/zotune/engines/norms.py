@@ -8,10 +8,7 @@ states. What a module computes is found out by trying it, not by its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +25,23 @@ class RmsNorm:
 
     eps: float
     offset: float
+
+    def forward(self, mode: PartedReads, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a gate, say: it may do more than a norm
+            return plain(*args, **kwargs)
+        x = args[0]
+        scale_PN, kernels = mode.stack_of(module.weight), kernels_for(x)
+        served = kernels is not None and scale_PN is not None and mode.parts.equal and mode.is_batch(x)
+        if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:
+            return plain(x)
+        x_PMN = mode.parts.by_part(x).flatten(1, -2)
+        return kernels.rms_norm(x_PMN, scale_PN, self.eps, self.offset).view(x.shape)
+
+
+def stand_in(module: nn.Module, params: set[int]) -> RmsNorm | None:
+    """What the module computes, if that is an RMS norm of one of these parameters."""
+    weight = module._parameters.get("weight")
+    return recognised(module) if weight is not None and id(weight) in params and weight.dim() == 1 else None
 
 
 def recognised(module: nn.Module) -> RmsNorm | None:
@@ -64,59 +78,3 @@ def recognised(module: nn.Module) -> RmsNorm | None:
         if bool(((found.double() - wanted).abs() <= room * (wanted.abs() + normed.abs())).all()):
             return RmsNorm(eps, offset)
     return None
-
-
-class FusedNorms:
-    """The modules among those that a forward calls whose norm of a perturbed weight can be one kernel."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self._params = {id(p) for p in params}
-        self._found: dict[nn.Module, RmsNorm] = {}
-        self._tried: set[int] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Look at each module that is called meanwhile."""
-        handle = nn.modules.module.register_module_forward_pre_hook(self._look)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _look(self, module: nn.Module, args: Any) -> None:
-        weight = module._parameters.get("weight")
-        if weight is None or id(weight) not in self._params or weight.dim() != 1 or id(module) in self._tried:
-            return
-        self._tried.add(id(module))
-        with torch._C.DisableTorchFunction():
-            known = recognised(module)
-        if known is not None:
-            self._found[module] = known
-
-    @contextmanager
-    def standing_in(self, mode: PartedReads) -> Iterator[None]:
-        """Those modules compute by the kernel meanwhile, where they see the batch."""
-        # more may be learned meanwhile; where somebody has put a forward of theirs on a module since, that is what it does
-        some = [(module, norm) for module, norm in self._found.items() if "forward" not in module.__dict__]
-        for module, norm in some:
-            module.forward = partial(_forward, mode, module, module.forward, norm)
-        try:
-            yield
-        finally:
-            for module, _ in some:
-                del module.forward  # the class's own again
-
-
-def _forward(mode: PartedReads, module: Any, plain: Any, norm: RmsNorm, *args: Any, **kwargs: Any) -> Any:
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a gate, say: it may do more than a norm
-        return plain(*args, **kwargs)
-    x = args[0]
-    scale_PN, kernels = mode.stack_of(module.weight), kernels_for(x)
-    served = kernels is not None and scale_PN is not None and mode.parts.equal and mode.is_batch(x)
-    if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:
-        return plain(x)
-    x_PMN = mode.parts.by_part(x).flatten(1, -2)
-    return kernels.rms_norm(x_PMN, scale_PN, norm.eps, norm.offset).view(x.shape)

@@ -76,6 +76,19 @@ class Parted:
     others: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Values:
+    """What the parts' values of a matrix are made of: w[p] + scale[p]·u[p % G]·v[p % G]ᵀ, or w[p] alone.
+
+    w: (P, O, D), of stride 0 over parts where they share it. u: (G, O, K). v: (G, D, K). scale: (P,) float32.
+    """
+
+    w: Tensor
+    u: Tensor | None = None
+    v: Tensor | None = None
+    scale: Tensor | None = None
+
+
 _IN_PLACE = ("add", "sub", "mul", "div")
 _ELEMENTWISE = frozenset(
     [f"{name}_" for name in _IN_PLACE]
@@ -160,6 +173,13 @@ class PartedReads(TorchFunctionMode):
             return self.stacks.get(id(value))
         parted = self._values.get(id(value))
         return None if parted is None else parted.stack
+
+    def values_of(self, param: Tensor) -> Values | None:
+        """What the parts' values of a parameter are made of, where they need not be made first; it counts as read."""
+        if not self.is_param(param):
+            return Values(param.data.expand(len(self.parts.rows_P), *param.shape))
+        stack = self.stacks.get(id(param))
+        return None if stack is None else Values(stack)
 
     def _part(self, value: Any, part: int) -> Any:
         if self.is_param(value):

@@ -10,6 +10,10 @@ from zotune.directions import Directions, Displacement, HeldDisplacement
 
 SMALL_BYTES = 128 << 10  # parameters up to this are drawn so
 
+# So are matrices with a side this short up to NARROW_BYTES: the two of an adapter, mostly. A product with one is bound by its x,
+# which kernels then read once for all parts (`adapters`); of a model's own weights none that is read by a product is as narrow.
+NARROW, NARROW_BYTES = 64, 4 << 20
+
 
 class Stacks:
     """The parts' values of small parameters, (P, *shape) each, drawn together."""

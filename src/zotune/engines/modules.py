@@ -1,0 +1,73 @@
+"""Modules of a model for whose forward one kernel or two stand in, while an engine runs.
+
+What a mode of torch functions cannot see, the module as a whole can show: a norm or an adapter is several functions, each a
+pass over the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from zotune.engines import adapters, norms
+from zotune.engines.parts import PartedReads
+
+
+class StandIn(Protocol):
+    """How a module is computed by kernels."""
+
+    def forward(self, mode: PartedReads, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        """What plain, the module's own forward, gives; by it, wherever the kernels do not serve."""
+
+
+# Each says what stands in for a module that reads some of these parameters (by id); None: nothing of its own.
+KINDS: tuple[Callable[[nn.Module, set[int]], StandIn | None], ...] = (norms.stand_in, adapters.stand_in)
+
+
+class FusedModules:
+    """The modules among those that a forward calls for which kernels can stand in."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self._params = {id(p) for p in params}
+        self._found: dict[nn.Module, StandIn] = {}
+        self._tried: set[nn.Module] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Look at each module that is called meanwhile."""
+        handle = nn.modules.module.register_module_forward_pre_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._tried.clear()
+
+    def _look(self, module: nn.Module, args: Any) -> None:
+        if module in self._tried:
+            return
+        self._tried.add(module)
+        with torch._C.DisableTorchFunction():
+            known = next(filter(None, (kind(module, self._params) for kind in KINDS)), None)
+        if known is not None:
+            self._found[module] = known
+
+    @contextmanager
+    def standing_in(self, mode: PartedReads) -> Iterator[None]:
+        """Those modules compute by kernels meanwhile, where they see the batch."""
+        # more may be learned meanwhile; where somebody has put a forward of theirs on a module since, that is what it does
+        some = [(module, known) for module, known in self._found.items() if "forward" not in module.__dict__]
+        for module, known in some:
+            module.forward = partial(known.forward, mode, module, module.forward)
+        try:
+            yield
+        finally:
+            for module, _ in some:
+                del module.forward  # the class's own again
