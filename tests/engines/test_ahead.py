@@ -51,6 +51,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(ahead, "capturing", lambda: True)
     monkeypatch.setattr(ahead, "Branch", Hidden)
     monkeypatch.setattr(dual_engine, "SMALL_BYTES", 512)
+    monkeypatch.setattr(dual_engine, "NARROW", 0)
     monkeypatch.setattr(dual_engine, "TILE_BYTES", 4096)
     monkeypatch.setattr(dual_engine, "ALIGNED", 8)
     Hidden.made = 0
