@@ -162,7 +162,7 @@ def own_forwards(model) -> bool:
     ],
 )
 def test_kernels_give_the_losses_of_peft_s_forward(family, engine, monkeypatch, counted):
-    model, found = adapted(family), []
+    model, found, calls = adapted(family), [], []
     for used in (True, False):
         monkeypatch.setattr(parts, "KERNEL_DEVICES", {DEVICE} if used else set())
         optimizer = optimizer_of(model, **engine)
@@ -170,14 +170,15 @@ def test_kernels_give_the_losses_of_peft_s_forward(family, engine, monkeypatch, 
         assert optimizer.engine.usable, optimizer.engine.why
         assert own_forwards(model)
         found.append(torch.tensor(optimizer.last.losses_P))
-        assert counted.both == 4  # two maps in each of two layers, by the first alone
+        calls.append(counted.both)
+    assert calls[1] == calls[0] >= 4  # two maps in each of two layers
     torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
 
 
 def test_a_forward_that_raises_leaves_every_module_its_own(counted):
     model = adapted("opt")
-    optimizer, seen = optimizer_of(model, engine="dual"), []
-    optimizer.step(rows_of(model), batch=BATCH)
+    engine, seen, at = optimizer_of(model, engine="dual").engine, [], Displacement((5,), ((1e-2,),))
+    engine.both(rows_of(model), BATCH, at)
 
     def fail(*args):
         seen.append(own_forwards(model))
@@ -185,7 +186,7 @@ def test_a_forward_that_raises_leaves_every_module_its_own(counted):
 
     model.get_output_embeddings().register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):
-        optimizer.step(rows_of(model), batch=BATCH)
+        engine.both(rows_of(model), BATCH, at)
     assert seen == [False]
     assert own_forwards(model)
 
@@ -196,16 +197,14 @@ class Map:
     def __init__(self, base=None, dtype=torch.float32, trains="lora_", **changes) -> None:
         torch.manual_seed(0)
         self.config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | changes)
-        self.model = (
-            peft.get_peft_model(nn.Sequential(base or nn.Linear(12, 10)).to(dtype), self.config).to(DEVICE).eval()
-        )
+        bare = nn.Sequential(base or nn.Linear(12, 10)).to(dtype)
+        self.model = peft.get_peft_model(bare, self.config).to(DEVICE).eval()
         for name, p in self.model.named_parameters():
             p.requires_grad_(trains in name)
             if "lora_B" in name:
                 nn.init.normal_(p)
         self.layer = self.model.base_model.model[0]
         self.x = torch.randn(4, 3, self.layer.in_features, dtype=dtype, device=DEVICE)
-        self.fused = None
 
     def outputs(self, x=None, **more) -> list[torch.Tensor]:
         """By the module's own forward, and with kernels standing in where they may."""

@@ -21,7 +21,6 @@ from zotune.engines.parts import PartedReads, Values, kernels_for
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
 class Adapter:
     """y = base(x) + scaling·(x·Aᵀ)·Bᵀ, the sum rounded once to base's dtype."""
 
@@ -36,7 +35,7 @@ class Adapter:
         y = module.base_layer(x)
         with torch._C.DisableTorchFunction():
             if y.dtype not in SERVED or y.shape != (*x.shape[:-1], term.b.w.shape[1]):
-                return plain(x)
+                return plain(x)  # no linear map's outputs
             if not _is_ours(y, x, module.base_layer):
                 y = y.clone(memory_format=torch.contiguous_format)
             t_SPMR = term.kernels.adapter_inner(term.x_PMD, term.a)

@@ -35,7 +35,7 @@ class FusedModules:
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self._params = {id(p) for p in params}
         self._found: dict[nn.Module, StandIn] = {}
-        self._tried: set[nn.Module] = set()
+        self._tried: set[int] = set()
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -51,9 +51,9 @@ class FusedModules:
             self._tried.clear()
 
     def _look(self, module: nn.Module, args: Any) -> None:
-        if module in self._tried:
+        if id(module) in self._tried:
             return
-        self._tried.add(module)
+        self._tried.add(id(module))
         with torch._C.DisableTorchFunction():
             known = next(filter(None, (kind(module, self._params) for kind in KINDS)), None)
         if known is not None:
