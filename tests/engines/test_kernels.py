@@ -71,7 +71,7 @@ def test_a_shift_is_each_part_s_own_or_all_of_theirs(parts, rows, wide, dtype, o
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("out", "wide", "groups", "rank"), [(100, 300, 1, 1), (65, 130, 16, 2)])
+@pytest.mark.parametrize(("out", "wide", "groups", "rank"), [(100, 300, 1, 1), (65, 130, 16, 2), (65, 130, 24, 2)])
 def test_a_fold_is_the_sum_rounded_once(out, wide, groups, rank, dtype):
     from zotune.engines.kernels import fold
 
@@ -105,12 +105,13 @@ def test_an_rms_norm_has_each_part_s_scale(parts, rows, wide, offset, dtype):
     torch.testing.assert_close(ours.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [5, 20])  # few terms, and many
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype):
+def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype, groups):
     from zotune.engines.kernels import fold, folds
 
     draw = torch.Generator().manual_seed(0)
-    steps, groups, rank = 7, 5, 2
+    steps, rank = 7, 2
     w, u, v = (
         torch.randn(*s, generator=draw).to(DEVICE, dtype)
         for s in ((70, 140), (steps * groups, 70, rank), (steps * groups, 140, rank))

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
-from zotune.engines.ahead import Ahead, Tile
 from zotune.engines.following import FollowingEngine
 from zotune.engines.parts import PartedReads, Parts
 from zotune.engines.stacks import NARROW, NARROW_BYTES, SMALL_BYTES, Stacks
 from zotune.engines.waiting import Waiting
 
 ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
-TILE_BYTES = 16 << 20  # of a copy: both stay in a GPU's second cache
-BLOCKS = 128  # of 128 × 128 outputs: what a product gives 132 processors to do, where its rows are few and tiles could be small
-MOST_BYTES = 96 << 20  # of a copy that is as large as that takes
+TILE_BYTES = 16 << 20  # of a copy
+
+# A product of few rows by a tile leaves processors idle, unless its blocks of outputs come in whole rounds of what a GPU does at
+# once: two of them, or one where copies of two are over MOST_BYTES.
+BLOCK, PROCESSORS, ROUNDS = 128, 132, 2
+MOST_BYTES = 96 << 20
 
 # Numbers of a batch, tokens mostly, up to which one forward is worth it on a CPU. It saves a draw of each weight, whatever the
 # batch; a doubled batch's activations leave the caches and are allocated anew, which grows with it (docs/performance.md).
@@ -32,7 +34,7 @@ WORTH_ON_CPU = 512
 
 # A product adds a bias on its way out only where it is one half's, by a whole copy, since cuBLAS has no such end for batches of
 # products nor for outputs with gaps. Else the bias is a pass over the outputs, 2·2n·O elements read and written. Two products in
-# turn must each fill a GPU, and copies over TILE_BYTES cost writing 2·O·D elements to memory: so only where 2n is at least D.
+# turn must each fill a GPU; that both copies are larger than a tile's costs nothing, since not even those stay in cache.
 BIAS_IN_PRODUCT = True
 FILLS_GPU = 1 << 22  # outputs of a product: two of 128 × 128 for each of 132 processors
 WHOLE_BYTES = 64 << 20  # of a copy, so that scratch stays an eighth of a GiB
@@ -53,7 +55,6 @@ class DualEngine(FollowingEngine):
         self.may_hold = asked
         self.waiting = Waiting(directions)
         self.stacks = Stacks(directions, [p for p in directions.params if _is_small(p)], parts=2)
-        self.ahead = Ahead()
 
     @property
     def holds(self) -> bool:  # type: ignore[override]
@@ -103,10 +104,7 @@ class DualEngine(FollowingEngine):
         at: Displacement | HeldDisplacement,
         shares: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        try:
-            found = super()._doubled(loss, batch, at, shares)
-        finally:
-            self.ahead.end()
+        found = super()._doubled(loss, batch, at, shares)
         self.settle()  # tables of which only rows were read
         return found
 
@@ -121,25 +119,28 @@ class DualEngine(FollowingEngine):
 class _DualReads(PartedReads):
     def __init__(self, engine: DualEngine, at: Displacement | HeldDisplacement, rows: int) -> None:
         super().__init__(Parts((rows, rows)), engine.directions.params, engine.stacks.of)
-        self.engine, self.at, self.waiting, self.ahead = engine, at, engine.waiting, engine.ahead
-        self.ahead.begin(engine.scratch, self._make)
+        self.engine, self.at, self.waiting = engine, at, engine.waiting
 
     def copy(self, param: Any, part: int) -> Tensor:
-        self.ahead.reads(param)
         self.waiting.take(param)
         by = self.at if part == 0 else self.at.negated()
         return self.engine.directions.displaced(param, by, torch.empty_like(param))
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        outputs, width = weight.shape
+        (outputs, width), scratch = weight.shape, self.engine.scratch
         halves = x.reshape(2, -1, width)
         out = x.new_empty(2, halves.shape[1], outputs)
         rows, with_bias = _plan(weight, halves.shape[1], bias is not None)
-        if not weight.is_contiguous() or self.waiting.row(weight) != self.ahead.made(weight):
+        copies = scratch.take(weight.data[:rows].expand(2, rows, width))
+        if not weight.is_contiguous() or self.waiting.row(weight):
             self.waiting.take(weight)
         for first in range(0, outputs, rows):
             last = min(first + rows, outputs)
-            tiles = self.ahead.copies(Tile(weight, first, last))
+            tiles = copies.view(-1)[: 2 * (last - first) * width].view(2, last - first, width)
+            update = self.waiting.of(weight)
+            self.engine.directions.displaced_both(weight, first, last, self.at, tiles[0], tiles[1], update)
+            if update is not None:
+                self.waiting.taken(weight, last)
             if with_bias:
                 assert bias is not None
                 for half in range(2):
@@ -147,21 +148,12 @@ class _DualReads(PartedReads):
                     torch.addmm(own, halves[half], tiles[half].t(), out=out[half])
             else:
                 torch.bmm(halves, tiles.transpose(1, 2), out=out[:, :, first:last])
-            self.ahead.give(tiles)
+        scratch.give(copies)
         out = out.view(*x.shape[:-1], outputs)
         return out if bias is None or with_bias else self.plus_bias(out, bias)
 
-    def _make(self, tile: Tile, copies: Tensor) -> None:
-        """Both copies of the rows, which take the update that they lack."""
-        weight, first, last = tile
-        update = self.waiting.of(weight)
-        self.engine.directions.displaced_both(weight, first, last, self.at, copies[0], copies[1], update)
-        if update is not None:
-            self.waiting.taken(weight, last)
-
     def rows(self, ids: Tensor, weight: Any) -> Any:
         """Where the weight lacks an update, these rows have it and the weight waits: a head may read it whole."""
-        self.ahead.reads(weight)
         if self.waiting.row(weight):
             self.waiting.take(weight)
         halves, update = ids.reshape(2, -1), self.waiting.of(weight)
@@ -182,11 +174,12 @@ def _plan(weight: Tensor, n: int, has_bias: bool) -> tuple[int, bool]:
     outputs, width = weight.shape
     size = weight.numel() * weight.element_size()
     rows = -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED
-    if weight.is_cuda and n >= ALIGNED:
-        filling = -(-BLOCKS // (2 * -(-n // ALIGNED))) * ALIGNED
-        rows = max(rows, min(filling, MOST_BYTES // (width * weight.element_size()) // ALIGNED * ALIGNED))
+    if weight.is_cuda and n >= BLOCK:
+        round_ = PROCESSORS // (2 * -(-n // BLOCK)) * BLOCK  # rows of a weight
+        most = MOST_BYTES // (width * weight.element_size())
+        rows = max(rows, round_ * min(ROUNDS, most // max(round_, 1)))
     rows = min(outputs, rows)
     within = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and n * outputs >= FILLS_GPU
-    if within and 2 * n >= width and size <= WHOLE_BYTES:
+    if within and size <= WHOLE_BYTES:
         rows = outputs
     return rows, within and rows == outputs

@@ -31,27 +31,29 @@ def _inner_kernel(
     of_part = (part % G).to(tl.int64) * D * R
     own = tl.load(scale + part)
     for r in tl.static_range(R):
-        total0_B = tl.zeros((BM,), dtype=tl.float32)
-        total1_B = tl.zeros((BM,), dtype=tl.float32)
-        total2_B = tl.zeros((BM,), dtype=tl.float32)
+        total0_BB = tl.zeros(
+            (BM, BD), dtype=tl.float32
+        )  # summed over D at the end: a sum in each turn waits for all warps
+        total1_BB = total0_BB
+        total2_BB = total0_BB
         for first in range(0, D, BD):
             d_B = first + tl.arange(0, BD)
             x_BB = tl.load(x_at + d_B[None, :], mask=in_M[:, None] & (d_B < D)[None, :], other=0.0).to(tl.float32)
             at_B = of_part + d_B * R + r
             a_B = tl.load(a0 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
-            total0_B += tl.sum(x_BB * a_B[None, :], axis=1)
+            total0_BB += x_BB * a_B[None, :]
             if S > 1:
                 a_B = tl.load(a1 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
-                total1_B += tl.sum(x_BB * a_B[None, :], axis=1)
+                total1_BB += x_BB * a_B[None, :]
             if S > 2:
                 a_B = tl.load(a2 + at_B, mask=d_B < D, other=0.0).to(tl.float32)
-                total2_B += tl.sum(x_BB * a_B[None, :], axis=1)
+                total2_BB += x_BB * a_B[None, :]
         t_at = t + (part * M + m_B) * R + r
-        tl.store(t_at, total0_B * own, mask=in_M)
+        tl.store(t_at, tl.sum(total0_BB, axis=1) * own, mask=in_M)
         if S > 1:
-            tl.store(t_at + P * M * R, total1_B * own, mask=in_M)
+            tl.store(t_at + P * M * R, tl.sum(total1_BB, axis=1) * own, mask=in_M)
         if S > 2:
-            tl.store(t_at + 2 * P * M * R, total2_B * own, mask=in_M)
+            tl.store(t_at + 2 * P * M * R, tl.sum(total2_BB, axis=1) * own, mask=in_M)
 
 
 @triton.jit
@@ -162,7 +164,8 @@ def rms_norm(x_PMN: Tensor, scale_PN: Tensor, eps: float, offset: float) -> Tens
     return y
 
 
-INNER_ROWS, INNER_WIDE, INNER_WARPS = 4, 512, 4  # a program of `_inner_kernel`: rows at once, of x
+# A program of `_inner_kernel`: rows of x at once, how much of them, and warps; where there are few rows in all, and many.
+FEW_ROWS, INNER_FEW, INNER_MANY = 4096, (4, 512, 4), (8, 256, 4)
 MOST_READERS = 3  # weights that take one x: attention's q, k and v
 
 
@@ -171,11 +174,10 @@ def low_rank_inner(x_PMD: Tensor, in_SGDR: Sequence[Tensor], scale_P: Tensor) ->
     parts, rows, wide = x_PMD.shape
     (groups, _, rank), count = in_SGDR[0].shape, len(in_SGDR)
     t = torch.empty(count, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
-    few = INNER_ROWS if parts * rows < 4096 else 4 * INNER_ROWS
-    _inner_kernel[(parts, triton.cdiv(rows, few))](
+    at_once, span, warps = INNER_FEW if parts * rows < FEW_ROWS else INNER_MANY
+    _inner_kernel[(parts, triton.cdiv(rows, at_once))](
         t, x_PMD, in_SGDR[0], in_SGDR[min(1, count - 1)], in_SGDR[min(2, count - 1)], scale_P, parts, rows, wide, groups,
-        x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=few, BD=INNER_WIDE,
-        num_warps=INNER_WARPS,
+        x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=at_once, BD=span, num_warps=warps,
     )  # fmt: skip
     return t
 
@@ -315,10 +317,19 @@ def _products(
     n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Σ_g scales[g]·U_g·V_gᵀ, float32, and how many scales are not 0; k runs over directions and ranks."""
+    """A tile of Σ_g scales[g]·U_g·V_gᵀ, float32, and how many scales are not 0; k runs over directions and ranks.
+
+    BK 0: one after the other, which is exact, and leaves the tile as the weights are read; a product's tile lies otherwise.
+    """
     total_BB = tl.zeros((BN, BD), dtype=tl.float32)
     nonzero = 0
-    for first in range(0, GR, BK):
+    for k in range(0, GR if BK == 0 else 0):
+        scale = tl.load(scales + k // R)
+        nonzero += (scale != 0).to(tl.int32)
+        u_B = tl.load(u + (k // R * N + n_B) * R + k % R, mask=n_B < N, other=0.0).to(tl.float32) * scale
+        v_B = tl.load(v + (k // R * D + d_B) * R + k % R, mask=d_B < D, other=0.0).to(tl.float32)
+        total_BB += u_B[:, None] * v_B[None, :]
+    for first in range(0, GR if BK > 0 else 0, BK if BK > 0 else 1):
         k_K = first + tl.arange(0, BK)
         group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
         scale_K = tl.load(scales + group_K, mask=k_K < GR, other=0.0)
@@ -373,6 +384,10 @@ def _fold_kernel(
     tl.store(at, w_BB, mask=inside)
 
 
+FEW_TERMS, FOLD_FEW = (
+    32,
+    (64, 128, 4),
+)  # directions times rank up to which they are added one by one; and a tile, and its warps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
@@ -386,9 +401,9 @@ def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor, lo
     (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
     split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
-    side = 64 if exact else 128
-    _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, 128))](
+    few = groups * rank <= FEW_TERMS
+    side, across, warps = FOLD_FEW if few else (64, 128, 4) if exact else (128, 128, 8)
+    _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, across))](
         matrix_ND, lost_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED,
-        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=128, BK=16 if groups * rank <= 16 else 32,
-        num_warps=4 if exact else 8,
+        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=0 if few else 32, num_warps=warps,
     )  # fmt: skip

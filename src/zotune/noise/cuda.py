@@ -192,15 +192,16 @@ def _both_kernel(
     step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :] - shift
     inside = (at_GE >= 0) & (at_GE < n)
-    w_GE = tl.load(w + at_GE, mask=inside, other=0.0)
+    # a product reads the copies next: they are to stay in cache, and the weight to make room for them
+    w_GE = tl.load(w + at_GE, mask=inside, other=0.0, eviction_policy="evict_first")
     if U > 0:
         w_GE = _displaced(w_GE, group + step_G, update_seeds, update_coefs, U, pid, GAUSSIAN, E, G)
-        tl.store(w + at_GE, w_GE, mask=inside)
+        tl.store(w + at_GE, w_GE, mask=inside, cache_modifier=".cs")
     wide: tl.constexpr = tl.float64 if w_GE.dtype == tl.float64 else tl.float32
     moved_GE = _scaled(tl.load(coef).to(wide), tl.load(seed), pid, group + step_G, GAUSSIAN, E, G)
     w_wide = w_GE.to(wide)
-    tl.store(plus + at_GE, (w_wide + moved_GE).to(w_GE.dtype), mask=inside)
-    tl.store(minus + at_GE, (w_wide - moved_GE).to(w_GE.dtype), mask=inside)
+    tl.store(plus + at_GE, (w_wide + moved_GE).to(w_GE.dtype), mask=inside, eviction_policy="evict_last")
+    tl.store(minus + at_GE, (w_wide - moved_GE).to(w_GE.dtype), mask=inside, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["pid", "S"])
