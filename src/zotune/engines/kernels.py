@@ -165,7 +165,7 @@ def rms_norm(x_PMN: Tensor, scale_PN: Tensor, eps: float, offset: float) -> Tens
 
 
 # A program of `_inner_kernel`: rows of x at once, how much of them, and warps; where there are few rows in all, and many.
-FEW_ROWS, INNER_FEW, INNER_MANY = 4096, (4, 512, 4), (8, 256, 4)
+FEW_ROWS, INNER_FEW, INNER_MANY = 4096, (2, 1024, 4), (8, 256, 4)
 MOST_READERS = 3  # weights that take one x: attention's q, k and v
 
 
@@ -315,47 +315,52 @@ def _rank(values: Values) -> int:
 @triton.jit
 def _products(
     n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """A tile of Σ_g scales[g]·U_g·V_gᵀ, float32, and how many scales are not 0; k runs over directions and ranks.
 
-    BK 0: one after the other, which is exact, and leaves the tile as the weights are read; a product's tile lies otherwise.
+    TERMS: directions times rank, where they are added one by one; 0: by products, whose tile lies otherwise than the weights'.
     """
     total_BB = tl.zeros((BN, BD), dtype=tl.float32)
     nonzero = 0
-    for k in range(0, GR if BK == 0 else 0):
-        scale = tl.load(scales + k // R)
-        nonzero += (scale != 0).to(tl.int32)
-        u_B = tl.load(u + (k // R * N + n_B) * R + k % R, mask=n_B < N, other=0.0).to(tl.float32) * scale
-        v_B = tl.load(v + (k // R * D + d_B) * R + k % R, mask=d_B < D, other=0.0).to(tl.float32)
-        total_BB += u_B[:, None] * v_B[None, :]
-    for first in range(0, GR if BK > 0 else 0, BK if BK > 0 else 1):
-        k_K = first + tl.arange(0, BK)
-        group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
-        scale_K = tl.load(scales + group_K, mask=k_K < GR, other=0.0)
-        nonzero += tl.sum((scale_K != 0).to(tl.int32), axis=0)
-        u_at = u + (group_K[None, :] * N + n_B[:, None]) * R + rank_K[None, :]
-        u_BK = tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < GR)[None, :], other=0.0).to(tl.float32) * scale_K[None, :]
-        v_at = v + (group_K[:, None] * D + d_B[None, :]) * R + rank_K[:, None]
-        v_KB = tl.load(v_at, mask=(k_K < GR)[:, None] & (d_B < D)[None, :], other=0.0)
-        if SPLIT:  # v is bfloat16 itself, scale·u the sum of two: 16 bits of it
-            high_BK = u_BK.to(tl.bfloat16)
-            low_BK = (u_BK - high_BK.to(tl.float32)).to(tl.bfloat16)
-            if WIDE:
-                total_BB += tl.dot(high_BK.to(tl.float32), v_KB.to(tl.float32))
-                total_BB += tl.dot(low_BK.to(tl.float32), v_KB.to(tl.float32))
+    if TERMS > 0:
+        for k in tl.static_range(TERMS):
+            scale = tl.load(scales + k // R)
+            nonzero += (scale != 0).to(tl.int32)
+            u_B = tl.load(u + (k // R * N + n_B) * R + k % R, mask=n_B < N, other=0.0).to(tl.float32) * scale
+            v_B = tl.load(v + (k // R * D + d_B) * R + k % R, mask=d_B < D, other=0.0).to(tl.float32)
+            total_BB += u_B[:, None] * v_B[None, :]
+    else:
+        for first in range(0, GR, BK):
+            k_K = first + tl.arange(0, BK)
+            group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
+            scale_K = tl.load(scales + group_K, mask=k_K < GR, other=0.0)
+            nonzero += tl.sum((scale_K != 0).to(tl.int32), axis=0)
+            u_at = u + (group_K[None, :] * N + n_B[:, None]) * R + rank_K[None, :]
+            u_BK = (
+                tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < GR)[None, :], other=0.0).to(tl.float32)
+                * scale_K[None, :]
+            )
+            v_at = v + (group_K[:, None] * D + d_B[None, :]) * R + rank_K[:, None]
+            v_KB = tl.load(v_at, mask=(k_K < GR)[:, None] & (d_B < D)[None, :], other=0.0)
+            if SPLIT:  # v is bfloat16 itself, scale·u the sum of two: 16 bits of it
+                high_BK = u_BK.to(tl.bfloat16)
+                low_BK = (u_BK - high_BK.to(tl.float32)).to(tl.bfloat16)
+                if WIDE:
+                    total_BB += tl.dot(high_BK.to(tl.float32), v_KB.to(tl.float32))
+                    total_BB += tl.dot(low_BK.to(tl.float32), v_KB.to(tl.float32))
+                else:
+                    total_BB = tl.dot(high_BK, v_KB, total_BB)
+                    total_BB = tl.dot(low_BK, v_KB, total_BB)
             else:
-                total_BB = tl.dot(high_BK, v_KB, total_BB)
-                total_BB = tl.dot(low_BK, v_KB, total_BB)
-        else:
-            total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
+                total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
     return total_BB, nonzero
 
 
 @triton.jit(do_not_specialize=["S"])
 def _fold_kernel(
     w, lost, u, v, scales, S, N, D, G, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    COMPENSATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    COMPENSATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """W (N, D) takes S folds one after the other, each rounded; lost, where there is one, keeps what that took."""
     n_B = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -367,7 +372,7 @@ def _fold_kernel(
     if COMPENSATED:
         lost_BB = tl.load(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], mask=inside, other=0.0)
     for _ in range(S):
-        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK)
+        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK, TERMS)
         total_BB += w_BB.to(tl.float32)
         if COMPENSATED:
             total_BB += lost_BB.to(tl.float32)
@@ -384,10 +389,8 @@ def _fold_kernel(
     tl.store(at, w_BB, mask=inside)
 
 
-FEW_TERMS, FOLD_FEW = (
-    32,
-    (64, 128, 4),
-)  # directions times rank up to which they are added one by one; and a tile, and its warps
+FEW_TERMS = 4  # directions times rank up to which they are added one by one
+FOLD_FEW, FOLD_EXACT, FOLD_MANY = (32, 128, 4), (64, 128, 4), (128, 128, 8)  # a tile, and its warps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
@@ -401,9 +404,10 @@ def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor, lo
     (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
     split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
-    few = groups * rank <= FEW_TERMS
-    side, across, warps = FOLD_FEW if few else (64, 128, 4) if exact else (128, 128, 8)
+    terms = groups * rank if groups * rank <= FEW_TERMS else 0
+    side, across, warps = FOLD_FEW if terms else FOLD_EXACT if exact else FOLD_MANY
     _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, across))](
         matrix_ND, lost_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED,
-        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=0 if few else 32, num_warps=warps,
+        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=16 if groups * rank <= 16 else 32, TERMS=terms,
+        num_warps=warps,
     )  # fmt: skip
