@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["opt-1.3b"], choices=MODELS)
     parser.add_argument("--shapes", nargs="+", default=["16x32", "16x256"], help="rows x tokens")
-    parser.add_argument("--only", nargs="+", help="rows whose name holds one of these")
+    parser.add_argument("--only", nargs="+", help="rows whose name holds one of these; =NAME: that row")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=9)
@@ -63,7 +63,7 @@ def measure(model: Any, shape: str, args: Any) -> Iterator[dict[str, Any]]:
     batch = batch_of(model, shape, args.device)
     floor = reference = None
     for kind in KINDS:
-        if kind != FLOOR and args.only and not any(part in kind for part in args.only):
+        if kind != FLOOR and args.only and not any(f"={kind}" == part or part in kind for part in args.only):
             continue
         row = {"step": kind} | timed(kind, model, batch, args)
         if kind == FLOOR:

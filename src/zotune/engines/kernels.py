@@ -390,7 +390,7 @@ def _fold_kernel(
 
 
 FEW_TERMS = 4  # directions times rank up to which they are added one by one
-FOLD_FEW, FOLD_EXACT, FOLD_MANY = (32, 128, 4), (64, 128, 4), (128, 128, 8)  # a tile, and its warps
+FOLD_FEW, FOLD_MANY = (32, 128, 4), (64, 128, 4)  # a tile, and its warps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
@@ -405,7 +405,7 @@ def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor, lo
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
     split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
     terms = groups * rank if groups * rank <= FEW_TERMS else 0
-    side, across, warps = FOLD_FEW if terms else FOLD_EXACT if exact else FOLD_MANY
+    side, across, warps = FOLD_FEW if terms else FOLD_MANY
     _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, across))](
         matrix_ND, lost_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED,
         EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=16 if groups * rank <= 16 else 32, TERMS=terms,
