@@ -325,6 +325,27 @@ def test_yaml_holds_the_same_keys_flags_win_and_all_errors_come_at_once(flags, t
     said = refused(capsys, "train", "--config", str(file), "--queries", "x")
     for part in ("'bach_size'; did you mean 'batch_size'?", "lr: 'fast'", "did you mean 'float32'?", "--queries: 'x'"):
         assert part in said
+    file.write_text("steps: 4\nlr: 1.0e-3\ntask:\n  name: own\nlr: 1.0e-5\n")
+    assert "run.yaml:5: key 'lr' is there twice" in refused(capsys, "train", "--config", str(file))
+    assert "--output: a blank is no name" in refused(capsys, "train", *flags, "--output", " ")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["--method", "fo-adam", "--eps", "1e-3", "--direction", "rademacher"],
+            ["--eps 1e-3", "--direction rademacher"],
+        ),
+        (["--method", "forward-grad", "--eps", "1e-3", "--direction", "rademacher"], ["--eps 1e-3"]),
+        (["--method", "zo-sgd", "--eps", "1e-3", "--direction", "rademacher"], []),
+        (["--method", "fo-sgd"], []),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_said(flags, given, said, tmp_path, caplog):
+    assert run(["train", *flags, *given, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+    lines = [r.getMessage() for r in caplog.records if "does not use it" in r.getMessage()]
+    assert lines == [f"{what}: method {given[1]} does not use it" for what in said]
 
 
 def test_predict_labels_rows_in_order_and_merge_keeps_the_logits(flags, tmp_path, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from zotune.errors import InputError, nearest
 
+logger = logging.getLogger(__name__)
+
 Positive = Annotated[int, Field(ge=1)]
 MAX_VALUES = 100_000  # of a YAML file
 
@@ -21,6 +24,13 @@ class Options(BaseModel):
     """Unknown keys are refused; strings are read as the numbers they spell."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("output", check_fields=False)
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("a blank is no name; give a path")
+        return value
 
 
 class ModelOptions(Options):
@@ -410,6 +420,7 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     else:
         if isinstance(options, TrainConfig):
             problems += _method_problems(options)
+            _say_unused(options.method, given)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     problems += _engine_problems(given)
@@ -509,6 +520,19 @@ def _method_problems(options: TrainConfig) -> list[str]:
     return []
 
 
+def _say_unused(method: str, given: Mapping[str, Any]) -> None:
+    """A line for each option that is given and that the method has no use for: one set of options may serve several methods."""
+    from zotune.methods import METHODS, has_eps
+
+    if method not in METHODS or has_eps(method):
+        return
+    unused = ["eps", "epses"] + (["direction", "engine"] if METHODS[method].build().first_order else [])
+    defaults = {name: field.default for name, field in SweepConfig.model_fields.items()}
+    for name in unused:
+        if given.get(name) is not None and given[name] != defaults[name]:
+            logger.warning("%s %s: method %s does not use it", _flag(name), given[name], method)
+
+
 def _engine_problems(given: Mapping[str, Any]) -> list[str]:
     groups, engine = str(given.get("groups", 1)), given.get("engine", "auto")
     problems = []
@@ -546,6 +570,8 @@ def load_yaml(path: Path, where: str) -> Any:
         loader = Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         values = _values(node, {}) if node is not None else 0
+        if values <= MAX_VALUES and node is not None and (again := _given_again(node)) is not None:
+            raise InputError(f"{where}:{again.start_mark.line + 1}: key {again.value!r} is there twice; keep one")
         if values <= MAX_VALUES:
             return loader.construct_document(node) if node is not None else None
     except OSError as error:
@@ -567,6 +593,22 @@ def load_yaml(path: Path, where: str) -> Any:
     ) as error:  # a "!!int x", a 31st of June
         raise InputError(f"{where}: not YAML (a value is not what its form says: {error})") from None
     raise InputError(f"{where}: holds more than {MAX_VALUES:,} values, references unfolded; write fewer")
+
+
+def _given_again(node: Any) -> Any:
+    """A key that a mapping has already; None where there is none. YAML would take the last one without a word."""
+    names: set[tuple[str, str]] = set()
+    for item in node.value if isinstance(node.value, list) else ():
+        pair = item if isinstance(item, tuple) else (item,)
+        if len(pair) == 2 and isinstance(pair[0].value, str):
+            name = (pair[0].tag, pair[0].value)
+            if name in names:
+                return pair[0]
+            names.add(name)
+        again = next((found for inner in pair if (found := _given_again(inner)) is not None), None)
+        if again is not None:
+            return again
+    return None
 
 
 def _values(node: Any, known: dict[int, float]) -> float:

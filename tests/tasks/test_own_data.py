@@ -108,6 +108,14 @@ def test_parquet_rows_are_read_and_damage_is_said(tmp_path):
         read_file(path)
 
 
+@pytest.mark.parametrize("answer", ["", [], [""], [None], ["yes", None], [float("nan")]])
+def test_an_answer_that_is_none_is_refused(answer):
+    task = Task(name="t", prompt="{question}", answer_field="answer")
+    assert task.example(Row({"question": "?", "answer": ["yes", "yea"]}, "here:1")).golds == ("yes", "yea")
+    with pytest.raises(InputError, match="here:2: field 'answer'"):
+        task.example(Row({"question": "?", "answer": answer}, "here:2"))
+
+
 def test_demonstrations_stand_before_each_prompt(folder, tmp_path, capsys):
     task = Task(name="t", prompt="{question}", answer_field="completion")
     source = find_source(task, str(folder), None)

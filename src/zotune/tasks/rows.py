@@ -31,12 +31,12 @@ class Row:
         if field not in self.fields:
             has = ", ".join(repr(name) for name in self.fields)
             raise InputError(f"{self.where}: no field {field!r} (has {has})")
-        if _missing(self.fields[field]):
+        if missing(self.fields[field]):
             raise InputError(f"{self.where}: field {field!r} has no value")
         return self.fields[field]
 
 
-def _missing(value: Any) -> bool:
+def missing(value: Any) -> bool:
     """Whether a field has no value: None, or what pandas has in the place of one (NaN, NaT, NA)."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas need not be there to be looked for
         return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zotune.errors import InputError, nearest
-from zotune.tasks.rows import Row
+from zotune.tasks.rows import Row, missing
 
 CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "perplexity")
@@ -209,8 +209,9 @@ class Task:
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = row[self.answer_field or ""]
-        answers = tuple(_text(v) for v in value) if isinstance(value, list) else (_text(value),)
-        if not answers or not answers[0].strip():
+        values = value if isinstance(value, list) else [value]
+        answers = tuple(_text(v) for v in values)
+        if not answers or not answers[0].strip() or any(map(missing, values)):
             raise InputError(f"{row.where}: field {self.answer_field!r} must be a text, or a list of texts")
         return answers
 
