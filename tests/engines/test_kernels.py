@@ -146,3 +146,29 @@ def test_compensated_folds_add_up_where_rounded_ones_are_lost(dtype, by):
     fold(kept, u, v, torch.zeros_like(scales), lost)
     assert torch.equal(kept, before)
     assert torch.equal(lost, rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(8, 8, 2), (1, 8, 8, 3, 1), (40, 5)])
+def test_folds_of_any_lengths_in_few_passes_are_the_folds_one_by_one(lengths, dtype, monkeypatch):
+    """A run's last fold is short, and so is one after skipped steps: few terms are summed otherwise than many."""
+    from zotune import ZeroOrderOptimizer
+    from zotune.directions import Displacement
+    from zotune.engines import parts
+
+    monkeypatch.setattr(parts, "KERNEL_DEVICES", {"cuda", "cpu"})
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(70, 90).to(DEVICE, dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    start = models[0].weight.detach().clone()
+    whole, single = (ZeroOrderOptimizer(m, engine="lowrank").engine for m in models)
+    draw, moves = torch.Generator().manual_seed(1), []
+    for i, length in enumerate(lengths):
+        coefs = (torch.randn(length, generator=draw) / 30).tolist()
+        moves.append(Displacement(tuple(range(100 * i, 100 * i + length)), (tuple(coefs),)))
+    whole.apply_each(moves, max(lengths))
+    for by in moves:
+        single.apply(by, max(lengths))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(models[0].weight, start)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -169,7 +170,14 @@ class LowRankEngine(FollowingEngine):
             for by in moves:
                 self.apply(by, at_once)
             return
-        folds = [by.some(n, n + each).filled(each) for by in moves for n in range(0, len(by.seeds_Q), each)]
+        folds = [by.some(n, n + each) for by in moves for n in range(0, len(by.seeds_Q), each)]
+        for _, some in groupby(folds, key=lambda by: len(by.seeds_Q)):  # how a fold is summed depends on its length
+            self._folded(found[0], list(some))
+        self.directions.apply_each(folds, self.dense)
+
+    def _folded(self, kernels: Any, folds: Sequence[Displacement]) -> None:
+        """The factored parameters take folds of one length."""
+        each = len(folds[0].seeds_Q)
         largest = max((sum(_sides(p)) * p.element_size() for p in self.factored), default=1)
         many = max(1, min(FOLDS_ROOM // (each * largest * self.rank), LAUNCH // each, len(folds)))
         count = many * each * largest * self.rank
@@ -180,8 +188,7 @@ class LowRankEngine(FollowingEngine):
                 drawn = _Factors(self, len(by.seeds_Q), [param], room[param.dtype])
                 drawn.draw(by)
                 scaled_Q = by.on(self.directions.slots[id(param)].group, param.device)[1] / math.sqrt(self.rank)
-                found[0].folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
-        self.directions.apply_each(folds, self.dense)
+                kernels.folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
 
     def _fold(self, param: torch.nn.Parameter, drawn: _Factors, scaled_G: Tensor, lost: Tensor | None) -> None:
         matrix = param.data.view(param.shape[0], -1)
