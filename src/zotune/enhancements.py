@@ -20,6 +20,7 @@ from zotune import noise
 from zotune.calibration import Norms, by_output, chunk_of, scores
 from zotune.directions import Directions, Displacement, HeldDisplacement, signed
 from zotune.errors import InputError, nearest
+from zotune.trajectory import float32
 
 logger = logging.getLogger(__name__)
 
@@ -408,6 +409,8 @@ class MaskedDirections(Directions):
         for param, lost in zip(self.params if params is None else params, residuals, strict=True):
             group = self.slots[id(param)].group
             factor = factors[group] if factors else 1.0
+            if not isinstance(factor, Tensor):  # as a graph has it, for float64 weights too
+                factor = float32(factor)
             flat, lost_n = param.data.reshape(-1), lost.view(-1)
             for first, moved in self.gradient_tiles(param, by, CHUNK):
                 part = slice(first, first + moved.numel())

@@ -1,6 +1,6 @@
 """One forward over the doubled batch: the first half of the rows reads θ + εz, the second θ − εz.
 
-Each weight is read once; both copies are made in scratch, small enough to stay in cache, and multiplied at once. On the same
+Each weight is read once; both copies are made in scratch, a tile at a time, and multiplied at once. On the same
 read the weight takes the update of the step before. Vectors and other small parameters are drawn in one launch before the forward.
 """
 
@@ -24,7 +24,7 @@ ALIGNED = 128  # rows of a tile: products of odd widths take slow kernels
 TILE_BYTES = 16 << 20  # of a copy
 
 # A product of few rows by a tile leaves processors idle, unless its blocks of outputs come in whole rounds of what a GPU does at
-# once: two of them, or one where copies of two are over MOST_BYTES.
+# once: two of them, or one where a copy for two is over MOST_BYTES. Scratch is two copies.
 BLOCK, PROCESSORS, ROUNDS = 128, 132, 2
 MOST_BYTES = 96 << 20
 
@@ -37,7 +37,7 @@ WORTH_ON_CPU = 512
 # turn must each fill a GPU; that both copies are larger than a tile's costs nothing, since not even those stay in cache.
 BIAS_IN_PRODUCT = True
 FILLS_GPU = 1 << 22  # outputs of a product: two of 128 × 128 for each of 132 processors
-WHOLE_BYTES = 64 << 20  # of a copy, so that scratch stays an eighth of a GiB
+WHOLE_BYTES = 64 << 20  # of a copy that is whole for its bias' sake
 
 
 class DualEngine(FollowingEngine):

@@ -11,7 +11,7 @@ from zotune.directions import Directions, Displacement, HeldDisplacement
 SMALL_BYTES = 128 << 10  # parameters up to this are drawn so
 
 # So are matrices with a side this short up to NARROW_BYTES: the two of an adapter, mostly. A product with one is bound by its x,
-# which kernels then read once for all parts (`adapters`); of a model's own weights none that is read by a product is as narrow.
+# which kernels then read once for all parts (`adapters`). They stay in memory, two copies of an adapter: little beside its base.
 NARROW, NARROW_BYTES = 64, 4 << 20
 
 
