@@ -319,6 +319,7 @@ STEPS = [
         "mask_refresh": 2,
         "direction": "rademacher",
     },
+    {"method": "zo-sgd-cons", "sparsity": 0.5},
 ]
 
 
@@ -372,6 +373,60 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
     assert second.state_bytes == first.state_bytes
     if exact:
         torch.testing.assert_close(second.state_dict()["state"], first.state_dict()["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fold_every": 3}, {"fold_every": 2, "queries": 2, "direction": "rademacher"}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_forward_grad_folds_as_the_host_does(kind, options, monkeypatch):
+    if kind == "cpu":
+        pretend(monkeypatch)
+    options = {"method": "forward-grad", **options}
+    host = model_of(kind, options)
+    captured, start = copy.deepcopy(host), copy.deepcopy(host)
+    first, second = optimizer_of(host, captured=False, **options), optimizer_of(captured, **options)
+    for step, batch in enumerate(batches_of(kind, torch.float32, 1) + batches_of(kind, torch.float32, 1)[:2]):
+        assert repr(take(second, captured.losses, batch, step)) == repr(take(first, host.losses, batch, step))
+    first.flush()
+    second.flush()
+    assert second._graphs.usable
+    assert same(captured, host)
+    assert not same(captured, start)
+
+
+@pytest.mark.parametrize("mask", ["random", "magnitude", "wanda"])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_redrawn_mask_is_where_the_graphs_look_for_it(kind, mask, monkeypatch):
+    """They go on, and take the host's steps; where it is in memory does not change."""
+    if kind == "cpu":
+        pretend(monkeypatch)
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).to(kind, torch.float64)  # names of layers
+    captured = copy.deepcopy(host)
+    options = {"lr": 1e-2, "eps": 1e-2, "seed": 2**63 + 5, "sparsity": 0.5, "mask": mask, "mask_refresh": 2}
+    first, second = (ZeroOrderOptimizer(model, **options) for model in (host, captured))
+    first._captured_step = lambda *args: None
+    f, g = (lambda batch, model=model: model(batch["x"]).square().mean(1) for model in (host, captured))
+    places, graphs_seen, masks = set(), set(), []
+    for step in range(7):
+        batch = {"x": torch.randn(3 + step % 2, 12, dtype=torch.float64).to(kind)}
+        first.step(f, batch=batch)
+        second.step(g, batch=batch)
+        kept = [state["kept"] for state in second.state.values() if state.get("kept") is not None]
+        places.add(tuple(t.data_ptr() for t in kept))
+        masks.append([t.clone() for t in kept])
+        graphs_seen.add(id(second._graphs))
+    assert second._graphs.usable
+    assert len(places) == len(graphs_seen) == 1
+    assert (len(masks[0]) > 0) == (mask != "random")
+    if mask != "random":
+        assert any(not torch.equal(a, b) for a, b in zip(masks[0], masks[-1], strict=True))
+    second.flush()
+    for p, q in zip(host.parameters(), captured.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=0 if kind == "cpu" else 1e-9, atol=0 if kind == "cpu" else 1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import Displacement, signed
+from zotune.engines import dual
 from zotune.engines.probing import shares
 from zotune.noise import reference
 
@@ -111,22 +113,42 @@ def test_dual_adds_a_bias_within_the_product_as_after_it(monkeypatch):
 
 @pytest.mark.parametrize("outputs", [2048, 8192])
 def test_a_bias_is_within_the_product_where_that_costs_less(outputs):
-    from types import SimpleNamespace
-
-    from zotune.engines.dual import _plan
-
     def weight(width, is_cuda=True):
         count = outputs * width
         return SimpleNamespace(shape=(outputs, width), numel=lambda: count, element_size=lambda: 2, is_cuda=is_cuda)
 
-    assert _plan(weight(2048), 4096, True) == (outputs, True)
-    assert _plan(weight(2048), 4096, False) == (min(outputs, 4096), False)
-    assert _plan(weight(2048, is_cuda=False), 4096, True) == (min(outputs, 4096), False)
-    assert _plan(weight(2048), 256, True)[1] is False  # two products would not fill a GPU
-    rows, within = _plan(weight(20480), 4096, True)  # the copies would cost more than the bias
+    assert dual._plan(weight(2048), 4096, True) == (outputs, True)
+    assert dual._plan(weight(2048), 4096, False) == (min(outputs, 4096), False)
+    assert dual._plan(weight(2048, is_cuda=False), 4096, True) == (min(outputs, 4096), False)
+    assert dual._plan(weight(2048), 256, True)[1] is False  # two products would not fill a GPU
+    rows, within = dual._plan(weight(20480), 4096, True)  # the copies would cost more than the bias
     assert not within
     assert rows % 128 == 0
     assert rows < outputs
+
+
+@given(
+    outputs=st.integers(1, 60_000),
+    width=st.sampled_from([768, 2048, 5120, 20480]),
+    n=st.integers(1, 8192),
+    has_bias=st.booleans(),
+)
+def test_a_tile_on_a_gpu_is_whole_rounds_of_blocks_and_of_bounded_memory(outputs, width, n, has_bias):
+    count = outputs * width
+    weight = SimpleNamespace(shape=(outputs, width), numel=lambda: count, element_size=lambda: 2, is_cuda=True)
+    rows, within = dual._plan(weight, n, has_bias)
+    assert 1 <= rows <= outputs
+    assert not within or (has_bias and rows == outputs)
+    assert 2 * rows * width <= max(dual.MOST_BYTES, dual.TILE_BYTES + 2 * dual.ALIGNED * width)
+    if rows < outputs:
+        assert rows % dual.ALIGNED == 0
+        blocks = 2 * -(-n // dual.BLOCK) * (rows // dual.BLOCK)  # of outputs, both halves'
+        whole = -(-blocks // dual.PROCESSORS) * dual.PROCESSORS
+        fewest, _ = dual._plan(
+            SimpleNamespace(**vars(weight) | {"is_cuda": False}), n, False
+        )  # rows where none is counted
+        assert rows >= fewest
+        assert rows == fewest or blocks > whole - dual.ROUNDS * 2 * -(-n // dual.BLOCK)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
