@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
+from zotune.bench.estimate import Allocations
 from zotune.models.schemes import get_scheme
 from zotune.tasks import scoring
 from zotune.tasks.encoding import Collator, Encoded
@@ -88,6 +90,28 @@ def test_the_head_sees_only_the_positions_that_the_loss_needs():
     given = rows("several")
     answer_losses(model, Collator("answer", 0)(given))
     assert seen == [(len(given), max(len(row.candidates[row.label]) for row in given))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_many_answer_tokens_need_no_copies_of_all_logits(dtype, monkeypatch):
+    logits = torch.randn(6, 40, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    targets = torch.randint(0, 500, (6, 40), generator=torch.Generator().manual_seed(1))
+    targets[0, 3] = -100
+    wanted = -logits.double().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    wanted[0, 3] = 0
+    torch.testing.assert_close(scoring.token_nll(logits, targets).double(), wanted, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(scoring, "NLL_BYTES", 4 * 500 * 23)  # does not divide the rows
+    given = nn.Module()
+    given.register_buffer("logits", logits)
+    with torch.no_grad(), Allocations(given) as live:
+        found = scoring.token_nll(logits, targets)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert live.peak < 3 * scoring.NLL_BYTES < 4 * logits.numel() / 3
+    grown = logits.float().clone().requires_grad_()
+    scoring.token_nll(grown, targets).sum().backward()
+    reference = logits.double().requires_grad_()
+    nn.functional.cross_entropy(reference.transpose(1, 2), targets, reduction="sum").backward()
+    torch.testing.assert_close(grown.grad.double(), reference.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -37,10 +37,27 @@ def head_reads_only(model: nn.Module, positions_SK: Tensor, tokens: int) -> Iter
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Float32 logits (S, K, V) at the batch's positions; no key-value cache is built."""
+    """Logits (S, K, V) at the batch's positions, in the model's dtype; no key-value cache is built."""
     ids_ST = batch["input_ids"]
     with head_reads_only(model, batch["positions"], ids_ST.shape[1]):
-        return model(**_inputs(batch)).logits.float()
+        logits_SKV: Tensor = model(**_inputs(batch)).logits
+    return logits_SKV
+
+
+NLL_BYTES = 32 << 20  # of float32 logits at a time, where nothing is kept for a backward pass
+
+
+def token_nll(logits_SKV: Tensor, targets_SK: Tensor) -> Tensor:
+    """(S, K) nats: −log p of each target, in float32; a target of −100 has 0.
+
+    What it takes besides the logits are some rows of their size, not copies of all of them: with many answer tokens those would be
+    the peak of a step.
+    """
+    logits_NV, targets_N = logits_SKV.flatten(0, 1), targets_SK.flatten()
+    rows = len(logits_NV) if torch.is_grad_enabled() else max(1, NLL_BYTES // (4 * logits_NV.shape[1]))
+    parts = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    nll_N = [nn.functional.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in parts]
+    return (nll_N[0] if len(nll_N) == 1 else torch.cat(nll_N)).view(targets_SK.shape)
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -56,8 +73,7 @@ def answer_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     if "targets" not in batch:
         return candidate_losses(model, batch)
-    logits_SKV = answer_logits(model, batch)
-    nll_SK = nn.functional.cross_entropy(logits_SKV.transpose(1, 2), batch["targets"], reduction="none")
+    nll_SK = token_nll(answer_logits(model, batch), batch["targets"])
     mask_SK = batch["target_mask"]
     return (nll_SK * mask_SK).sum(1) / mask_SK.sum(1)
 
@@ -69,7 +85,7 @@ def candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         scores_BC = logits_BC.float().log_softmax(-1)
         return scores_BC.gather(1, batch["outputs"]) if "outputs" in batch else scores_BC
     if "candidates" in batch:
-        logits_BV = answer_logits(model, batch)[:, 0]
+        logits_BV = answer_logits(model, batch)[:, 0].float()
         return logits_BV.log_softmax(-1).gather(1, batch["candidates"])
     scores_S = -answer_losses(model, batch)
     present_BC = batch["present"]
@@ -144,8 +160,7 @@ def shared_scores(model: nn.Module, row: Encoded, *, batch_size: int, pad_id: in
             targets_CK = _padded([ids[1:] for ids in answers], -100, device)
             cache = copy.deepcopy(read.past_key_values)  # it grows as it is used
             cache.batch_repeat_interleave(len(answers))
-            logits_CKV = model(input_ids=ids_CK, past_key_values=cache, use_cache=True).logits.float()
-            nll_CK = nn.functional.cross_entropy(logits_CKV.transpose(1, 2), targets_CK, reduction="none")
+            nll_CK = token_nll(model(input_ids=ids_CK, past_key_values=cache, use_cache=True).logits, targets_CK)
             firsts_C = first_V[torch.tensor([ids[0] for ids in answers], device=device)]
             lengths_C = torch.tensor([len(ids) for ids in answers], device=device)
             scores += ((firsts_C - nll_CK.sum(1)) / lengths_C).tolist()
