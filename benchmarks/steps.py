@@ -181,7 +181,10 @@ def sync(device: str) -> None:
 def report_of(script: str, args: Any) -> dict[str, Any]:
     """What a report begins with: how and where it was made."""
     given = {k: v for k, v in vars(args).items() if v}
-    shown = " ".join(f"--{k.replace('_', '-')} {' '.join(map(_word, v)) if isinstance(v, list) else _word(v)}" for k, v in given.items())
+    shown = " ".join(
+        f"--{k.replace('_', '-')} {' '.join(map(_word, v)) if isinstance(v, list) else _word(v)}"
+        for k, v in given.items()
+    )
     return {
         "command": f"python benchmarks/{script} {shown}",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",

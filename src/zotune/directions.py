@@ -59,7 +59,10 @@ class Displacement:
         return Displacement(self.seeds_Q + (0,) * none, tuple(coefs_Q + (0.0,) * none for coefs_Q in self.coefs_GQ))
 
     def negated(self) -> Displacement:
-        return Displacement(self.seeds_Q, tuple(tuple(-c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
+        return self.times(-1)
+
+    def times(self, factor: float) -> Displacement:
+        return Displacement(self.seeds_Q, tuple(tuple(factor * c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
 
     def by_part(
         self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False
@@ -102,7 +105,10 @@ class HeldDisplacement:
         return HeldDisplacement(self.seeds_Q[first:last], [coefs_Q[first:last] for coefs_Q in self.coefs_GQ])
 
     def negated(self) -> HeldDisplacement:
-        return HeldDisplacement(self.seeds_Q, [-coefs_Q for coefs_Q in self.coefs_GQ])
+        return self.times(-1)
+
+    def times(self, factor: float) -> HeldDisplacement:
+        return HeldDisplacement(self.seeds_Q, [factor * coefs_Q for coefs_Q in self.coefs_GQ])
 
     def by_part(
         self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False

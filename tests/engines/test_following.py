@@ -308,6 +308,44 @@ def test_the_format_of_a_base_under_an_adapter_counts_in_the_check_of_the_first_
     assert optimizer.engine._eps == torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize(
+    ("wrong", "dtype", "looks", "usable"),
+    [
+        # rounding's: as large at any displacement
+        (lambda plus, minus: (plus + 0.05, minus - 0.05), torch.bfloat16, 2, True),
+        (lambda plus, minus: (plus + 0.05, minus - 0.05), torch.float32, 1, False),  # which has none of that size
+        (lambda plus, minus: (plus + 3.0, minus - 3.0), torch.bfloat16, 1, False),
+        (lambda plus, minus: (plus.roll(1), minus.roll(1)), torch.bfloat16, 2, False),  # other rows' losses
+        (lambda plus, minus: (plus + 2 * (plus - minus), minus), torch.bfloat16, 2, False),
+        (lambda plus, minus: (plus * math.nan, minus), torch.bfloat16, 1, False),
+    ],
+    ids=["rounding", "too exact", "too far", "rows", "scale", "nan"],
+)
+@pytest.mark.parametrize("engine", ["dual", "lowrank"])
+def test_a_first_batch_that_rounding_puts_off_is_looked_at_further_away(
+    engine, wrong, dtype, looks, usable, monkeypatch, caplog
+):
+    """Where a displacement changes losses less than their format rounds them, so that no check can see through."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+    optimizer = ZeroOrderOptimizer(model, lr=1e-3, eps=1e-2, engine=engine)
+    doubled = type(optimizer.engine)._doubled
+    monkeypatch.setattr(type(optimizer.engine), "_doubled", lambda *args: wrong(*doubled(*args)))
+    off, seen = type(optimizer.engine)._off, []
+    monkeypatch.setattr(type(optimizer.engine), "_off", lambda *args: seen.append(off(*args)) or seen[-1])
+    x = torch.randn(6, 8).to(dtype)
+    batch = {"x": x, "before": model(x)[:, 0].detach(), "scale": torch.linspace(1.0, 3.0, 6)}
+
+    def rows(batch):
+        return (model(batch["x"])[:, 0] - batch["before"]).float() * batch["scale"]
+
+    optimizer.step(rows, batch=batch)
+    assert len(seen) == looks
+    assert optimizer.engine.usable == usable
+    assert optimizer.forward_passes == 2
+    assert ("separate forwards" in caplog.text) != usable
+
+
 @pytest.mark.parametrize("engine", ["dual", "lowrank"])
 def test_autocast_over_float32_weights_is_followed(engine):
     torch.manual_seed(0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,29 @@ from zotune.engines.parts import PartedReads, Unfollowed, kernels_for
 from zotune.engines.sequential import SequentialEngine, same_draws
 
 logger = logging.getLogger(__name__)
+
+ROUNDED = (
+    16  # of a format's last places, and of a loss of 1 more: what rounding alone may put a first batch's losses off
+)
+FARTHEST = 1e4  # times a displacement, to look again
+
+
+class _Off(NamedTuple):
+    """Of a first batch's losses, means in nats: how far they are off, their size, how far a row's two are apart.
+
+    share of what is apart, and rounding, may be off.
+    """
+
+    error: float
+    size: float
+    spread: float
+    share: float
+    rounding: float
+
+    @property
+    def much(self) -> bool:
+        """Whether rounding does not explain it. Losses that are not finite, as they should be, show nothing."""
+        return math.isfinite(self.size) and not self.error <= self.share * self.spread + self.rounding
 
 
 class FollowingEngine(SequentialEngine):
@@ -110,21 +134,38 @@ class FollowingEngine(SequentialEngine):
     def _check(
         self, found: tuple[Tensor, Tensor], loss: Any, batch: Any, at: Displacement | HeldDisplacement, shares: Any
     ) -> None:
+        """Raise Unfollowed where these losses of a first batch are not those of separate forwards.
+
+        A small displacement may change losses less than a narrow format rounds them. Where that may be all that they are off,
+        they are looked at once more, so far away that rounding is small beside what they change: the error of a wrong
+        forward grows with that.
+        """
         counted = self.forwards
+        try:
+            off = self._off(found, loss, batch, at, shares)
+            if off.much and off.error <= ROUNDED * self._eps * (1 + off.size):
+                far = at.times(min(2 * off.error / (off.share * off.spread + 1e-300), FARTHEST))
+                further = self._off(self._doubled(loss, batch, far, shares), loss, batch, far, shares)
+                off = off if further.much or not math.isfinite(further.error) else further
+            if off.much:
+                raise Unfollowed(f"its losses are {off.error:.2g} off those of separate forwards")
+        finally:
+            self.forwards = counted
+
+    def _off(
+        self, found: tuple[Tensor, Tensor], loss: Any, batch: Any, at: Displacement | HeldDisplacement, shares: Any
+    ) -> _Off:
         wanted = self._separate(loss, batch, at, shares)
-        self.forwards = counted
         ours, theirs = (torch.stack([t.detach().double().view(-1) for t in pair]) for pair in (found, wanted))
-        if not bool(torch.isfinite(theirs).all()):
-            return
         # what the shape of a batch alone changes: the same losses at θ, doubled and not
         doubled = twice_over(batch)
         with torch.no_grad():
             once, twice = (loss(b).detach().double().view(-1) for b in (batch, doubled))
-        rounding = 10 * (twice.view(2, -1) - once).abs().max() + 4 * self._eps * theirs.abs().mean()
-        error, spread = (ours - theirs).abs().mean(), (theirs[0] - theirs[1]).abs().mean()
+        size = float(theirs.abs().mean())
+        rounding = 10 * float((twice.view(2, -1) - once).abs().max()) + 4 * self._eps * size
         # narrow activations carry their own error at each displacement: 0.04 to 0.08 of the spread in bfloat16 (LLaMA-7B)
-        if error > (0.05 + 16 * self._eps) * spread + rounding:
-            raise Unfollowed(f"its losses are {error:.2g} off those of separate forwards")
+        share, spread = 0.05 + 16 * self._eps, float((theirs[0] - theirs[1]).abs().mean())
+        return _Off(float((ours - theirs).abs().mean()), size, spread, share, rounding)
 
     def _give_up(self, why: str) -> None:
         self.usable, self.why, self.trust = False, why, False
