@@ -65,7 +65,7 @@ def test_memory_is_within_a_tenth_of_the_measured_peak():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     for spec, measured in zip(SPECS, json.loads(said.splitlines()[-1]), strict=True):
-        made = estimate(model_config(SMALL), seq_len=64, **(SHAPE | spec))
+        made = estimate(model_config(SMALL), seq_len=64, engine="sequential", **(SHAPE | spec))  # no batch is given
         assert made.peak == pytest.approx(measured["peak_bytes"], rel=0.1)
         assert made.trainable == measured["trainable_parameters"]
 
@@ -73,7 +73,10 @@ def test_memory_is_within_a_tenth_of_the_measured_peak():
 @pytest.mark.parametrize(
     ("source", "tokens", "spec", "gib"),
     [
-        (OPT_13B, 256, {"method": "zo-sgd"}, 24.87),
+        (OPT_13B, 256, {"method": "zo-sgd"}, 25.05),
+        (OPT_13B, 256, {"method": "zo-sgd", "engine": "lowrank"}, 24.97),
+        (LLAMA_7B, 2048, {"method": "zo-sgd", "batch_size": 4}, 14.19),
+        (LLAMA_7B, 2048, {"method": "zo-sgd", "batch_size": 4, "engine": "lowrank"}, 14.16),
         (OPT_13B, 256, {"method": "fo-adam", "scheme": "lora", "checkpointing": True}, 28.0),
         (OPT_13B, 256, {"method": "fo-adam", "scheme": "lora"}, 49.9),
         (LLAMA_7B, 256, {"method": "fo-adam", "scheme": "lora", "checkpointing": True}, 15.19),
@@ -81,12 +84,11 @@ def test_memory_is_within_a_tenth_of_the_measured_peak():
     ],
 )
 def test_the_peaks_measured_on_an_h100_are_met_within_a_twentieth(source, tokens, spec, gib):
-    """Measured with PyTorch 2.x, 16 rows, bfloat16; first order with logits at all positions, ZO at one."""
-    positions = 1 if spec["method"].startswith("zo") else tokens - 1
-    made = estimate(
-        model_config(source), batch_size=16, seq_len=tokens, dtype="bfloat16", answer_tokens=positions, **spec
-    )
-    assert made.peak / 2**30 == pytest.approx(gib, rel=0.05)
+    """Measured with PyTorch 2.x, 16 rows, bfloat16; first order with logits at all positions, ZO at one: to a hundredth."""
+    is_zo = spec["method"].startswith("zo")
+    common = {"batch_size": 16, "seq_len": tokens, "dtype": "bfloat16", "answer_tokens": 1 if is_zo else tokens - 1}
+    made = estimate(model_config(source), rates=CARDS["h100"], **(common | spec))
+    assert made.peak / 2**30 == pytest.approx(gib, rel=0.01 if is_zo else 0.05)
 
 
 def test_weights_and_states_are_counted_to_the_byte():
@@ -143,7 +145,7 @@ def test_a_step_that_no_graph_holds_is_as_long_as_its_host_needs():
     assert graph.step_seconds < alone.step_seconds / 10
     assert derived.step_seconds < alone.step_seconds / 5
     masked = estimate(model_config(SMALL), method="zo-sgd", masked=True, **small)
-    assert masked.peak == graph.peak
+    assert masked.peak < graph.peak  # no doubled batch
     assert graph.step_seconds < masked.step_seconds < alone.step_seconds
     config = model_config({"random": {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 4096}})
     large = {"method": "zo-sgd", "dtype": "bfloat16", "batch_size": 64, "seq_len": 2048, "rates": rates}

@@ -337,4 +337,4 @@ def test_both_matrices_of_wide_maps_are_served(counted):
     ],
 )
 def test_only_narrow_matrices_are_drawn_before_a_forward(shape, small):
-    assert dual._is_small(torch.empty(shape)) is small
+    assert dual.is_small(torch.empty(shape)) is small

@@ -99,11 +99,11 @@ def test_dual_adds_a_bias_within_the_product_as_after_it(monkeypatch):
     found, asked = [], set()
     for within in (True, False):
 
-        def plan(weight, n, has_bias, within=within):
+        def plan(weight, n, has_bias, on_card=None, within=within):
             asked.add(has_bias)
             return weight.shape[0], within and has_bias
 
-        monkeypatch.setattr(dual_engine, "_plan", plan)
+        monkeypatch.setattr(dual_engine, "plan", plan)
         engine = ZeroOrderOptimizer(model, engine="dual").engine
         found.append(torch.stack(engine.both(lambda b: row_losses(model, b), batch, at)))
         assert engine.usable
@@ -117,11 +117,11 @@ def test_a_bias_is_within_the_product_where_that_costs_less(outputs):
         count = outputs * width
         return SimpleNamespace(shape=(outputs, width), numel=lambda: count, element_size=lambda: 2, is_cuda=is_cuda)
 
-    assert dual._plan(weight(2048), 4096, True) == (outputs, True)
-    assert dual._plan(weight(2048), 4096, False) == (min(outputs, 4096), False)
-    assert dual._plan(weight(2048, is_cuda=False), 4096, True) == (min(outputs, 4096), False)
-    assert dual._plan(weight(2048), 256, True)[1] is False  # two products would not fill a GPU
-    rows, within = dual._plan(weight(20480), 4096, True)  # the copies would cost more than the bias
+    assert dual.plan(weight(2048), 4096, True) == (outputs, True)
+    assert dual.plan(weight(2048), 4096, False) == (min(outputs, 4096), False)
+    assert dual.plan(weight(2048, is_cuda=False), 4096, True) == (min(outputs, 4096), False)
+    assert dual.plan(weight(2048), 256, True)[1] is False  # two products would not fill a GPU
+    rows, within = dual.plan(weight(20480), 4096, True)  # the copies would cost more than the bias
     assert not within
     assert rows % 128 == 0
     assert rows < outputs
@@ -136,7 +136,7 @@ def test_a_bias_is_within_the_product_where_that_costs_less(outputs):
 def test_a_tile_on_a_gpu_is_whole_rounds_of_blocks_and_of_bounded_memory(outputs, width, n, has_bias):
     count = outputs * width
     weight = SimpleNamespace(shape=(outputs, width), numel=lambda: count, element_size=lambda: 2, is_cuda=True)
-    rows, within = dual._plan(weight, n, has_bias)
+    rows, within = dual.plan(weight, n, has_bias)
     assert 1 <= rows <= outputs
     assert not within or (has_bias and rows == outputs)
     assert 2 * rows * width <= max(dual.MOST_BYTES, dual.TILE_BYTES + 2 * dual.ALIGNED * width)
@@ -144,7 +144,7 @@ def test_a_tile_on_a_gpu_is_whole_rounds_of_blocks_and_of_bounded_memory(outputs
         assert rows % dual.ALIGNED == 0
         blocks = 2 * -(-n // dual.BLOCK) * (rows // dual.BLOCK)  # of outputs, both halves'
         whole = -(-blocks // dual.PROCESSORS) * dual.PROCESSORS
-        fewest, _ = dual._plan(
+        fewest, _ = dual.plan(
             SimpleNamespace(**vars(weight) | {"is_cuda": False}), n, False
         )  # rows where none is counted
         assert rows >= fewest

@@ -13,6 +13,7 @@ from families import CAUSAL, MASKED, H, V
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer
+from zotune.bench.estimate import Allocations
 from zotune.errors import InputError
 from zotune.models.kinds import kind_of
 from zotune.models.schemes import PREFIX_TOKENS, PROMPT_TOKENS, get_scheme, trainable_parameters
@@ -124,6 +125,24 @@ def test_a_prefix_starts_as_real_tokens_before_the_text(name):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or H // config.num_attention_heads
     assert trainable_parameters(model) == PREFIX_TOKENS * 2 * 2 * heads * width
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_prefix_keeps_no_keys_and_values_that_nobody_asked_for(name):
+    """Those of all layers and tokens would be most of a forward's memory."""
+    model, ids = prepared(name, "prefix"), torch.randint(2, V, (8, 24))
+    found, peaks = [], []
+    for use_cache in (True, False):
+        with torch.no_grad(), Allocations(model) as live:
+            out = model(input_ids=ids, use_cache=use_cache)
+        found.append(out.logits)
+        peaks.append(live.peak)
+        kept = out.past_key_values.get_seq_length() if use_cache else None
+        assert kept in (None, PREFIX_TOKENS + 24)
+    assert torch.equal(*found)
+    assert peaks[1] < peaks[0] or name.startswith(
+        "gemma"
+    )  # of two layers one has a window, whose cache goes on as it is
 
 
 @pytest.mark.parametrize("name", CAUSAL)

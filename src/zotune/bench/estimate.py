@@ -1,8 +1,8 @@
 """Memory and time of a configuration from the model's config alone: the real step, on tensors that have no storage.
 
-The model is built on the meta device and the step (the sequential engine's probe, or forward and backward) runs on it, while
-every storage that would have been allocated is counted until it is freed. What the meta device cannot show is added: the state
-of the method, and the scratch that the engine keeps.
+The model is built on the meta device and the step (a probe, or forward and backward) runs on it, while every storage that would
+have been allocated is counted until it is freed. What the meta device cannot show is added: the state of the method, the
+scratch that the engine keeps, and on a card cuBLAS's workspaces.
 """
 
 # B rows, T tokens, K answer positions.
@@ -10,7 +10,7 @@ of the method, and the scratch that the engine keeps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from zotune.directions import Directions, Displacement
+from zotune.engines.dual import WORTH_ON_CPU, is_small, plan
 from zotune.engines.scratch import SMALL_BYTES, Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.errors import InputError, nearest
@@ -39,6 +40,8 @@ VIRTUAL_TOKENS = {"prefix": 5, "prompt": 10}
 STATE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element; "parameter": those of the weight
 # On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux.
 PROCESS_BYTES = 630 << 20
+# cuBLAS's on a Hopper card, one for each stream that it ran on: the one at hand, and that of captures or of the backward pass.
+WORKSPACES = 2 * 32 << 20
 NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # 4 bits, a quantised scale for each block of 64, a scale of 256 scales
 
 
@@ -149,13 +152,15 @@ def estimate(
     rounding: str = "nearest",
     rates: Rates | None = None,
     masked: bool = False,
+    engine: str = "auto",
 ) -> Estimate:
     """Peak bytes and seconds of a training step of zotune.
 
     config: of transformers, as `model_config` gives it; it is not altered. checkpointing: of activations, first order alone.
     quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K.
     state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. masked: whether directions
-    are sparse. Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
+    are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches.
+    Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
     """
     import copy
 
@@ -169,11 +174,35 @@ def estimate(
     if isinstance(limit, int) and limit < seq_len:
         raise InputError(f"--seq-len {seq_len}: the model takes {limit} tokens")
     # Methods with the same passes differ in their state alone.
+    on_card = rates is not None and rates.node is not None
     passes = method if method == "forward-grad" else "first" if method.startswith("fo-") else "probe"
-    key = (config.to_json_string(), kind, scheme, passes, batch_size, seq_len, answer_tokens, checkpointing, quantised)
+    if passes == "probe" and estimator == "two-sided" and not masked:
+        worth = on_card or batch_size * seq_len <= WORTH_ON_CPU
+        passes = {"auto": "dual" if worth else passes, "sequential": passes}.get(engine, engine)
+    key = (
+        config.to_json_string(),
+        kind,
+        scheme,
+        passes,
+        on_card,
+        batch_size,
+        seq_len,
+        answer_tokens,
+        checkpointing,
+        quantised,
+    )
     if key not in _counted:
         _counted[key] = _count(
-            copy.deepcopy(config), kind, scheme, passes, batch_size, seq_len, answer_tokens, checkpointing, quantised
+            copy.deepcopy(config),
+            kind,
+            scheme,
+            passes,
+            on_card,
+            batch_size,
+            seq_len,
+            answer_tokens,
+            checkpointing,
+            quantised,
         )
     weights, trainable, trained_bytes, tensors, largest, gradients, flops, calls, step = _counted[key]
     rule = OURS[method].build().rule
@@ -185,7 +214,7 @@ def estimate(
         narrow = kind != torch.float32
         copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
         tiles = 4 * min(TILE, largest) * (3 + narrow + (narrow or passes != "first") + copies)
-    step = max(step, gradients + tiles)
+    step = max(step, gradients + tiles) + on_card * WORKSPACES
     peak = weights + state + step
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
@@ -203,6 +232,7 @@ def _count(
     kind: torch.dtype,
     scheme: str,
     passes: str,
+    on_card: bool,
     batch_size: int,
     seq_len: int,
     answer_tokens: int,
@@ -227,6 +257,11 @@ def _count(
             kept.backward()
             gradients = trained_bytes
         elif passes == "forward-grad":
+            with torch.no_grad():
+                loss()
+        elif passes in ("dual", "lowrank"):
+            held = copies_bytes(trained, batch_size * (seq_len + extra), on_card, whole=passes == "dual")
+            batch = _batch(2 * batch_size, seq_len + extra, answer_tokens)
             with torch.no_grad():
                 loss()
         else:
@@ -271,6 +306,7 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         return {}
     config = model_config(source)
     limit = getattr(config, "max_position_embeddings", None) or 64
+    on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
     made = estimate(
         config,
         method=options["method"],
@@ -286,8 +322,9 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         answer_tokens=int(options.get("answer_tokens") or 1),
         rates=rates_here(options.get("device", "auto")),
         masked=bool(options.get("sparsity")),
+        # a probe on a CPU steps without a batch, which one forward would need
+        engine="sequential" if not on_gpu and "tokens" in options else options.get("engine") or "auto",
     )
-    on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
     process = 0 if on_gpu or "tokens" in options else PROCESS_BYTES
     return {"peak_bytes": made.peak + process, "step_seconds": made.step_seconds}
 
@@ -432,6 +469,14 @@ def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> i
     return scratch.most
 
 
+def copies_bytes(trained: Sequence[Tensor], tokens: int, on_card: bool, whole: bool) -> int:
+    """Both copies of all small parameters, and with `whole`, as of dual, of the largest tile of a batch of so many tokens."""
+    small = [p for p in trained if is_small(p)]
+    tiles = [p for p in trained if whole and p.dim() == 2 and not is_small(p)]
+    largest = max((plan(p, tokens, True, on_card)[0] * p.shape[1] * p.element_size() for p in tiles), default=0)
+    return 2 * (largest + sum(p.numel() * p.element_size() for p in small))
+
+
 def _forward_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, int]:
     """FLOPs and operations of one forward."""
     # On its own: the counter's hooks keep tensors alive, which would be counted.
@@ -528,8 +573,8 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
 
 
 # Kernels for each call of a plain forward, of SmolLM2-135M's captured steps on an H100: 24.6 ms a masked one, 30 by forward mode.
-MASKED = 2
-DUAL_NUMBERS = 5
+MASKED_KERNELS = 2
+DERIVED_KERNELS = 5
 
 
 def _given(work: float, calls: int, rates: Rates) -> float:
@@ -553,11 +598,11 @@ def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rat
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
         work, calls = 2 * forwards * product + copies, forwards * made.calls
-        return work + (2 * calls * rates.call if rates.node is None else DUAL_NUMBERS * calls * rates.node)
+        return work + (2 * calls * rates.call if rates.node is None else DERIVED_KERNELS * calls * rates.node)
     work = forwards * (product + copies) + copies + 2 * made.state / rates.bandwidth
     if rates.node is None:
         return work + forwards * made.calls * rates.call
-    return work + (MASKED * forwards if masked else -(-forwards // 2)) * made.calls * rates.node
+    return work + (MASKED_KERNELS * forwards if masked else -(-forwards // 2)) * made.calls * rates.node
 
 
 _measured: dict[str, Rates] = {}

@@ -54,7 +54,7 @@ class DualEngine(FollowingEngine):
         super().__init__(directions, asked)
         self.may_hold = asked
         self.waiting = Waiting(directions)
-        self.stacks = Stacks(directions, [p for p in directions.params if _is_small(p)], parts=2)
+        self.stacks = Stacks(directions, [p for p in directions.params if is_small(p)], parts=2)
 
     @property
     def holds(self) -> bool:  # type: ignore[override]
@@ -130,7 +130,7 @@ class _DualReads(PartedReads):
         (outputs, width), scratch = weight.shape, self.engine.scratch
         halves = x.reshape(2, -1, width)
         out = x.new_empty(2, halves.shape[1], outputs)
-        rows, with_bias = _plan(weight, halves.shape[1], bias is not None)
+        rows, with_bias = plan(weight, halves.shape[1], bias is not None)
         copies = scratch.take(weight.data[:rows].expand(2, rows, width))
         if not weight.is_contiguous() or self.waiting.row(weight):
             self.waiting.take(weight)
@@ -163,23 +163,27 @@ class _DualReads(PartedReads):
         return out.view(*ids.shape, *weight.shape[1:])
 
 
-def _is_small(param: Tensor) -> bool:
+def is_small(param: Tensor) -> bool:
     """Whether both copies of a parameter are drawn before the forward."""
     narrow = param.dim() == 2 and min(param.shape) <= NARROW
     return param.is_contiguous() and param.numel() * param.element_size() <= (NARROW_BYTES if narrow else SMALL_BYTES)
 
 
-def _plan(weight: Tensor, n: int, has_bias: bool) -> tuple[int, bool]:
-    """Rows of a weight that are copied and multiplied at once, and whether the product adds the bias."""
+def plan(weight: Tensor, n: int, has_bias: bool, on_card: bool | None = None) -> tuple[int, bool]:
+    """Rows of a weight that are copied and multiplied at once, and whether the product adds the bias.
+
+    n: rows of a half, or tokens. on_card: as if the weight were on a GPU, whatever device it is on.
+    """
+    on_card = weight.is_cuda if on_card is None else on_card
     outputs, width = weight.shape
     size = weight.numel() * weight.element_size()
     rows = -(-outputs // -(-size // TILE_BYTES) // ALIGNED) * ALIGNED
-    if weight.is_cuda and n >= BLOCK:
+    if on_card and n >= BLOCK:
         round_ = PROCESSORS // (2 * -(-n // BLOCK)) * BLOCK  # rows of a weight
         most = MOST_BYTES // (width * weight.element_size())
         rows = max(rows, round_ * min(ROUNDS, most // max(round_, 1)))
     rows = min(outputs, rows)
-    within = has_bias and BIAS_IN_PRODUCT and weight.is_cuda and n * outputs >= FILLS_GPU
+    within = has_bias and BIAS_IN_PRODUCT and on_card and n * outputs >= FILLS_GPU
     if within and size <= WHOLE_BYTES:
         rows = outputs
     return rows, within and rows == outputs
