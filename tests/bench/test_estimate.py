@@ -83,8 +83,8 @@ def test_memory_is_within_a_tenth_of_the_measured_peak():
         (OPT_1B, 256, {"method": "fo-adam", "state_dtype": "parameter"}, 14.64),
     ],
 )
-def test_the_peaks_measured_on_an_h100_are_met_within_a_twentieth(source, tokens, spec, gib):
-    """Measured with PyTorch 2.x, 16 rows, bfloat16; first order with logits at all positions, ZO at one: to a hundredth."""
+def test_the_peaks_measured_on_an_h100_are_met(source, tokens, spec, gib):
+    """Measured with PyTorch 2.x, 16 rows, bfloat16; first order with logits at all positions, to 5 %, ZO at one, to 1 %."""
     is_zo = spec["method"].startswith("zo")
     common = {"batch_size": 16, "seq_len": tokens, "dtype": "bfloat16", "answer_tokens": 1 if is_zo else tokens - 1}
     made = estimate(model_config(source), rates=CARDS["h100"], **(common | spec))

@@ -347,6 +347,17 @@ def test_a_first_batch_that_rounding_puts_off_is_looked_at_further_away(
 
 
 @pytest.mark.parametrize("engine", ["dual", "lowrank"])
+def test_a_loss_that_is_finite_beside_the_weights_alone_is_followed(engine):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    x = torch.randn(6, 8)
+    batch = {"x": x, "before": model(x)[:, 0].detach()}
+    optimizer = ZeroOrderOptimizer(model, lr=0.0, eps=1e-2, engine=engine)
+    optimizer.step(lambda batch: (model(batch["x"])[:, 0] - batch["before"]).abs().log(), batch=batch)
+    assert optimizer.engine.usable, optimizer.engine.why
+
+
+@pytest.mark.parametrize("engine", ["dual", "lowrank"])
 def test_autocast_over_float32_weights_is_followed(engine):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))

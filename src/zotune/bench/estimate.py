@@ -9,8 +9,9 @@ scratch that the engine keeps, and on a card cuBLAS's workspaces.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from zotune.directions import Directions, Displacement
+from zotune.engines import ENGINES
 from zotune.engines.dual import WORTH_ON_CPU, is_small, plan
 from zotune.engines.scratch import SMALL_BYTES, Scratch
 from zotune.engines.sequential import SequentialEngine
@@ -38,10 +40,9 @@ METHODS = (
 SCHEMES = ("full", "lora", "prefix", "prompt", "head")
 VIRTUAL_TOKENS = {"prefix": 5, "prompt": 10}
 STATE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element; "parameter": those of the weight
-# On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux.
-PROCESS_BYTES = 630 << 20
-# cuBLAS's on a Hopper card, one for each stream that it ran on: the one at hand, and that of captures or of the backward pass.
-WORKSPACES = 2 * 32 << 20
+# On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux. A
+# fork of a process that has imported them, as runs of the benchmark are there, maps only the pages that it touches.
+PROCESS_BYTES, FORK_BYTES = 790 << 20, 630 << 20
 NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # 4 bits, a quantised scale for each block of 64, a scale of 256 scales
 
 
@@ -71,6 +72,7 @@ class Rates:
 
     call: where the host gives one after the other, Python of the model included. node: within a CUDA graph; None where there is
     none. On a card that has graphs the host goes ahead of the device. Both measured with a 135M model beside an H100.
+    workspace: bytes of cuBLAS for each of the two streams that a run's products are on, the one at hand and that of captures.
     """
 
     flops: float
@@ -79,12 +81,13 @@ class Rates:
     memory: int | None = None
     call: float = 2.5e-5
     node: float | None = 1.6e-6
+    workspace: int = 8 << 20
 
 
 # Sustained in a model's forward pass, bfloat16; H100 measured, the others scaled by their data sheets.
 CARDS = {
-    "h100": Rates(520e12, 2.98e12, 1.2e12, 80 * 2**30),
-    "h200": Rates(520e12, 4.2e12, 1.2e12, 141 * 2**30),
+    "h100": Rates(520e12, 2.98e12, 1.2e12, 80 * 2**30, workspace=32 << 20),
+    "h200": Rates(520e12, 4.2e12, 1.2e12, 141 * 2**30, workspace=32 << 20),
     "a100": Rates(200e12, 1.8e12, 0.7e12, 80 * 2**30),
     "l4": Rates(60e12, 0.27e12, 0.25e12, 24 * 2**30),
     "rtx4090": Rates(110e12, 0.9e12, 0.6e12, 24 * 2**30),
@@ -166,44 +169,25 @@ def estimate(
 
     from zotune.methods import METHODS as OURS
 
-    for value, known, what in ((method, METHODS, "method"), (scheme, SCHEMES, "scheme")):
+    asked = ((method, METHODS, "method"), (scheme, SCHEMES, "scheme"), (engine, ("auto", *ENGINES), "engine"))
+    for value, known, what in asked:
         if value not in known:
             raise InputError(f"--{what} {value}: {nearest(value, known)}")
     kind = DTYPES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit < seq_len:
         raise InputError(f"--seq-len {seq_len}: the model takes {limit} tokens")
-    # Methods with the same passes differ in their state alone.
     on_card = rates is not None and rates.node is not None
+    # Methods with the same passes differ in their state alone.
     passes = method if method == "forward-grad" else "first" if method.startswith("fo-") else "probe"
     if passes == "probe" and estimator == "two-sided" and not masked:
         worth = on_card or batch_size * seq_len <= WORTH_ON_CPU
-        passes = {"auto": "dual" if worth else passes, "sequential": passes}.get(engine, engine)
-    key = (
-        config.to_json_string(),
-        kind,
-        scheme,
-        passes,
-        on_card,
-        batch_size,
-        seq_len,
-        answer_tokens,
-        checkpointing,
-        quantised,
-    )
+        chosen = ("dual" if worth else "sequential") if engine == "auto" else engine
+        passes = passes if chosen == "sequential" else chosen
+    of = (kind, scheme, passes, on_card, batch_size, seq_len, answer_tokens, checkpointing, quantised)
+    key = (config.to_json_string(), *of)
     if key not in _counted:
-        _counted[key] = _count(
-            copy.deepcopy(config),
-            kind,
-            scheme,
-            passes,
-            on_card,
-            batch_size,
-            seq_len,
-            answer_tokens,
-            checkpointing,
-            quantised,
-        )
+        _counted[key] = _count(copy.deepcopy(config), *of)
     weights, trainable, trained_bytes, tensors, largest, gradients, flops, calls, step = _counted[key]
     rule = OURS[method].build().rule
     state_dtype = state_dtype or "float32"
@@ -214,7 +198,7 @@ def estimate(
         narrow = kind != torch.float32
         copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
         tiles = 4 * min(TILE, largest) * (3 + narrow + (narrow or passes != "first") + copies)
-    step = max(step, gradients + tiles) + on_card * WORKSPACES
+    step = max(step, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
     peak = weights + state + step
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
@@ -260,7 +244,8 @@ def _count(
             with torch.no_grad():
                 loss()
         elif passes in ("dual", "lowrank"):
-            held = copies_bytes(trained, batch_size * (seq_len + extra), on_card, whole=passes == "dual")
+            tokens = batch_size * (seq_len + extra)
+            held = copies_bytes(model, tokens, batch_size * answer_tokens, on_card, whole=passes == "dual")
             batch = _batch(2 * batch_size, seq_len + extra, answer_tokens)
             with torch.no_grad():
                 loss()
@@ -325,7 +310,8 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         # a probe on a CPU steps without a batch, which one forward would need
         engine="sequential" if not on_gpu and "tokens" in options else options.get("engine") or "auto",
     )
-    process = 0 if on_gpu or "tokens" in options else PROCESS_BYTES
+    process = FORK_BYTES if sys.platform == "linux" else PROCESS_BYTES
+    process = 0 if on_gpu or "tokens" in options else process
     return {"peak_bytes": made.peak + process, "step_seconds": made.step_seconds}
 
 
@@ -469,12 +455,23 @@ def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> i
     return scratch.most
 
 
-def copies_bytes(trained: Sequence[Tensor], tokens: int, on_card: bool, whole: bool) -> int:
-    """Both copies of all small parameters, and with `whole`, as of dual, of the largest tile of a batch of so many tokens."""
-    small = [p for p in trained if is_small(p)]
-    tiles = [p for p in trained if whole and p.dim() == 2 and not is_small(p)]
-    largest = max((plan(p, tokens, True, on_card)[0] * p.shape[1] * p.element_size() for p in tiles), default=0)
-    return 2 * (largest + sum(p.numel() * p.element_size() for p in small))
+def copies_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whole: bool) -> int:
+    """Both copies of all small parameters, and with `whole`, as of dual, of the largest tile of a product with so many tokens.
+
+    answers: positions that the output head sees.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    small, largest = sum(p.numel() * p.element_size() for p in trained if is_small(p)), 0
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules() if whole else ():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter):  # of a table rows alone are read
+            continue
+        if weight.requires_grad and weight.dim() == 2 and not is_small(weight):
+            has_bias = getattr(module, "bias", None) is not None
+            rows, _ = plan(weight, answers if module is head else tokens, has_bias, on_card)
+            largest = max(largest, rows * weight.shape[1] * weight.element_size())
+    return 2 * (small + largest)
 
 
 def _forward_cost(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, int]:
@@ -626,7 +623,7 @@ def _measure_cpu() -> Rates:
 
     def best(work: Callable[[], Any]) -> float:
         took = []
-        for _ in range(3):
+        for _ in range(8):  # the best of some: others may use the processor too
             began = time.perf_counter()
             work()
             took.append(time.perf_counter() - began)

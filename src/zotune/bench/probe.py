@@ -107,14 +107,14 @@ def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict
         "target_mask": torch.ones((rows, answer), device=device),
     }
     step, count = _stepper(model, batch, options)
-    if (
-        device.type == "cuda"
-    ):  # the first step too: what a graph holds is allocated when it is captured, and never again
+    # What a graph holds is allocated when it is captured, in the first step, and never again.
+    counts_first = device.type == "cuda"
+    if counts_first:
         reset_peak(device)
     step()
     _wait(device)
     gc.collect()
-    if device.type != "cuda":
+    if not counts_first:
         reset_peak(device)
     took = []
     for _ in range(steps - 1):

@@ -82,6 +82,7 @@ def _prefix(model: nn.Module) -> nn.Module:
             f"{tuple(start.shape)}; use --scheme lora or prompt"
         )
     weight.copy_(start)
+    adapted.base_model.register_forward_pre_hook(_keep_no_more, with_kwargs=True)
     return adapted
 
 
@@ -171,27 +172,34 @@ def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
         adapted.register_forward_pre_hook(_on_its_device)
         adapted.base_model.register_forward_pre_hook(_off_its_device)
         adapted.register_forward_hook(_as_it_was, always_call=True)
-        adapted.base_model.register_forward_pre_hook(_keep_no_more, with_kwargs=True)
     return adapted
 
 
 def _keep_no_more(base: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """A prefix comes as a cache of keys and values, which would keep those of all layers and tokens until the forward
-    ends. Where nobody wants a cache back, each layer's go when it has read them."""
+    """A prefix comes as a cache of keys and values, which would keep those of all layers and tokens until the forward ends.
+    Where nobody wants a cache back, each layer's go when it has read them."""
     from transformers.cache_utils import DynamicLayer
 
     if kwargs.get("use_cache") is not False:
         return
     for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
-        if type(layer) is DynamicLayer:  # sliding ones keep a window
-            layer.update = functools.partial(_behind, layer)  # type: ignore[assignment,method-assign]
+        if type(layer) is DynamicLayer and layer.is_initialized:  # sliding ones keep a window
+            layer.__class__ = _passing()
 
 
-def _behind(
-    layer: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, ...]:
-    """The prefix's keys and values with those of the input behind them."""
-    return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
+@functools.cache
+def _passing() -> type:
+    from transformers.cache_utils import DynamicLayer
+
+    class PassingLayer(DynamicLayer):
+        """A prefix's keys and values, which go before those of an input and take none of them in."""
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert self.keys is not None
+            assert self.values is not None
+            return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+    return PassingLayer
 
 
 def _on_its_device(adapted: Any, args: Any) -> None:
