@@ -270,9 +270,8 @@ class _Captured:
         self.probes = len(graphs.estimator.probes) * len(shares)
         derivatives = queries if graphs.forward_mode else 0
         self.found = torch.zeros(self.probes + derivatives + 1, dtype=torch.float64, device=device)  # last, a choice
-        one_each = torch.eye(
-            self.probes, dtype=torch.float64
-        ).tolist()  # the loss near θ is linear in those of the probes
+        # the loss near θ is linear in those of the probes
+        one_each = torch.eye(self.probes, dtype=torch.float64).tolist()
         weights = [centre(graphs.estimator, losses_P, shares) for losses_P in one_each]
         self.weights_P = torch.tensor(weights, dtype=torch.float64, device=device)
         self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
@@ -325,11 +324,8 @@ class _Captured:
 
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         """L(θ) of each query's forward, and its derivative along the query's z, clipped: (Q,) and (G, Q)."""
-        graphs, engine, ones_G = (
-            self.graphs,
-            self.graphs.engine,
-            [torch.ones_like(self.eps_GQ[0][:1])] * len(self.eps_GQ),
-        )
+        graphs, engine = self.graphs, self.graphs.engine
+        ones_G = [torch.ones_like(self.eps_GQ[0][:1])] * len(self.eps_GQ)
         assert isinstance(engine, ForwardModeEngine)
         found = []
         for query in range(len(self.seeds_Q)):
