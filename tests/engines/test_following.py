@@ -144,9 +144,7 @@ def test_a_tile_on_a_gpu_is_whole_rounds_of_blocks_and_of_bounded_memory(outputs
         assert rows % dual.ALIGNED == 0
         blocks = 2 * -(-n // dual.BLOCK) * (rows // dual.BLOCK)  # of outputs, both halves'
         whole = -(-blocks // dual.PROCESSORS) * dual.PROCESSORS
-        fewest, _ = dual.plan(
-            SimpleNamespace(**vars(weight) | {"is_cuda": False}), n, False
-        )  # rows where none is counted
+        fewest, _ = dual.plan(weight, n, False, on_card=False)  # rows where no rounds are counted
         assert rows >= fewest
         assert rows == fewest or blocks > whole - dual.ROUNDS * 2 * -(-n // dual.BLOCK)
 
