@@ -245,7 +245,7 @@ def _count(
                 loss()
         elif passes in ("dual", "lowrank"):
             tokens = batch_size * (seq_len + extra)
-            held = copies_bytes(model, tokens, batch_size * answer_tokens, on_card, whole=passes == "dual")
+            held = _copies_bytes(model, tokens, batch_size * answer_tokens, on_card, whole=passes == "dual")
             batch = _batch(2 * batch_size, seq_len + extra, answer_tokens)
             with torch.no_grad():
                 loss()
@@ -455,7 +455,7 @@ def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> i
     return scratch.most
 
 
-def copies_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whole: bool) -> int:
+def _copies_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whole: bool) -> int:
     """Both copies of all small parameters, and with `whole`, as of dual, of the largest tile of a product with so many tokens.
 
     answers: positions that the output head sees.
