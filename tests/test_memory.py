@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+from tiny import causal_model
+
+from zotune.models.schemes import get_scheme
+from zotune.optimizer import ZeroOrderOptimizer
+from zotune.tasks.scoring import ROW_LOSSES
 
 FAULTS = """
 import resource, torch
@@ -36,3 +43,42 @@ def test_memory_that_is_kept_is_not_asked_for_again_page_by_page():
     (without, many), (kept, few) = faults(False), faults(True)
     assert (without, kept) == ("False", "True")
     assert 2 * few < many
+
+
+def tensors() -> int:
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "options"),
+    [
+        *((method, "full", {}) for method in ("zo-sgd", "zo-sgd-cons", "zo-adam", "forward-grad", "fo-adam")),
+        *((method, scheme, {}) for method in ("zo-sgd", "forward-grad") for scheme in ("lora", "prefix", "head")),
+        *(("zo-sgd", scheme, {"engine": "lowrank"}) for scheme in ("full", "lora")),
+        ("zo-sgd", "full", {"engine": "sequential", "queries": 2}),
+        ("zo-sgd", "full", {"engine": "lowrank", "groups": "batch"}),
+        ("zo-sgd", "full", {"sparsity": 0.5, "mask": "magnitude"}),
+        ("zo-sgd", "full", {"blocks": "transformer"}),
+        ("zo-sgd", "full", {"hybrid": 0.5, "fo_lr": 1e-4}),
+    ],
+)
+def test_a_step_leaves_nothing_for_the_garbage_collector(method, scheme, options):
+    """A reference cycle would keep copies of weights until the collector comes: as much memory again, at some later time."""
+    model = get_scheme(scheme).prepare(causal_model())
+    batch = {"input_ids": torch.randint(2, 300, (2, 8)), "positions": torch.full((2, 1), 6),
+             "targets": torch.randint(2, 300, (2, 1)), "target_mask": torch.ones((2, 1))}  # fmt: skip
+    optimizer = ZeroOrderOptimizer(model, method, lr=1e-6, eps=1e-3, **options)
+
+    def step():
+        optimizer.step(lambda given: ROW_LOSSES["answer"](model, given), batch=batch)
+
+    step()
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        step()
+        assert tensors() == before
+    finally:
+        gc.enable()

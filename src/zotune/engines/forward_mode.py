@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions import Displacement, HeldDisplacement
-from zotune.engines.sequential import SequentialEngine, _PerturbedReads
+from zotune.engines.sequential import SequentialEngine, _PerturbedReads, leaves
 from zotune.errors import InputError
 
 
@@ -65,11 +65,9 @@ class _DualReads(_PerturbedReads):
                     # fresh memory: the function's result may hold on to the tangent, as a transpose does
                     duals[id(arg)] = self._dual(arg, torch.empty(arg.shape, dtype=arg.dtype, device=arg.device))
                 return duals[id(arg)]
-            if type(arg) in (list, tuple):
-                return type(arg)(substitute(inner) for inner in arg)
             return arg
 
-        return func(*map(substitute, args), **{k: substitute(v) for k, v in kwargs.items()})
+        return func(*(leaves(a, substitute) for a in args), **{k: leaves(v, substitute) for k, v in kwargs.items()})
 
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         return None

@@ -241,6 +241,8 @@ class _Factors:
 
 
 class _LowRankReads(PartedReads):
+    special = PartedReads.special | {torch.addmm: "_addmm"}
+
     def __init__(
         self,
         engine: LowRankEngine,
@@ -257,7 +259,6 @@ class _LowRankReads(PartedReads):
         self._last: tuple[Any, int, dict[int, Tensor]] = None, 0, {}
         self._readers: list[Any] = []
         self._side = 0
-        self.special |= {torch.addmm: self._addmm}
 
     def _scale(self, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(P,): ±ε/√r of each part."""

@@ -12,19 +12,19 @@ from __future__ import annotations
 import functools
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zotune.engines.sequential import reads_no_values
+from zotune.engines.sequential import leaves, reads_no_values
 
 
 class Unfollowed(Exception):
@@ -101,6 +101,13 @@ _ELEMENTWISE = frozenset(
 class PartedReads(TorchFunctionMode):
     """params: those that are perturbed. stacks: (P, *shape) values of some of them, drawn already."""
 
+    # By name: a table of bound methods would be a reference cycle, and keep the stacks until the garbage collector comes.
+    special: ClassVar[dict[Any, str]] = {
+        F.linear: "_linear",
+        F.embedding: "_embedding",
+        F.layer_norm: "_layer_norm",
+    }
+
     def __init__(self, parts: Parts, params: Sequence[torch.nn.Parameter], stacks: dict[int, Tensor]) -> None:
         super().__init__()
         self.parts, self.stacks = parts, stacks
@@ -110,11 +117,6 @@ class PartedReads(TorchFunctionMode):
         self._params = {id(p) for p in params}
         self._values: dict[int, Parted] = {}
         self._dying: dict[int, Any] = {}
-        self.special: dict[Any, Callable[..., Any]] = {
-            F.linear: self._linear,
-            F.embedding: self._embedding,
-            F.layer_norm: self._layer_norm,
-        }
 
     # What an engine knows how to do. NotImplemented: it does not, for these.
 
@@ -142,7 +144,7 @@ class PartedReads(TorchFunctionMode):
         if reads_no_values(func):
             return func(*args, **kwargs)
         special = self.special.get(func)
-        result = NotImplemented if special is None else special(*args, **kwargs)
+        result = NotImplemented if special is None else getattr(self, special)(*args, **kwargs)
         if result is NotImplemented and func.__name__ in _ELEMENTWISE:
             result = self._elementwise(func, args, kwargs)
         return self._by_parts(func, args, kwargs) if result is NotImplemented else result
@@ -297,17 +299,16 @@ class PartedReads(TorchFunctionMode):
         size = max((t.shape[0] for t in batch), default=0)
         slices = self.parts.slices(size) if batch else []
 
-        def one(value: Any, part: int) -> Any:
-            if type(value) in (list, tuple) and any(isinstance(v, Tensor) for v in value):
-                return type(value)(one(v, part) for v in value)
+        def own_of(part: int, value: Any) -> Any:
             own = self._part(value, part)
             if batch and isinstance(own, Tensor) and own.dim() and own.shape[0] == size and self.parts.fits(size):
                 return own[slices[part]]  # a batch's rows, or a part's value that was spread over all rows
             return own
 
-        results = [
-            func(*(one(a, part) for a in args), **{k: one(v, part) for k, v in kwargs.items()}) for part in range(count)
-        ]
+        results = []
+        for part in range(count):
+            own = functools.partial(own_of, part)
+            results.append(func(*(leaves(a, own) for a in args), **{k: leaves(v, own) for k, v in kwargs.items()}))
         if count == 1:
             return results[0]
         name = getattr(func, "__name__", str(func))

@@ -225,11 +225,9 @@ class _PerturbedReads(TorchFunctionMode):
                     self.engine._seen.add(key)
                     copies[key] = directions.displaced(arg, self.at, scratch.take(arg))
                 return copies[key]
-            if type(arg) in (list, tuple):
-                return type(arg)(substitute(inner) for inner in arg)
             return arg
 
-        result = func(*map(substitute, args), **{k: substitute(v) for k, v in kwargs.items()})
+        result = func(*(leaves(a, substitute) for a in args), **{k: leaves(v, substitute) for k, v in kwargs.items()})
         alive = {t.untyped_storage().data_ptr() for t in _tensors(result)}
         for copy in copies.values():
             if copy.untyped_storage().data_ptr() in alive:
@@ -276,6 +274,17 @@ class _PerturbedReads(TorchFunctionMode):
         out = torch.empty((rows_K.numel(), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
         self.engine.directions.displaced_rows(weight, rows_K.long(), self.at, out)  # type: ignore[arg-type]
         return out.view(*input.shape, *weight.shape[1:])
+
+
+def leaves(value: Any, substitute: Callable[[Any], Any]) -> Any:
+    """The value with `substitute` of each leaf of its lists and tuples.
+
+    A function of its own: a closure that calls itself is a reference cycle, and what it holds, copies of weights here, would stay
+    until the garbage collector comes.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(leaves(inner, substitute) for inner in value)
+    return substitute(value)
 
 
 def reads_no_values(func: Any) -> bool:
