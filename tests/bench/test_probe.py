@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from zotune.bench.estimate import build, model_config
 from zotune.bench.probe import measure
 from zotune.bench.suite import expand, load_suite
 from zotune.errors import InputError
@@ -29,6 +31,14 @@ SHAPE = {"model": TINY, "tokens": 8, "batch_size": 2, "dtype": "bfloat16", "devi
 )
 def test_a_probe_steps_by_what_it_was_asked_for(options, passes):
     assert measure(SHAPE | options)["forward_passes"] == passes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_probe_has_the_parameters_of_its_config(tied):
+    definition = TINY["random"] | {"tie_word_embeddings": tied}
+    whole = build(model_config({"random": definition}), torch.bfloat16)
+    measured = measure(SHAPE | {"model": {"random": definition}, "method": "zo-sgd"})
+    assert measured["trainable_parameters"] == sum(p.numel() for p in whole.parameters())
 
 
 def test_the_optimizer_has_the_options_of_the_probe(monkeypatch):

@@ -95,6 +95,18 @@ def test_what_a_run_will_take_is_reckoned_anew_by_another_version(suite_file, pr
     assert planned()["peak_bytes"] > 10_000
 
 
+def test_runs_that_differ_in_what_takes_memory_are_reckoned_apart(suite_file, tmp_path):
+    from zotune.bench.plan import foresee, make_plan
+    from zotune.bench.suite import expand, load_suite
+
+    axes = {"model": "tiny", "task": "words", "method": "zo-sgd", "scheme": "full", "seed": 0}
+    engines = {"engine": ["sequential", "dual"]}
+    plan = make_plan(expand(load_suite(suite_file(grid=axes | engines))), tmp_path / "out", None)
+    foresee(plan)
+    sequential, dual = plan.runs
+    assert sequential.planned["peak_bytes"] < dual.planned["peak_bytes"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a child dies with its parent on Linux alone")
 def test_a_killed_runner_takes_its_run_with_it_and_goes_on_when_started_again(suite_file, program, tmp_path):
     suite, out = suite_file(), tmp_path / "out"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zotune.directions import Directions, Displacement
 from zotune.engines import ENGINES
 from zotune.engines.dual import WORTH_ON_CPU, is_small, plan
+from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.scratch import SMALL_BYTES, Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.errors import InputError, nearest
@@ -226,7 +227,7 @@ def _count(
     """Bytes of weights; elements, bytes, number, elements of the largest of what trains; bytes of gradients; FLOP, calls of a
     forward; bytes of a step.
     """
-    model, extra = with_scheme(build(config, kind), scheme)
+    model, extra = with_scheme(build(config, kind), scheme, tangents=passes == "forward-grad")
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
@@ -234,15 +235,17 @@ def _count(
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
     gradients, held = 0, 0
     flops, calls = _forward_cost(model, loss)
-    with _fused_attention(), Allocations(model) as live:
+    # forward mode has a derivative of the plain formula alone
+    attention = nullcontext() if passes == "forward-grad" else _fused_attention()
+    with attention, Allocations(model) as live:
         if passes == "first":
             with set_checkpoint_early_stop(False):  # the exception that stops would keep alive what was recomputed
                 kept = _forward(model, loss, checkpointing)
             kept.backward()
             gradients = trained_bytes
         elif passes == "forward-grad":
-            with torch.no_grad():
-                loss()
+            engine = ForwardModeEngine(_Still([_trainable(model)]))
+            engine.derivative(loss, Displacement((0,), ((1.0,),)))
         elif passes in ("dual", "lowrank"):
             tokens = batch_size * (seq_len + extra)
             held = _copies_bytes(model, tokens, batch_size * answer_tokens, on_card, whole=passes == "dual")
@@ -252,8 +255,6 @@ def _count(
         else:
             held = _probe(model, loss, live)
     step = live.peak + held
-    if passes == "forward-grad":  # each value has a tangent; the direction is held whole
-        step = 2 * live.peak + trained_bytes
     if quantised:
         saved, scratch = _quantised(model)
         weights -= saved
@@ -282,11 +283,19 @@ def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estim
     return [row for i, row in enumerate(made) if row not in made[:i]]
 
 
+# Options of a run that `estimate_for` reads.
+READ = (
+    "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "estimator",
+    "state_dtype", "rounding", "sparsity", "mask", "engine", "device", "blocks", "hybrid", "quantize", "groups",
+)  # fmt: skip
+
+
 def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Peak bytes and seconds a step of one run of a suite, on this machine; rows of 64 tokens where their length is not known.
 
     Nothing for what `estimate` does not count.
     """
+    options = {name: options[name] for name in READ if options.get(name) is not None}
     if not counted(options):
         return {}
     config = model_config(source)
@@ -322,10 +331,11 @@ def counted(options: Mapping[str, Any]) -> bool:
     return not any(others) and not kept and str(options.get("groups") or 1) == "1"
 
 
-def with_scheme(model: nn.Module, scheme: str) -> tuple[nn.Module, int]:
+def with_scheme(model: nn.Module, scheme: str, tangents: bool = False) -> tuple[nn.Module, int]:
     """The meta model with the scheme's parameters on it, and the tokens that it adds to each row.
 
     Prefix and prompt start from activations or embeddings, which a model without values has not: their sizes stand in.
+    tangents: whether a forward will carry derivatives.
     """
     from zotune.models.schemes import SCHEMES as OURS
 
@@ -346,9 +356,11 @@ def with_scheme(model: nn.Module, scheme: str) -> tuple[nn.Module, int]:
         count = VIRTUAL_TOKENS["prompt"] * width
     virtual = nn.Parameter(torch.empty(count, dtype=head.weight.dtype, device="meta"))  # type: ignore[arg-type]
     model.register_parameter("virtual_tokens", virtual)
-    # What follows the virtual tokens depends on them: autograd keeps its activations.
+    # What follows the virtual tokens depends on them: autograd keeps its activations, forward mode gives each a tangent.
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    table.register_forward_hook(lambda module, args, out: out + 0 * virtual[0] if torch.is_grad_enabled() else out)
+    table.register_forward_hook(
+        lambda module, args, out: out + 0 * virtual[0] if tangents or torch.is_grad_enabled() else out
+    )
     return model, VIRTUAL_TOKENS["prompt"] if scheme == "prompt" else 0
 
 
@@ -421,6 +433,9 @@ class _Still(Directions):
     def displaced_rows(self, param: Any, rows_K: Tensor, by: Any, out: Tensor, update: Any = None) -> Tensor:
         return out
 
+    def _add(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
 
 class _CountedScratch(Scratch):
     """A pool of which only the size is wanted: the most bytes in use at one time, which the real one keeps."""
@@ -447,12 +462,15 @@ class _CountedScratch(Scratch):
 
 def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> int:
     """One probe by the sequential engine; the bytes of scratch that it keeps."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    engine = SequentialEngine(_Still([named]))
+    engine = SequentialEngine(_Still([_trainable(model)]))
     engine._unread = []
     engine.scratch = scratch = _CountedScratch(live)
     engine.loss(loss, Displacement((0,), ((1.0,),)))
     return scratch.most
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _copies_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whole: bool) -> int:

@@ -189,11 +189,9 @@ START_SECONDS = 8.0  # until the first step, where no run has told: imports, the
 
 def _estimated(options: Mapping[str, Any]) -> str:
     """What an estimate depends on."""
-    names = (
-        "model", "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "device",
-        "estimator", "state_dtype", "rounding", "blocks", "hybrid", "quantize", "mask", "groups",
-    )  # fmt: skip
-    return json.dumps([options.get(name) for name in names], sort_keys=True)
+    from zotune.bench.estimate import READ
+
+    return json.dumps([options.get(name) for name in ("model", *READ)], sort_keys=True)
 
 
 class Forecast:
@@ -247,10 +245,8 @@ def foresee(plan: Plan, store: Store | None = None) -> Forecast:
 
 def _guess(run: Run) -> dict[str, Any]:
     """Memory, and seconds a step, from the model's config; nothing where it cannot be had."""
-    try:
-        from zotune.bench.estimate import estimate_for
-    except ImportError:
-        return {}
+    from zotune.bench.estimate import estimate_for
+
     definition = run.cell.made.get("model")
     try:
         with warnings.catch_warnings():

@@ -26,8 +26,9 @@ from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
 from zotune.tasks.scoring import ROW_LOSSES
 
-WARM_UP = {"random": {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128,
-                      "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}}  # fmt: skip
+# Large enough for all threads to have work: each then takes buffers of its own, once.
+WARM_UP = {"random": {"model_type": "llama", "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 512,
+                      "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}}  # fmt: skip
 
 
 def measure(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _measure(options: Mapping[str, Any]) -> dict[str, Any]:
     base = 0
     if device.type == "cpu":
         _exact_frees()
-        small = {**options, "model": WARM_UP, "tokens": 8, "batch_size": 2}
+        small = {**options, "model": WARM_UP, "tokens": 64, "batch_size": 8, "answer_tokens": 1}
         _steps(small, device, 2)
         gc.collect()
         reset_peak(device)
@@ -95,7 +96,8 @@ def _steps(options: Mapping[str, Any], device: torch.device, steps: int) -> dict
     dtype = DTYPES[options["dtype"]] if options.get("dtype") else (getattr(config, "dtype", None) or torch.float32)
     torch.manual_seed(int(options.get("seed") or 0))
     with device, no_init_weights():
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.tie_weights()  # which is a part of the start that was left out
     _fill(model)
     model = get_scheme(str(options.get("scheme", "full"))).prepare(model)
     rows, tokens = int(options.get("batch_size") or 16), int(options.get("tokens") or 64)
