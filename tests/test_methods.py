@@ -21,6 +21,7 @@ from torch import nn
 from zotune import InputError, ZeroOrderOptimizer, ZOTrainer, ZOTrainingArguments, noise
 from zotune.cli.app import run
 from zotune.methods import METHODS
+from zotune.models.schemes import get_scheme
 from zotune.noise import reference
 from zotune.trajectory import read_file
 
@@ -50,7 +51,7 @@ def build(name: str, dtype=torch.float64) -> nn.Module:
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
-    ids = torch.arange(24).view(3, 8) * 5 % (V - 4) + 2
+    ids = torch.arange(24, device=next(model.parameters()).device).view(3, 8) * 5 % (V - 4) + 2
     logits = model(input_ids=ids).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
@@ -94,6 +95,28 @@ def test_forward_mode_gives_the_directional_derivative_and_moves_along_z(name):
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.data, expected[n], rtol=0, atol=3e-8)
     assert optimizer.last.loss == pytest.approx(float(loss_of(start).detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["full", "lora"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_forward_mode_holds_in_16_bits(name, scheme, dtype, device):
+    """Beside float64 gradients of the same 16-bit weights; a derivative is about as large as the gradient is long."""
+    narrow = get_scheme(scheme).prepare(build(name, torch.float32))
+    for param_name, param in narrow.named_parameters():
+        if "lora_B" in param_name:
+            nn.init.normal_(param, std=0.05)
+    narrow = narrow.to(dtype)
+    exact = copy.deepcopy(narrow).double()
+    trained = [(n, p) for n, p in exact.named_parameters() if p.requires_grad]
+    true = torch.autograd.grad(loss_of(exact), [p for _, p in trained])
+    optimizer = ZeroOrderOptimizer(narrow.to(device), "forward-grad", lr=0.0, seed=3)
+    optimizer.step(lambda: loss_of(narrow))
+    z = z_of(exact, noise.step_seed(3, 0, 0))
+    g = sum(float((slope * z[n]).sum()) for (n, _), slope in zip(trained, true, strict=True))
+    length = sum(float(slope.square().sum()) for slope in true) ** 0.5
+    assert optimizer.last.g_GQ[0][0] == pytest.approx(g, abs=length * (0.2 if dtype == torch.bfloat16 else 0.03))
 
 
 def test_forward_mode_is_the_limit_of_two_sided_differences():

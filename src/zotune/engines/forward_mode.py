@@ -6,10 +6,11 @@ tangent is z, drawn into scratch for the call. So no z exists whole but for one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,10 +46,33 @@ class ForwardModeEngine(SequentialEngine):
             return loss, torch.zeros_like(loss) if tangent is None else tangent
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """By its formula, in float32. The fused one's derivative overflows in float16 on a CPU, and is float32 itself on CUDA."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input.float()
+    centred = centred - centred.mean(dims, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    out = out if weight is None else out * weight.float()
+    return (out if bias is None else out + bias.float()).to(input.dtype)
+
+
 class _DualReads(_PerturbedReads):
     def __init__(self, engine: ForwardModeEngine, along: Displacement | HeldDisplacement) -> None:
         super().__init__(engine, along)
         self.read = set(engine.directions.slots)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.layer_norm and args[0].dtype in (torch.bfloat16, torch.float16):
+            func = _layer_norm
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _dual(self, param: Any, tangent: Tensor) -> Tensor:
         flat = tangent.view(-1)
