@@ -389,6 +389,7 @@ class EstimateConfig(Options):
         None, description="of the state of momentum and Adam, as in `zotune train` [default: float32]"
     )
     checkpointing: bool = Field(False, description="recompute activations (first order)")
+    tf32: bool = Field(False, description="on a card, products of float32 numbers as in `zotune train --tf32`")
     card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")
     memory: Annotated[float, Field(gt=0)] | None = Field(
         None, description="GiB that it has to fit [default: the card's]"

@@ -74,6 +74,7 @@ class Rates:
     call: where the host gives one after the other, Python of the model included. node: within a CUDA graph; None where there is
     none. On a card that has graphs the host goes ahead of the device. Both measured with a 135M model beside an H100.
     workspace: bytes of cuBLAS for each of the two streams that a run's products are on, the one at hand and that of captures.
+    flops_float32: of float32 without TF32; None where `flops` holds for it.
     """
 
     flops: float
@@ -83,17 +84,24 @@ class Rates:
     call: float = 2.5e-5
     node: float | None = 1.6e-6
     workspace: int = 8 << 20
+    flops_float32: float | None = None
+
+    def of_products(self, dtype: torch.dtype, tf32: bool) -> Rates:
+        """Those of products of this dtype."""
+        if self.flops_float32 is None or dtype != torch.float32:
+            return self
+        return replace(self, flops=self.flops / 2 if tf32 else self.flops_float32, flops_float32=None)
 
 
-# Sustained in a model's forward pass, bfloat16; H100 measured, the others scaled by their data sheets.
+# Sustained in a model's forward pass, bfloat16, and float32; H100 measured, the others scaled by their data sheets.
 CARDS = {
-    "h100": Rates(520e12, 2.98e12, 1.2e12, 80 * 2**30, workspace=32 << 20),
-    "h200": Rates(520e12, 4.2e12, 1.2e12, 141 * 2**30, workspace=32 << 20),
-    "a100": Rates(200e12, 1.8e12, 0.7e12, 80 * 2**30),
-    "l4": Rates(60e12, 0.27e12, 0.25e12, 24 * 2**30),
-    "rtx4090": Rates(110e12, 0.9e12, 0.6e12, 24 * 2**30),
-    "rtx3090": Rates(50e12, 0.8e12, 0.3e12, 24 * 2**30),
-    "t4": Rates(25e12, 0.27e12, 0.1e12, 16 * 2**30),
+    "h100": Rates(520e12, 2.98e12, 1.2e12, 80 * 2**30, workspace=32 << 20, flops_float32=50e12),
+    "h200": Rates(520e12, 4.2e12, 1.2e12, 141 * 2**30, workspace=32 << 20, flops_float32=50e12),
+    "a100": Rates(200e12, 1.8e12, 0.7e12, 80 * 2**30, flops_float32=15e12),
+    "l4": Rates(60e12, 0.27e12, 0.25e12, 24 * 2**30, flops_float32=15e12),
+    "rtx4090": Rates(110e12, 0.9e12, 0.6e12, 24 * 2**30, flops_float32=55e12),
+    "rtx3090": Rates(50e12, 0.8e12, 0.3e12, 24 * 2**30, flops_float32=20e12),
+    "t4": Rates(25e12, 0.27e12, 0.1e12, 16 * 2**30, flops_float32=5e12),
 }
 
 
@@ -157,13 +165,15 @@ def estimate(
     rates: Rates | None = None,
     masked: bool = False,
     engine: str = "auto",
+    tf32: bool = False,
 ) -> Estimate:
     """Peak bytes and seconds of a training step of zotune.
 
     config: of transformers, as `model_config` gives it; it is not altered. checkpointing: of activations, first order alone.
     quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K.
     state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. masked: whether directions
-    are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches.
+    are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches. tf32: whether a
+    card takes float32 products by TF32.
     Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
     """
     import copy
@@ -178,6 +188,7 @@ def estimate(
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit < seq_len:
         raise InputError(f"--seq-len {seq_len}: the model takes {limit} tokens")
+    rates = rates.of_products(kind, tf32) if rates else None
     on_card = rates is not None and rates.node is not None
     # Methods with the same passes differ in their state alone.
     passes = method if method == "forward-grad" else "first" if method.startswith("fo-") else "probe"
@@ -189,27 +200,45 @@ def estimate(
     key = (config.to_json_string(), *of)
     if key not in _counted:
         _counted[key] = _count(copy.deepcopy(config), *of)
-    weights, trainable, trained_bytes, tensors, largest, gradients, flops, calls, step = _counted[key]
+    of_step = _counted[key]
     rule = OURS[method].build().rule
     state_dtype = state_dtype or "float32"
-    state = trained_bytes if state_dtype == "parameter" else STATE_BYTES[state_dtype] * trainable
-    state = rule.state_copies * state + trained_bytes * (rounding == "compensated")
+    state = of_step.trained_bytes if state_dtype == "parameter" else STATE_BYTES[state_dtype] * of_step.trainable
+    state = rule.state_copies * state + of_step.trained_bytes * (rounding == "compensated")
     tiles = 0
     if passes == "first" or not (rule.linear or rule.extra_forwards):  # what the update of a tile takes, in float32
         narrow = kind != torch.float32
         copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
-        tiles = 4 * min(TILE, largest) * (3 + narrow + (narrow or passes != "first") + copies)
-    step = max(step, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
-    peak = weights + state + step
+        tiles = 4 * min(TILE, of_step.largest) * (3 + narrow + (narrow or passes != "first") + copies)
+    gradients = of_step.trained_bytes if passes == "first" else 0
+    step = max(of_step.peak, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
     made = Estimate(
-        method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), weights, gradients, state,
-        step - gradients, trainable, flops, calls + 2 * tensors, _forwards(method, queries, estimator), peak,
+        method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), of_step.weights, gradients, state,
+        step - gradients, of_step.trainable, of_step.flops, of_step.calls + 2 * of_step.tensors,
+        _forwards(method, queries, estimator), of_step.weights + state + step,
         state_dtype="parameter" if STATE_BYTES.get(state_dtype) == kind.itemsize else state_dtype,
     )  # fmt: skip
-    return replace(made, step_seconds=_seconds(made, trained_bytes, checkpointing, rates, masked)) if rates else made
+    return replace(made, step_seconds=_seconds(made, of_step, checkpointing, rates, masked)) if rates else made
 
 
-_counted: dict[tuple[Any, ...], tuple[int, int, int, int, int, int, float, int, int]] = {}
+@dataclass(frozen=True)
+class _Counted:
+    """weights, trained_bytes: bytes; trainable, largest: elements of all that trains, of the largest tensor of it; tensors:
+    how many. flops, calls: of a plain forward. peak: bytes of a step beside the weights. written: bytes that it writes in all.
+    """
+
+    weights: int
+    trainable: int
+    trained_bytes: int
+    tensors: int
+    largest: int
+    flops: float
+    calls: int
+    peak: int
+    written: int
+
+
+_counted: dict[tuple[Any, ...], _Counted] = {}
 
 
 def _count(
@@ -223,17 +252,13 @@ def _count(
     answer_tokens: int,
     checkpointing: bool,
     quantised: bool,
-) -> tuple[int, int, int, int, int, int, float, int, int]:
-    """Bytes of weights; elements, bytes, number, elements of the largest of what trains; bytes of gradients; FLOP, calls of a
-    forward; bytes of a step.
-    """
+) -> _Counted:
     model, extra = with_scheme(build(config, kind), scheme, tangents=passes == "forward-grad")
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     batch = _batch(batch_size, seq_len + extra, answer_tokens)
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
-    gradients, held = 0, 0
+    held = 0
     flops, calls = _forward_cost(model, loss)
     # forward mode has a derivative of the plain formula alone
     attention = nullcontext() if passes == "forward-grad" else _fused_attention()
@@ -242,7 +267,6 @@ def _count(
             with set_checkpoint_early_stop(False):  # the exception that stops would keep alive what was recomputed
                 kept = _forward(model, loss, checkpointing)
             kept.backward()
-            gradients = trained_bytes
         elif passes == "forward-grad":
             engine = ForwardModeEngine(_Still([_trainable(model)]))
             engine.derivative(loss, Displacement((0,), ((1.0,),)))
@@ -260,7 +284,8 @@ def _count(
         weights -= saved
         step += scratch
     sizes = [p.numel() for p in trained]
-    return weights, sum(sizes), trained_bytes, len(sizes), max(sizes), gradients, flops, calls, step
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    return _Counted(weights, sum(sizes), trained_bytes, len(sizes), max(sizes), flops, calls, step, live.written)
 
 
 def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estimate]:
@@ -286,7 +311,7 @@ def compare(config: Any, chosen: Mapping[str, Any], **common: Any) -> list[Estim
 # Options of a run that `estimate_for` reads.
 READ = (
     "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "estimator",
-    "state_dtype", "rounding", "sparsity", "mask", "engine", "device", "blocks", "hybrid", "quantize", "groups",
+    "state_dtype", "rounding", "sparsity", "mask", "engine", "tf32", "device", "blocks", "hybrid", "quantize", "groups",
 )  # fmt: skip
 
 
@@ -316,6 +341,7 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         answer_tokens=int(options.get("answer_tokens") or 1),
         rates=rates_here(options.get("device", "auto")),
         masked=bool(options.get("sparsity")),
+        tf32=bool(options.get("tf32")),
         # a probe on a CPU steps without a batch, which one forward would need
         engine="sequential" if not on_gpu and "tokens" in options else options.get("engine") or "auto",
     )
@@ -373,7 +399,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self.now = self.peak = self.calls = 0
+        self.now = self.peak = self.written = self.calls = 0
         self._ignore = False
         self._alive: dict[int, weakref.finalize] = {}
 
@@ -398,6 +424,7 @@ class Allocations(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // 512) * 512
         self.now += size
+        self.written += size
         self.peak = max(self.peak, self.now)
         self._alive[key] = weakref.finalize(storage, self._freed, key, size)
 
@@ -590,6 +617,8 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
 # Kernels for each call of a plain forward, of SmolLM2-135M's captured steps on an H100: 24.6 ms a masked one, 30 by forward mode.
 MASKED_KERNELS = 2
 DERIVED_KERNELS = 5
+# Forward mode writes each value and reads it once or twice: of OPT-1.3B, LLaMA-7B and OPT-13B on an H100, within 15 %.
+DERIVED_COPIES = 2.5
 
 
 def _given(work: float, calls: int, rates: Rates) -> float:
@@ -598,12 +627,14 @@ def _given(work: float, calls: int, rates: Rates) -> float:
     return work + host if rates.node is None else max(work, host)
 
 
-def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rates, masked: bool) -> float:
+def _seconds(made: Estimate, of_step: _Counted, checkpointing: bool, rates: Rates, masked: bool) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
     First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. On a card the
-    others are graphs, in which both probes of a pair share their calls (engine `dual`), but for masked ones.
+    others are graphs, in which both probes of a pair share their calls (engine `dual`), but for masked ones. Forward mode: the
+    product, that of the activations' tangents and (where trained) of the weights', and its values, scores of attention among them.
     """
+    trained_bytes = of_step.trained_bytes
     whole = trained_bytes > made.weights / 2
     product, forwards = _product_seconds(made, rates), made.forwards
     if made.method.startswith("fo-"):
@@ -612,7 +643,8 @@ def _seconds(made: Estimate, trained_bytes: int, checkpointing: bool, rates: Rat
         return _given(work, passes * made.calls, rates)
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
-        work, calls = 2 * forwards * product + copies, forwards * made.calls
+        values = DERIVED_COPIES * of_step.written / rates.bandwidth
+        work, calls = forwards * ((3 if whole else 2) * product + values) + copies, forwards * made.calls
         return work + (2 * calls * rates.call if rates.node is None else DERIVED_KERNELS * calls * rates.node)
     work = forwards * (product + copies) + copies + 2 * made.state / rates.bandwidth
     if rates.node is None:

@@ -50,7 +50,7 @@ def estimate(options: EstimateConfig) -> None:
         warnings.simplefilter("ignore")
         rows = compare(
             config, chosen, batch_size=options.batch_size, seq_len=seq_len, dtype=options.dtype,
-            queries=options.queries, answer_tokens=options.answer_tokens, rates=rates,
+            queries=options.queries, answer_tokens=options.answer_tokens, rates=rates, tf32=options.tf32,
         )  # fmt: skip
     first = rows[0]
     console = Console()

@@ -54,7 +54,8 @@ def expected(ready: Prepared) -> Expected:
     lengths = [row.tokens for row in ready.train]
     usual = [max(lengths[i : i + size]) for i in range(0, len(lengths), size)]  # a batch is padded to its longest row
     answer = max(row.learned for row in ready.train)
-    rates = rates_here(ready.device.type)
+    dtype = getattr(ready.model, "dtype")  # noqa: B009
+    rates = rates_here(ready.device.type).of_products(dtype, config.tf32)
     common: dict[str, Any] = {
         "method": config.method, "scheme": config.scheme, "dtype": config.dtype, "queries": config.queries,
         "batch_size": sequences, "answer_tokens": answer, "rates": rates,

@@ -27,7 +27,7 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         for axis, value, unit in zip(pair, values, ("peak memory (GiB)", "ms a step"), strict=True):
             axis.barh(range(len(names)), value.fillna(0), color=COLOURS[0], height=0.62)
             for i, (v, row) in enumerate(zip(value, rows.itertuples(), strict=True)):
-                text = "× does not fit" if row.oom and v != v else "" if v != v else f"{v:.3g}"
+                text = "× does not fit" if row.oom and v != v else "" if v != v else _short(v)
                 at = (0 if v != v else v, i)
                 axis.annotate(text, at, xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
             axis.set_yticks(range(len(names)), names if axis is pair[0] else [""] * len(names), fontsize=8)
@@ -38,3 +38,11 @@ def draw(runs: pd.DataFrame, groups: pd.DataFrame) -> Any:
         pair[0].set_title(place(model, ""), loc="left")
     figure.tight_layout()
     return figure
+
+
+def _short(value: float) -> str:
+    """
+    >>> _short(13.4321), _short(3491.2)
+    ('13.4', '3,491')
+    """
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
