@@ -218,7 +218,9 @@ def estimate(
         _forwards(method, queries, estimator), of_step.weights + state + step,
         state_dtype="parameter" if STATE_BYTES.get(state_dtype) == kind.itemsize else state_dtype,
     )  # fmt: skip
-    return replace(made, step_seconds=_seconds(made, of_step, checkpointing, rates, masked)) if rates else made
+    if not rates:
+        return made
+    return replace(made, step_seconds=_seconds(made, of_step, rule.state_copies, checkpointing, rates, masked))
 
 
 @dataclass(frozen=True)
@@ -617,6 +619,8 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
 # Kernels for each call of a plain forward, of SmolLM2-135M's captured steps on an H100: 24.6 ms a masked one, 30 by forward mode.
 MASKED_KERNELS = 2
 DERIVED_KERNELS = 5
+# Read and written by an update from a gradient, which is torch's operations tile by tile: of an element, and more for each state.
+DESCENT_BYTES = (80, 65)
 # Forward mode writes each value and reads it once or twice: of OPT-1.3B, LLaMA-7B and OPT-13B on an H100, within 15 %.
 DERIVED_COPIES = 2.5
 
@@ -627,7 +631,7 @@ def _given(work: float, calls: int, rates: Rates) -> float:
     return work + host if rates.node is None else max(work, host)
 
 
-def _seconds(made: Estimate, of_step: _Counted, checkpointing: bool, rates: Rates, masked: bool) -> float:
+def _seconds(made: Estimate, of_step: _Counted, states: int, checkpointing: bool, rates: Rates, masked: bool) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
     First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. On a card the
@@ -639,7 +643,8 @@ def _seconds(made: Estimate, of_step: _Counted, checkpointing: bool, rates: Rate
     product, forwards = _product_seconds(made, rates), made.forwards
     if made.method.startswith("fo-"):
         passes = (3 if whole else 2) + (1 if checkpointing else 0)
-        work = passes * product + (3 * trained_bytes + 2 * made.state) / rates.bandwidth
+        update = DESCENT_BYTES[0] + states * DESCENT_BYTES[1]
+        work = passes * product + update * made.trainable / rates.bandwidth
         return _given(work, passes * made.calls, rates)
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
