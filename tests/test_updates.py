@@ -14,7 +14,7 @@ from torch import nn
 from zotune import ZeroOrderOptimizer, noise
 from zotune.noise import reference
 from zotune.trajectory import Record
-from zotune.updates import Conservative, clip
+from zotune.updates import Adam, Conservative, Rule, Sgd, clip
 
 LR, EPS = 3e-3, 1e-3
 ZO = ("zo-sgd", "zo-sgd-mmt", "zo-sgd-sign", "zo-sgd-cons", "zo-adam")
@@ -296,3 +296,26 @@ def test_without_slope_a_rule_without_state_leaves_every_bit(method):
 def test_what_does_not_go_together_is_refused(method, options, said):
     with pytest.raises(ValueError, match=said):
         ZeroOrderOptimizer(Toy(), method, **options)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [Sgd(), Adam(), Adam("bfloat16"), Adam("parameter")])
+def test_an_update_from_a_gradient_is_the_rule_by_torchs_kernels_too(rule, dtype, decay, monkeypatch):
+    monkeypatch.setattr("zotune.updates.TILE", 16)
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 9, generator=draw, dtype=torch.float64).to(dtype)
+    fast, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    states = ({fast: {}}, {plain: {}})
+    for _ in range(3):
+        slope = torch.randn(5, 9, generator=draw, dtype=torch.float64).to(dtype)
+        rule.descend([fast], [slope], 0.01, decay, states[0])
+        with monkeypatch.context() as without:
+            without.setattr(type(rule), "_by_torch", Rule._by_torch)
+            rule.descend([plain], [slope], 0.01, decay, states[1])
+    torch.testing.assert_close(fast.data, plain.data, rtol=2 * torch.finfo(dtype).eps, atol=1e-15)
+    assert states[0][fast]["steps"] == states[1][plain]["steps"] == 3
+    for name in rule.buffers:
+        ours, theirs = states[0][fast][name], states[1][plain][name]
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-7)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from zotune import noise
 from zotune.calibration import Norms, measure
@@ -342,7 +343,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if any(g.get("first_order") for g in self.param_groups):
             raw, gradients = self._backward(loss_of, batches)
             first = _numbers([raw])[0]
-            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None):
+            some = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+            if not torch.isfinite(get_total_norm(some, math.inf)):  # one pass, and no tensor as large as they
                 first = math.nan  # 16 bits may hold the loss and not its gradient
         late: list[tuple[Any, Scalars]] = []
         for block, engine in enumerate(() if self.method.first_order else self.blocks):

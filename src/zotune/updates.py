@@ -73,6 +73,8 @@ class Rule:
         for name, absent in (("kernel", ""), ("capturable", False)):
             if "move" in vars(cls) and name not in vars(cls):
                 setattr(cls, name, absent)
+        if "move" in vars(cls) and "_by_torch" not in vars(cls):
+            cls._by_torch = Rule._by_torch  # type: ignore[method-assign]
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         """The new weights of a tile, in the dtype of the arithmetic; `state` is changed in place. steps: from 1."""
@@ -144,10 +146,15 @@ class Rule:
     def descend(self, params: Sequence[Any], gradients: Sequence[Any], lr: float, decay: float, state: State) -> None:
         """The same rule on gradients that back-propagation gave, dense and of the parameters' shape."""
         for param, gradient in zip(params, gradients, strict=True):
-            if gradient is not None:
-                flat = gradient.reshape(-1)
-                tiles = ((n, flat[n : n + TILE]) for n in range(0, max(flat.numel(), 1), TILE))
-                self._update(param, tiles, state[param], lr, decay)
+            if gradient is None or (self.rounding == "nearest" and self._by_torch(param, gradient, state, lr, decay)):
+                continue
+            flat = gradient.reshape(-1)
+            tiles = ((n, flat[n : n + TILE]) for n in range(0, max(flat.numel(), 1), TILE))
+            self._update(param, tiles, state[param], lr, decay)
+
+    def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
+        """The update by a kernel of torch's, in one pass; False where it has none that does the same, and nothing is done."""
+        return False
 
     def _update(self, param: Any, tiles: Iterator[tuple[int, Tensor]], own: Any, lr: float, decay: float) -> None:
         import torch
@@ -269,6 +276,13 @@ class Sgd(Linear):
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         return w_n - lr * g_n
+
+    def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
+        if shrinkage(lr, decay) != 1:
+            return False
+        param.data.add_(gradient, alpha=-float32(lr))  # in float32 where the weights are narrower, rounded once
+        state[param]["steps"] = state[param].get("steps", 0) + 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -392,6 +406,32 @@ class Adam(Rule):
         v_n = state["v"].mul_(self.beta2).addcmul_(g_n, g_n, value=1 - self.beta2)
         root_n = (v_n / (1 - self.beta2**steps)).sqrt_().add_(self.epsilon)
         return w_n - lr / (1 - self.beta1**steps) * (m_n / root_n)
+
+    def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
+        """Its fused AdamW wants one dtype for all: beside float32 moments narrow weights are widened, in tiles."""
+        import torch
+        from torch.optim.adamw import adamw
+
+        self.reserve([param], state)
+        own, wide = state[param], torch.promote_types(param.dtype, torch.float32)
+        m, v = (own[name].view(-1) for name in self.buffers)
+        if m.dtype not in (wide, param.dtype) or not param.data.is_contiguous():
+            return False
+        own["steps"] = own.get("steps", 0) + 1
+        lr, shrink = float32(lr), shrinkage(lr, decay)
+        flat, slope = param.data.view(-1), gradient.reshape(-1)
+        size = flat.numel() if m.dtype == param.dtype else TILE
+        for first in range(0, flat.numel(), max(size, 1)):
+            at = slice(first, first + size)
+            w_n = flat[at].to(m.dtype)
+            before = torch.tensor(own["steps"] - 1.0, device=param.device)
+            adamw(
+                [w_n], [slope[at].to(m.dtype)], [m[at]], [v[at]], [], [before], fused=True, amsgrad=False, maximize=False,
+                beta1=self.beta1, beta2=self.beta2, eps=self.epsilon, lr=lr, weight_decay=(1 - shrink) / lr if lr else 0.0,
+            )  # fmt: skip
+            if m.dtype != param.dtype:
+                flat[at] = w_n
+        return True
 
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:
         return [*g_Q, lr]

@@ -107,8 +107,6 @@ def test_the_peaks_measured_on_an_h100_are_met(source, tokens, spec, gib):
         (OPT_13B, {"method": "zo-sgd"}, 0.394),
         (LLAMA_7B, {"method": "zo-sgd", "scheme": "lora"}, 0.230),
         (OPT_1B, {"method": "zo-sgd", "dtype": "float32"}, 0.431),
-        (OPT_13B, {"method": "fo-sgd", "batch_size": 4}, 0.468),
-        (LLAMA_7B, {"method": "fo-adam", "seq_len": 512, "batch_size": 4}, 0.626),
         (OPT_13B, {"method": "forward-grad"}, 0.912),
         (LLAMA_7B, {"method": "forward-grad", "scheme": "lora", "seq_len": 1024, "batch_size": 4}, 0.780),
     ],

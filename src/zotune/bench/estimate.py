@@ -205,11 +205,14 @@ def estimate(
     state_dtype = state_dtype or "float32"
     state = of_step.trained_bytes if state_dtype == "parameter" else STATE_BYTES[state_dtype] * of_step.trainable
     state = rule.state_copies * state + of_step.trained_bytes * (rounding == "compensated")
-    tiles = 0
-    if passes == "first" or not (rule.linear or rule.extra_forwards):  # what the update of a tile takes, in float32
-        narrow = kind != torch.float32
+    narrow, widened, tiles = kind != torch.float32, 0, 0
+    alike = not rule.state_copies or state_dtype == "parameter" or DTYPES[state_dtype] == kind
+    if passes == "first" and rounding == "nearest" and (alike or state_dtype == "float32"):
+        widened = 0 if alike else 2  # weights and gradient, for torch's own kernel
+    elif passes == "first" or not (rule.linear or rule.extra_forwards):  # what the rule's arithmetic on a tile takes
         copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
-        tiles = 4 * min(TILE, of_step.largest) * (3 + narrow + (narrow or passes != "first") + copies)
+        tiles = 3 + narrow + (narrow or passes != "first") + copies
+    tiles = 4 * min(TILE, of_step.largest) * (tiles + widened)
     gradients = of_step.trained_bytes if passes == "first" else 0
     step = max(of_step.peak, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
     made = Estimate(
@@ -220,7 +223,7 @@ def estimate(
     )  # fmt: skip
     if not rates:
         return made
-    return replace(made, step_seconds=_seconds(made, of_step, rule.state_copies, checkpointing, rates, masked))
+    return replace(made, step_seconds=_seconds(made, of_step, widened > 0, checkpointing, rates, masked))
 
 
 @dataclass(frozen=True)
@@ -619,8 +622,9 @@ def _product_seconds(made: Estimate, rates: Rates) -> float:
 # Kernels for each call of a plain forward, of SmolLM2-135M's captured steps on an H100: 24.6 ms a masked one, 30 by forward mode.
 MASKED_KERNELS = 2
 DERIVED_KERNELS = 5
-# Read and written by an update from a gradient, which is torch's operations tile by tile: of an element, and more for each state.
-DESCENT_BYTES = (80, 65)
+WIDENED_BYTES = (
+    24  # read and written of an element, beside its update, to widen weights and gradient and to narrow the weights
+)
 # Forward mode writes each value and reads it once or twice: of OPT-1.3B, LLaMA-7B and OPT-13B on an H100, within 15 %.
 DERIVED_COPIES = 2.5
 
@@ -631,7 +635,9 @@ def _given(work: float, calls: int, rates: Rates) -> float:
     return work + host if rates.node is None else max(work, host)
 
 
-def _seconds(made: Estimate, of_step: _Counted, states: int, checkpointing: bool, rates: Rates, masked: bool) -> float:
+def _seconds(
+    made: Estimate, of_step: _Counted, widened: bool, checkpointing: bool, rates: Rates, masked: bool
+) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
     First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. On a card the
@@ -643,8 +649,8 @@ def _seconds(made: Estimate, of_step: _Counted, states: int, checkpointing: bool
     product, forwards = _product_seconds(made, rates), made.forwards
     if made.method.startswith("fo-"):
         passes = (3 if whole else 2) + (1 if checkpointing else 0)
-        update = DESCENT_BYTES[0] + states * DESCENT_BYTES[1]
-        work = passes * product + update * made.trainable / rates.bandwidth
+        update = 3 * trained_bytes + 2 * made.state + WIDENED_BYTES * widened * made.trainable
+        work = passes * product + update / rates.bandwidth
         return _given(work, passes * made.calls, rates)
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if made.method == "forward-grad":
