@@ -70,8 +70,9 @@ class _DualReads(_PerturbedReads):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.layer_norm and args[0].dtype in (torch.bfloat16, torch.float16):
-            func = _layer_norm
+        if func is F.layer_norm:
+            input = args[0] if args else (kwargs or {})["input"]
+            func = _layer_norm if input.dtype in (torch.bfloat16, torch.float16) else func
         return super().__torch_function__(func, types, args, kwargs)
 
     def _dual(self, param: Any, tangent: Tensor) -> Tensor:
