@@ -244,6 +244,7 @@ class _Counted:
 
 
 _counted: dict[tuple[Any, ...], _Counted] = {}
+_costs: dict[tuple[Any, ...], tuple[float, int]] = {}  # FLOP and calls of a forward, whatever the step
 
 
 def _count(
@@ -264,7 +265,10 @@ def _count(
     batch = _batch(batch_size, seq_len + extra, answer_tokens)
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
     held = 0
-    flops, calls = _forward_cost(model, loss)
+    shape = (config.to_json_string(), kind, scheme, batch_size, seq_len, answer_tokens)
+    if shape not in _costs:
+        _costs[shape] = _forward_cost(model, loss)
+    flops, calls = _costs[shape]
     # forward mode has a derivative of the plain formula alone
     attention = nullcontext() if passes == "forward-grad" else _fused_attention()
     with attention, Allocations(model) as live:
@@ -694,6 +698,10 @@ def _measure_cpu() -> Rates:
     flat = torch.zeros(8 << 20)
     product, copy = best(lambda: a @ a), best(lambda: flat.clone())
     threads = torch.get_num_threads()
+    if threads > 1:  # beside other programs, threads that wait for one another may be slower for a while than one alone
+        torch.set_num_threads(1)
+        product, copy = min(product, best(lambda: a @ a)), min(copy, best(lambda: flat.clone()))
+        torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Gaussian noise: 0.105 s for 135 M elements on two threads.
     return Rates(2 * 512**3 / product, 2 * flat.nbytes / copy, 0.65e9 * threads, memory, 1e-5, None)
