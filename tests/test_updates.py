@@ -307,15 +307,55 @@ def test_an_update_from_a_gradient_is_the_rule_by_torchs_kernels_too(rule, dtype
     start = torch.randn(5, 9, generator=draw, dtype=torch.float64).to(dtype)
     fast, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     states = ({fast: {}}, {plain: {}})
-    for _ in range(3):
-        slope = torch.randn(5, 9, generator=draw, dtype=torch.float64).to(dtype)
+    taken, real = [], type(rule)._by_torch
+    monkeypatch.setattr(type(rule), "_by_torch", lambda *given: taken.append(real(*given)) or taken[-1])
+    for strided in (False, True, False):
+        slope = torch.randn(5, 18, generator=draw, dtype=torch.float64).to(dtype)
+        slope = slope.t()[:9].t() if strided else slope[:, ::2]
         rule.descend([fast], [slope], 0.01, decay, states[0])
         with monkeypatch.context() as without:
             without.setattr(type(rule), "_by_torch", Rule._by_torch)
             rule.descend([plain], [slope], 0.01, decay, states[1])
-    torch.testing.assert_close(fast.data, plain.data, rtol=2 * torch.finfo(dtype).eps, atol=1e-15)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(fast.data, plain.data, rtol=2 * eps, atol=eps / 8)
     assert states[0][fast]["steps"] == states[1][plain]["steps"] == 3
+    wide = dtype in (torch.float32, torch.float64)
+    other = rule.state_dtype == "bfloat16" and dtype != torch.bfloat16
+    assert set(taken) == {(wide and not decay) if isinstance(rule, Sgd) else not other}
     for name in rule.buffers:
         ours, theirs = states[0][fast][name], states[1][plain][name]
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [Sgd(), Adam(), Adam("parameter")])
+def test_gradients_of_any_strides_and_any_default_dtype_give_the_same_update(rule, dtype, monkeypatch):
+    slope = torch.randn(45, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for gradient in (slope[:, 0], torch.ones((), dtype=dtype).expand(45)):
+        moved = []
+        for values, default in ((gradient.clone().contiguous(), torch.float32), (gradient, torch.float16)):
+            param = nn.Parameter(torch.ones(45, dtype=dtype))
+            state = {param: {"steps": 300}}
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(default)
+            try:
+                rule.descend([param], [values], 0.1, 0.0, state)
+            finally:
+                torch.set_default_dtype(before)
+            moved.append(param.data)
+        assert torch.equal(*moved)
+        assert not torch.equal(moved[0], torch.ones(45, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [Sgd(), Adam(), Adam("parameter")])
+def test_no_bit_moves_at_lr_0_and_a_small_one_is_not_lost(rule, dtype):
+    start = torch.tensor([-0.0, 0.0, 1.0, -2.0], dtype=dtype)
+    param = nn.Parameter(start.clone())
+    rule.descend([param], [torch.tensor([-1.0, 1.0, 2.0, 3.0], dtype=dtype)], 0.0, 0.1, {param: {}})
+    assert torch.equal(param.data.view(torch.uint8), start.view(torch.uint8))
+    param = nn.Parameter(torch.zeros(4, dtype=dtype))
+    rule.descend([param], [torch.full((4,), 1e4, dtype=dtype)], 1e-6 if rule.buffers else 1e-8, 0.0, {param: {}})
+    expected = 1e-6 if rule.buffers else 1e-4
+    torch.testing.assert_close(param.data.double(), torch.full((4,), -expected).double(), rtol=0.05, atol=0)

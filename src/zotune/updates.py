@@ -153,7 +153,7 @@ class Rule:
             self._update(param, tiles, state[param], lr, decay)
 
     def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
-        """The update by a kernel of torch's, in one pass; False where it has none that does the same, and nothing is done."""
+        """The update by a kernel of torch's, in one pass; False where it has none that does the same, and nothing is updated."""
         return False
 
     def _update(self, param: Any, tiles: Iterator[tuple[int, Tensor]], own: Any, lr: float, decay: float) -> None:
@@ -278,9 +278,11 @@ class Sgd(Linear):
         return w_n - lr * g_n
 
     def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
-        if shrinkage(lr, decay) != 1:
+        # Beside 16-bit numbers torch rounds alpha, and its product, to 16 bits on a CPU; on CUDA both are float32.
+        narrow = param.dtype.itemsize < 4 and not param.is_cuda
+        if narrow or not float32(lr) or shrinkage(lr, decay) != 1:
             return False
-        param.data.add_(gradient, alpha=-float32(lr))  # in float32 where the weights are narrower, rounded once
+        param.data.add_(gradient, alpha=-float32(lr))
         state[param]["steps"] = state[param].get("steps", 0) + 1
         return True
 
@@ -412,25 +414,26 @@ class Adam(Rule):
         import torch
         from torch.optim.adamw import adamw
 
+        lr, shrink = float32(lr), shrinkage(lr, decay)
         self.reserve([param], state)
         own, wide = state[param], torch.promote_types(param.dtype, torch.float32)
         m, v = (own[name].view(-1) for name in self.buffers)
-        if m.dtype not in (wide, param.dtype) or not param.data.is_contiguous():
+        # at lr 0 not a bit of the weights may change
+        if not lr or m.dtype != v.dtype or m.dtype not in (wide, param.dtype) or not param.data.is_contiguous():
             return False
-        own["steps"] = own.get("steps", 0) + 1
-        lr, shrink = float32(lr), shrinkage(lr, decay)
-        flat, slope = param.data.view(-1), gradient.reshape(-1)
+        flat, slope = param.data.view(-1), gradient.reshape(-1).contiguous()  # the kernels know no strides
         size = flat.numel() if m.dtype == param.dtype else TILE
         for first in range(0, flat.numel(), max(size, 1)):
             at = slice(first, first + size)
             w_n = flat[at].to(m.dtype)
-            before = torch.tensor(own["steps"] - 1.0, device=param.device)
+            before = torch.full((), own.get("steps", 0), dtype=torch.float32, device=param.device)
             adamw(
                 [w_n], [slope[at].to(m.dtype)], [m[at]], [v[at]], [], [before], fused=True, amsgrad=False, maximize=False,
-                beta1=self.beta1, beta2=self.beta2, eps=self.epsilon, lr=lr, weight_decay=(1 - shrink) / lr if lr else 0.0,
+                beta1=self.beta1, beta2=self.beta2, eps=self.epsilon, lr=lr, weight_decay=(1 - shrink) / lr,
             )  # fmt: skip
             if m.dtype != param.dtype:
                 flat[at] = w_n
+        own["steps"] = own.get("steps", 0) + 1
         return True
 
     def reach(self, g_Q: Sequence[float], lr: float) -> list[float]:

@@ -85,12 +85,13 @@ class Rates:
     node: float | None = 1.6e-6
     workspace: int = 8 << 20
     flops_float32: float | None = None
+    has_tf32: bool = True
 
     def of_products(self, dtype: torch.dtype, tf32: bool) -> Rates:
         """Those of products of this dtype."""
         if self.flops_float32 is None or dtype != torch.float32:
             return self
-        return replace(self, flops=self.flops / 2 if tf32 else self.flops_float32, flops_float32=None)
+        return replace(self, flops=self.flops / 2 if tf32 and self.has_tf32 else self.flops_float32, flops_float32=None)
 
 
 # Sustained in a model's forward pass, bfloat16, and float32; H100 measured, the others scaled by their data sheets.
@@ -101,7 +102,7 @@ CARDS = {
     "l4": Rates(60e12, 0.27e12, 0.25e12, 24 * 2**30, flops_float32=15e12),
     "rtx4090": Rates(110e12, 0.9e12, 0.6e12, 24 * 2**30, flops_float32=55e12),
     "rtx3090": Rates(50e12, 0.8e12, 0.3e12, 24 * 2**30, flops_float32=20e12),
-    "t4": Rates(25e12, 0.27e12, 0.1e12, 16 * 2**30, flops_float32=5e12),
+    "t4": Rates(25e12, 0.27e12, 0.1e12, 16 * 2**30, flops_float32=5e12, has_tf32=False),
 }
 
 
@@ -206,8 +207,8 @@ def estimate(
     state = of_step.trained_bytes if state_dtype == "parameter" else STATE_BYTES[state_dtype] * of_step.trainable
     state = rule.state_copies * state + of_step.trained_bytes * (rounding == "compensated")
     narrow, widened, tiles = kind != torch.float32, 0, 0
-    alike = not rule.state_copies or state_dtype == "parameter" or DTYPES[state_dtype] == kind
-    if passes == "first" and rounding == "nearest" and (alike or state_dtype == "float32"):
+    alike = state_dtype == "parameter" or DTYPES[state_dtype] == kind if rule.state_copies else on_card or not narrow
+    if passes == "first" and rounding == "nearest" and (alike or (rule.state_copies and state_dtype == "float32")):
         widened = 0 if alike else 2  # weights and gradient, for torch's own kernel
     elif passes == "first" or not (rule.linear or rule.extra_forwards):  # what the rule's arithmetic on a tile takes
         copies = rule.state_copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
@@ -265,7 +266,7 @@ def _count(
     batch = _batch(batch_size, seq_len + extra, answer_tokens)
     loss = lambda: ROW_LOSSES["answer"](model, batch).mean()  # noqa: E731
     held = 0
-    shape = (config.to_json_string(), kind, scheme, batch_size, seq_len, answer_tokens)
+    shape = (config.to_json_string(), kind, scheme, passes == "forward-grad", batch_size, seq_len, answer_tokens)
     if shape not in _costs:
         _costs[shape] = _forward_cost(model, loss)
     flops, calls = _costs[shape]
@@ -699,9 +700,11 @@ def _measure_cpu() -> Rates:
     product, copy = best(lambda: a @ a), best(lambda: flat.clone())
     threads = torch.get_num_threads()
     if threads > 1:  # beside other programs, threads that wait for one another may be slower for a while than one alone
-        torch.set_num_threads(1)
-        product, copy = min(product, best(lambda: a @ a)), min(copy, best(lambda: flat.clone()))
-        torch.set_num_threads(threads)
+        try:
+            torch.set_num_threads(1)
+            product, copy = min(product, best(lambda: a @ a)), min(copy, best(lambda: flat.clone()))
+        finally:
+            torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Gaussian noise: 0.105 s for 135 M elements on two threads.
     return Rates(2 * 512**3 / product, 2 * flat.nbytes / copy, 0.65e9 * threads, memory, 1e-5, None)
