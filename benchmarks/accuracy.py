@@ -38,10 +38,10 @@ import torch
 import transformers as tf
 from mezo import InPlaceMeZO
 
-from zotune import run as runs
-from zotune.config import TrainConfig, resolve
 from zotune.errors import NonFiniteLoss
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.options import TrainConfig, resolve
+from zotune.run import train as runs
+from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.objectives import objective
 from zotune.trainer import parameter_groups
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from steps import FLOOR, KINDS, MODELS, ZERO_ORDER, batch_of, build, make_step, report_of, sync
 
-from zotune.memory import peak_bytes, reset_peak
+from zotune.estimates.memory import peak_bytes, reset_peak
 
 GIB = 2**30
 SHOWN = [kind for kind in KINDS if "fold" not in kind and "r 4" not in kind and "rademacher, per row" not in kind]

@@ -23,7 +23,7 @@ from torch import nn
 
 import zotune
 from zotune import ZeroOrderOptimizer, replay
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
 
 BFLOAT16 = torch.bfloat16
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from mezo import InPlaceMeZO
 from torch import Tensor
 
 from zotune.models.schemes import get_scheme
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.encoding import Collator, Encoded
 from zotune.tasks.scoring import candidate_losses
 

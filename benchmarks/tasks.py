@@ -182,7 +182,7 @@ class Bench:
         log.parent.mkdir(exist_ok=True)
         with open(log, "wb") as said:
             child = subprocess.Popen(
-                [sys.executable, "-m", "zotune.cli", *job.flags], env=env, stdout=said, stderr=subprocess.STDOUT
+                [sys.executable, "-m", "zotune", *job.flags], env=env, stdout=said, stderr=subprocess.STDOUT
             )
             with self.lock:
                 self.children[job.key] = child

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from zotune import ZeroOrderOptimizer, ZOTrainer, noise
-from zotune.calibration import NormsFolder, measure
 from zotune.cli.app import run
+from zotune.directions.calibration import NormsFolder, measure
 from zotune.errors import InputError
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
 
 
 def inputs_by_hook(model: nn.Module, run_it) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import yaml
 
 import zotune
 from zotune.cli.app import run
-from zotune.trajectory import read_file
+from zotune.record.trajectory import read_file
 
 KEYS = {
     "metric", "test_before", "test_after", "steps", "chosen_step", "resumed_at", "forward_passes", "trainable_parameters",
@@ -174,7 +174,7 @@ def test_a_killed_run_resumes_to_the_bits_of_a_whole_one(flags, tmp_path):
     flags[flags.index("--steps") + 1] = "60"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(["train", *flags, "--output", str(whole)]) == 0
-    command = [sys.executable, "-m", "zotune.cli", "train", *flags, "--output", str(cut), "--resume"]
+    command = [sys.executable, "-m", "zotune", "train", *flags, "--output", str(cut), "--resume"]
     slow = {"ZOTUNE_NOISE_BACKEND": "reference"}  # signs are the same in every backend
 
     def start() -> subprocess.Popen:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
 
 
 def small(dtype=torch.float64) -> nn.Module:
@@ -192,7 +192,7 @@ def test_a_group_that_is_added_begins_with_no_update_of_the_others_waiting():
 
 
 def test_a_stranger_s_record_that_is_no_number_moves_nothing_in_a_replay_either():
-    from zotune import replay
+    from zotune.record import replay
 
     model = small(torch.float32)
     before = copy.deepcopy(model)

@@ -25,7 +25,7 @@ RULES = {"sign": Sign, "momentum": Momentum, "adam": Adam}
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
     """Triton's noise everywhere; of the shapes one is too large to share a launch."""
-    from zotune import fused
+    from zotune.updates import fused
 
     monkeypatch.setenv("ZOTUNE_NOISE_BACKEND", "cuda")
     monkeypatch.setattr(fused, "FEW", 1000)
@@ -111,7 +111,7 @@ def test_a_rule_with_a_move_of_its_own_inherits_no_kernel():
 
 @pytest.mark.parametrize("name", RULES)
 def test_an_lr_of_zero_moves_the_state_alone_and_a_step_that_does_not_go_nothing(name):
-    from zotune import fused
+    from zotune.updates import fused
 
     rule = RULES[name](rounding="compensated")
     named = made(torch.bfloat16)
@@ -135,7 +135,7 @@ def test_an_lr_of_zero_moves_the_state_alone_and_a_step_that_does_not_go_nothing
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_decay_alone_has_the_bits_of_a_product(dtype):
-    from zotune import fused
+    from zotune.updates import fused
 
     named, wanted = made(dtype), [p.data for _, p in made(dtype)]
     directions = directions_of(named, "gaussian")
@@ -182,7 +182,7 @@ def test_any_tile_moves_as_the_rule_says(n, queries, name, direction, state_dtyp
     "sparsity", [{"mask": "random"}, {"mask": "magnitude", "mask_refresh": 1}], ids=lambda s: s["mask"]
 )
 def test_a_masked_pass_is_the_rule_tile_by_tile(sparsity, monkeypatch):
-    from zotune import fused
+    from zotune.updates import fused
 
     monkeypatch.setattr(fused, "SPAN", 512)
     weights = []

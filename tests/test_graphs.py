@@ -17,14 +17,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zotune import ZeroOrderOptimizer, optimizer, updates
-from zotune.engines import graphs
+from zotune import ZeroOrderOptimizer, updates
 from zotune.engines.following import capturing
-from zotune.engines.graphs import StepGraphs, _Captured, applicable, projected
-from zotune.engines.probing import spread, spread_on_device
 from zotune.estimators import OneSided, TwoSided
 from zotune.models.schemes import get_scheme
-from zotune.trajectory import Record, float32
+from zotune.record.trajectory import Record, float32
+from zotune.step import graphs, optimizer
+from zotune.step.graphs import StepGraphs, _Captured, applicable, projected
+from zotune.step.probing import spread, spread_on_device
 from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
 
 CONFIG = tf.LlamaConfig(
@@ -239,7 +239,7 @@ def pretend(monkeypatch) -> None:
     monkeypatch.setattr(StepGraphs, "_captured", captured)
     monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
     for module in (updates, graphs, optimizer):
-        monkeypatch.setattr(module, "fused", lambda directions: import_module("zotune.fused"))
+        monkeypatch.setattr(module, "fused", lambda directions: import_module("zotune.updates.fused"))
 
 
 def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from zotune.cli.app import run
-from zotune.guards import FLOAT32_EPS, WINDOW, Guards
+from zotune.run.guards import FLOAT32_EPS, WINDOW, Guards
 
 
 def said(losses: list[tuple[float, float]]) -> list[str]:

@@ -12,12 +12,12 @@ import torch
 from tiny import causal_model
 
 from zotune.models.schemes import get_scheme
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.scoring import ROW_LOSSES
 
 FAULTS = """
 import resource, torch
-from zotune.memory import keep_freed
+from zotune.estimates.memory import keep_freed
 kept = {keep} and keep_freed()
 def step():
     x = torch.zeros(16 << 20)  # 64 MiB

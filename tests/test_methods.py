@@ -23,7 +23,7 @@ from zotune.cli.app import run
 from zotune.methods import METHODS
 from zotune.models.schemes import get_scheme
 from zotune.noise import reference
-from zotune.trajectory import read_file
+from zotune.record.trajectory import read_file
 
 V, H = 96, 32
 SIZES = {"hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
@@ -221,7 +221,7 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
     flags = tiny.flags(*made, steps=40, eval_every=4, method="zo-adam", dtype="bfloat16", lr="1e-3")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(["train", *flags, "--output", str(whole)]) == 0
-    command = [sys.executable, "-m", "zotune.cli", "train", *flags, "--output", str(cut), "--resume"]
+    command = [sys.executable, "-m", "zotune", "train", *flags, "--output", str(cut), "--resume"]
     slow = {"ZOTUNE_NOISE_BACKEND": "cpu", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=os.environ | slow, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zotune import ZeroOrderOptimizer, noise
-from zotune import replay as replays
 from zotune.cli.app import run
 from zotune.noise import reference
-from zotune.trajectory import Header, Record, TrajectoryWriter, read_file
+from zotune.record import replay as replays
+from zotune.record.trajectory import Header, Record, TrajectoryWriter, read_file
 
 RUNS = [
     {"seed": 3},

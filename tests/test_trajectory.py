@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zotune.trajectory import (
+from zotune.record.trajectory import (
     MAGIC,
     MAX_HEADER,
     Header,
@@ -164,7 +164,7 @@ def test_20000_steps_are_small(tmp_path: Path, pairs: int, limit: int) -> None:
 
 
 def test_the_module_loads_neither_torch_nor_numpy() -> None:
-    code = "import sys, zotune.trajectory; print(sorted({'torch', 'numpy'} & {*sys.modules}))"
+    code = "import sys, zotune.record.trajectory; print(sorted({'torch', 'numpy'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
 from zotune.noise import reference
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
 from zotune.updates import Adam, Conservative, Rule, Sgd, clip
 
 LR, EPS = 3e-3, 1e-3

@@ -45,7 +45,7 @@ def main() -> None:
     left = (60 * args.minutes - RESERVE - (time.monotonic() - began)) / 60
     jobs = ["--jobs", str(args.jobs)] if args.jobs else []
     bound = [sys.executable, "-m", "zotune.bench.child", str(os.getpid())]  # dies with this process
-    bench = [*bound, sys.executable, "-m", "zotune.cli", "bench", "run", *command]
+    bench = [*bound, sys.executable, "-m", "zotune", "bench", "run", *command]
     runner = subprocess.Popen([*bench, "--output", str(args.work), "--for", f"{left:.2f}", *jobs])
     try:
         while True:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zotune.api import evaluate, predict, train
     from zotune.errors import InputError, NonFiniteLoss
-    from zotune.optimizer import ZeroOrderOptimizer
+    from zotune.step.optimizer import ZeroOrderOptimizer
     from zotune.trainer import ZOTrainer, ZOTrainingArguments
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 _HOME = {
     "InputError": "zotune.errors",
     "NonFiniteLoss": "zotune.errors",
-    "ZeroOrderOptimizer": "zotune.optimizer",
+    "ZeroOrderOptimizer": "zotune.step.optimizer",
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",
     "evaluate": "zotune.api",

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zotune.config import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
 from zotune.errors import InputError
-from zotune.run import Listener
+from zotune.options import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
+from zotune.run.train import Listener
 from zotune.tasks.splits import SPLITS
 
 T = TypeVar("T", bound=DataOptions)
@@ -24,7 +24,7 @@ def train(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]
     these; `task` may be a `zotune.tasks.Task` or its keys and values. listener: told of progress.
     With dry_run=True it prints what `--dry-run` prints, and returns {}. Raises InputError for what the command refuses.
     """
-    from zotune.run import train
+    from zotune.run.train import train
 
     config = _resolved(TrainConfig, options)
     if config.dry_run:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from zotune.bench.estimate import (
+from zotune.bench.probe import _until_free
+from zotune.cli.app import run
+from zotune.errors import InputError
+from zotune.estimates.estimate import (
     CARDS,
     METHODS,
     SCHEMES,
@@ -22,9 +25,6 @@ from zotune.bench.estimate import (
     estimate_for,
     model_config,
 )
-from zotune.bench.probe import _until_free
-from zotune.cli.app import run
-from zotune.errors import InputError
 
 SMALL = {"random": {
     "model_type": "llama", "vocab_size": 20000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,

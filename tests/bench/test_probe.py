@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zotune.bench.estimate import build, model_config
 from zotune.bench.probe import measure
 from zotune.bench.suite import expand, load_suite
 from zotune.errors import InputError
+from zotune.estimates.estimate import build, model_config
 
 TINY = {"random": {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -42,7 +42,7 @@ def test_a_probe_has_the_parameters_of_its_config(tied):
 
 
 def test_the_optimizer_has_the_options_of_the_probe(monkeypatch):
-    from zotune import optimizer
+    from zotune.step import optimizer
 
     seen, real = {}, optimizer.ZeroOrderOptimizer
 

@@ -16,7 +16,7 @@ from zotune.bench.store import Record, Store
 from zotune.bench.suite import expand
 from zotune.cli import sweep
 from zotune.cli.app import run
-from zotune.config import SweepConfig, resolve
+from zotune.options import SweepConfig, resolve
 
 
 def options(tmp_path, **changes) -> SweepConfig:

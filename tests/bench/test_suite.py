@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from zotune.bench.cost import forwards_a_step, steps_for
 from zotune.bench.plan import make_plan
 from zotune.bench.suite import Suite, expand, load_suite, matches, shipped
 from zotune.errors import InputError
+from zotune.estimates.cost import forwards_a_step, steps_for
 from zotune.methods import METHODS
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.step.optimizer import ZeroOrderOptimizer
 
 NAMED = {
     "smoke", "sst2", "complexities", "alignment", "memory", "context-length", "query-budget", "enhancements", "paper",
@@ -42,7 +42,7 @@ def test_what_a_shipped_suite_names_and_this_version_lacks_is_left_out_with_a_re
 
 
 def test_the_paper_s_suite_is_the_whole_study(monkeypatch):
-    from zotune.bench import cost
+    from zotune.estimates import cost
 
     monkeypatch.setattr(cost, "_blocks_of", lambda model, scheme, kind: 27)
     expanded = expand(load_suite("paper"))

@@ -10,7 +10,7 @@ from torch import nn
 from zotune import ZeroOrderOptimizer
 from zotune.directions import Displacement
 from zotune.engines import dual as dual_engine
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
 
 pytestmark = pytest.mark.gpu
 

@@ -19,8 +19,8 @@ from torch import nn
 from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import Displacement, signed
 from zotune.engines import dual
-from zotune.engines.probing import shares
 from zotune.noise import reference
+from zotune.step.probing import shares
 
 FAMILIES = [*CAUSAL, *MASKED]
 

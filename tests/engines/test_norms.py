@@ -10,7 +10,7 @@ from torch import nn
 from zotune.engines import parts
 from zotune.engines.modules import FusedModules
 from zotune.engines.norms import recognised
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.step.optimizer import ZeroOrderOptimizer
 
 RMS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"}
 

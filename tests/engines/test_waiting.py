@@ -14,8 +14,8 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer
 from zotune.engines import dual as dual_engine
-from zotune.engines import graphs
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
+from zotune.step import graphs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 READS = ["llama", "opt", "gpt2", "deberta"]  # tied heads, biases, weights that no linear map reads, whole tables

@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from zotune.cli.app import run
-from zotune.trajectory import read_file
+from zotune.record.trajectory import read_file
 
 ORDER, OTHER = '{"0": "bad", "1": "good"}', '{"1": "good", "0": "bad"}'
 

@@ -14,8 +14,8 @@ from families import CAUSAL, MASKED, H, V
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer
-from zotune.bench.estimate import Allocations
 from zotune.errors import InputError
+from zotune.estimates.estimate import Allocations
 from zotune.models.kinds import kind_of
 from zotune.models.schemes import PREFIX_TOKENS, PROMPT_TOKENS, get_scheme, trainable_parameters
 from zotune.tasks.encoding import Collator, Encoded

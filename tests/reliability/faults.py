@@ -242,7 +242,7 @@ def _write(path: str, tree: Any) -> None:
 
 
 def _records(root: str) -> int:
-    from zotune.trajectory import read_file
+    from zotune.record.trajectory import read_file
 
     try:
         return len(read_file(os.path.join(root, "trajectory.zot")).records)
@@ -258,7 +258,7 @@ class KilledAtStep:
     when: str
 
     def __call__(self) -> None:
-        from zotune.trajectory import TrajectoryWriter
+        from zotune.record.trajectory import TrajectoryWriter
 
         append = TrajectoryWriter.append
 

@@ -14,8 +14,8 @@ import pytest
 from faults import DELETES, POWER, Fault, Limit
 from processes import assert_same, number, outcome, zotune
 
-from zotune.folder import RunFolder
-from zotune.trajectory import read_file
+from zotune.record.trajectory import read_file
+from zotune.run.folder import RunFolder
 
 SYNC = 2  # --sync-every of these runs
 FAILS = ("enospc", "short", "eio")

@@ -13,7 +13,7 @@ import pytest
 from faults import KilledAtStep
 from processes import Zotune, assert_same, number, outcome, zotune
 
-from zotune.trajectory import read_file
+from zotune.record.trajectory import read_file
 
 LONG = {"steps": 32, "eval_every": 7, "save_every": 6}
 RUNS: list[dict[str, Any]] = [
@@ -198,7 +198,7 @@ class NoForward:
         self.steps = steps
 
     def __call__(self) -> None:
-        from zotune.optimizer import ZeroOrderOptimizer
+        from zotune.step.optimizer import ZeroOrderOptimizer
 
         step = ZeroOrderOptimizer.step
 

@@ -13,11 +13,11 @@ import torch
 import transformers as tf
 from processes import outcome
 
-from zotune import run as runs
 from zotune.cli.app import run
-from zotune.config import TrainConfig, resolve
 from zotune.errors import InputError
-from zotune.trajectory import TrajectoryWriter
+from zotune.options import TrainConfig, resolve
+from zotune.record.trajectory import TrajectoryWriter
+from zotune.run import train as runs
 
 
 def steps_saved(folder: Path) -> list[int]:

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from processes import number
 
 from zotune.bench.suite import load_suite, shipped
-from zotune.config import EvalConfig, TrainConfig, resolve
 from zotune.errors import InputError
-from zotune.folder import RunFolder
+from zotune.options import EvalConfig, TrainConfig, resolve
+from zotune.record.trajectory import Header, Record, TrajectoryError, TrajectoryWriter, coefficients, read
+from zotune.run.folder import RunFolder
 from zotune.tasks.rows import read_file as read_rows
-from zotune.trajectory import Header, Record, TrajectoryError, TrajectoryWriter, coefficients, read
 
 CORPUS = Path(__file__).parent / "corpus"
 ALLOWED = 64_000_000  # bytes, beside twice the file's size

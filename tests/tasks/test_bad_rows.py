@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import tiny
 
-from zotune import run as runs
 from zotune.cli.app import run
 from zotune.errors import InputError
+from zotune.record.trajectory import read_file as read_trajectory
+from zotune.run import train as runs
 from zotune.tasks.rows import BadRows, read_file
 from zotune.tasks.splits import Source, find_source, training_splits
 from zotune.tasks.task import Task
-from zotune.trajectory import read_file as read_trajectory
 
 TASK = Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"})
 

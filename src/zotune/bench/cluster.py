@@ -42,7 +42,7 @@ from zotune.bench.runner import (
 from zotune.bench.store import Store, now
 from zotune.errors import InputError
 
-PROGRAM = ("-m", "zotune.cli")  # after the node's own Python
+PROGRAM = ("-m", "zotune")  # after the node's own Python
 TOKEN = ".token"  # in the output folder: a node that reads the driver's token there sees the driver's folder
 EARLIER_SECONDS = 60.0  # until the run of a driver that was killed has let go of its folder
 

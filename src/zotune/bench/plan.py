@@ -189,7 +189,7 @@ START_SECONDS = 8.0  # until the first step, where no run has told: imports, the
 
 def _estimated(options: Mapping[str, Any]) -> str:
     """What an estimate depends on."""
-    from zotune.bench.estimate import READ
+    from zotune.estimates.estimate import READ
 
     return json.dumps([options.get(name) for name in ("model", *READ)], sort_keys=True)
 
@@ -245,7 +245,7 @@ def foresee(plan: Plan, store: Store | None = None) -> Forecast:
 
 def _guess(run: Run) -> dict[str, Any]:
     """Memory, and seconds a step, from the model's config; nothing where it cannot be had."""
-    from zotune.bench.estimate import estimate_for
+    from zotune.estimates.estimate import estimate_for
 
     definition = run.cell.made.get("model")
     try:

@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from zotune.bench.estimate import model_config, without_dropout
 from zotune.bench.suite import PROBE_STEP, probe_config
-from zotune.memory import M_MMAP_THRESHOLD, peak_bytes, reset_peak, set_malloc
+from zotune.estimates.estimate import model_config, without_dropout
+from zotune.estimates.memory import M_MMAP_THRESHOLD, peak_bytes, reset_peak, set_malloc
 from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
 from zotune.tasks.scoring import ROW_LOSSES
@@ -38,7 +38,11 @@ def measure(options: Mapping[str, Any]) -> dict[str, Any]:
     `PROBE_OPTIONS` names: all that changes a step. Each method is zotune's own, fo-adam too.
     On the CPU the peak is the process's, less what it held before there was a model.
     """
-    for name in ("transformers.initialization", "peft", "zotune.optimizer"):  # not while others wait for the device
+    for name in (
+        "transformers.initialization",
+        "peft",
+        "zotune.step.optimizer",
+    ):  # not while others wait for the device
         import_module(name)
     with _alone():
         return _measure(options)
@@ -146,7 +150,7 @@ def _fill(model: nn.Module) -> None:
 def _stepper(
     model: nn.Module, batch: Mapping[str, torch.Tensor], options: Mapping[str, Any]
 ) -> tuple[Callable[[], Any], Callable[[], int]]:
-    from zotune.optimizer import ZeroOrderOptimizer
+    from zotune.step.optimizer import ZeroOrderOptimizer
 
     config = probe_config(options)
     given = config.step_options | {key: getattr(config, key) for key in PROBE_STEP}

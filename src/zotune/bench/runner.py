@@ -26,11 +26,11 @@ from zotune.bench import Stopped, materials, warm
 from zotune.bench.plan import Forecast, Plan, Run, code_version, made_folder
 from zotune.bench.store import Record, Store, now
 from zotune.errors import InputError
-from zotune.folder import write_atomically
+from zotune.run.folder import write_atomically
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which saves, and SIGKILL
 POLL_SECONDS = 0.1
-ZOTUNE = (sys.executable, "-m", "zotune.cli")
+ZOTUNE = (sys.executable, "-m", "zotune")
 ERROR_CHARACTERS = 4000
 # What torch, CUDA and numpy say where memory is short.
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "MemoryError", "CUBLAS_STATUS_ALLOC_FAILED")

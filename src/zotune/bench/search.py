@@ -12,9 +12,9 @@ from zotune.bench.choice import goodness, outcome
 from zotune.bench.plan import Plan, Run, foresee, make_plan
 from zotune.bench.store import Store
 from zotune.bench.suite import Suite, expand
-from zotune.config import SweepConfig
 from zotune.errors import InputError
 from zotune.methods import has_eps
+from zotune.options import SweepConfig
 
 __all__ = ["by_optuna", "outcome", "plan_of", "suite_of", "values"]
 

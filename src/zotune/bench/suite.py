@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from zotune.bench.cost import forwards_a_step, forwards_of, steps_for
-from zotune.config import STEP_OPTIONS, Options, Positive, TrainConfig, load_yaml, resolve
 from zotune.errors import InputError, nearest
+from zotune.estimates.cost import forwards_a_step, forwards_of, steps_for
+from zotune.options import STEP_OPTIONS, Options, Positive, TrainConfig, load_yaml, resolve
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
 PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run

@@ -24,11 +24,12 @@ from zotune.bench.child import die_with
 
 # What `zotune train` imports on its way, whatever the model.
 LOADED = (
-    "zotune.cli.app", "zotune.cli.train", "zotune.cli.expected", "zotune.cli.progress", "zotune.run", "zotune.replay",
-    "zotune.card", "zotune.calibration", "zotune.bench.estimate", "zotune.bench.probe", "zotune.enhancements", "zotune.noise.cpu",
-    "zotune.tasks.own", "zotune.tasks.generation", "zotune.models.adapters", "zotune.models.quantized",
-    "zotune.engines.dual", "zotune.engines.graphs", "torch._dynamo", "datasets", "peft", "transformers.trainer",
-    "transformers.modelcard", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "zotune.cli.app", "zotune.cli.train", "zotune.cli.expected", "zotune.cli.progress", "zotune.run.train",
+    "zotune.record.replay", "zotune.run.card", "zotune.directions.calibration", "zotune.estimates.estimate",
+    "zotune.bench.probe", "zotune.step.enhancements", "zotune.noise.cpu", "zotune.tasks.own",
+    "zotune.tasks.generation", "zotune.models.adapters", "zotune.models.quantized", "zotune.engines.dual",
+    "zotune.step.graphs", "torch._dynamo", "datasets", "peft", "transformers.trainer", "transformers.modelcard",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.loss.loss_utils", "transformers.core_model_loading",
 )  # fmt: skip
 AVAILABLE = sys.platform == "linux"

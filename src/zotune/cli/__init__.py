@@ -1,4 +1,4 @@
-"""The command line: a command a file, its options made from the models in `zotune.config`."""
+"""The command line: a command a file, its options made from the models in `zotune.options`."""
 
 from __future__ import annotations
 

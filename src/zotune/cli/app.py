@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 import zotune
-from zotune import config
+from zotune import options as config
 from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss, plain
 

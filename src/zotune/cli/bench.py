@@ -158,7 +158,7 @@ def probe(options: str, output: Annotated[str, typer.Option("--output")]) -> Non
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(options + "\n", encoding="utf-8")  # JSON is YAML
-    from zotune.folder import write_atomically
+    from zotune.run.folder import write_atomically
 
     write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2) + "\n")
 
@@ -361,7 +361,7 @@ class Live:
         from rich.console import Console
         from rich.live import Live as RichLive
 
-        from zotune.memory import readable
+        from zotune.estimates.memory import readable
 
         self.readable = readable
         self.console = Console(stderr=True)

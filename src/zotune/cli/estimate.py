@@ -8,10 +8,10 @@ import os
 import warnings
 from typing import Any
 
-from zotune.config import EstimateConfig
 from zotune.errors import InputError, nearest
-from zotune.folder import write_atomically
-from zotune.memory import readable
+from zotune.estimates.memory import readable
+from zotune.options import EstimateConfig
+from zotune.run.folder import write_atomically
 
 SEQ_LEN = 256
 BYTES, FORMATS = {"GiB": 2**30, "MiB": 2**20}, {"GiB": ".2f", "MiB": ".1f"}
@@ -21,7 +21,7 @@ def estimate(options: EstimateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zotune.bench.estimate import CARDS, compare, model_config, rates_here
+    from zotune.estimates.estimate import CARDS, compare, model_config, rates_here
     from zotune.inference import output_file
     from zotune.methods import METHODS
 

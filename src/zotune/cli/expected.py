@@ -7,8 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from zotune.memory import readable
-from zotune.run import LENGTHS, Prepared
+from zotune.estimates.memory import readable
+from zotune.run.train import LENGTHS, Prepared
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,20 @@ def time_of(seconds: float) -> str:
 
 
 def expected(ready: Prepared) -> Expected:
-    """By `zotune.bench.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
+    """By `zotune.estimates.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
 
     Nothing for what that does not know: blocks, hybrid training, kept masks, quantised weights, several directions, masked
     models, classifiers, answers that are generated, losses without a gradient.
     """
-    from zotune.bench.estimate import METHODS, PROCESS_BYTES, SCHEMES, counted, estimate, forward_seconds, rates_here
+    from zotune.estimates.estimate import (
+        METHODS,
+        PROCESS_BYTES,
+        SCHEMES,
+        counted,
+        estimate,
+        forward_seconds,
+        rates_here,
+    )
     from zotune.models.kinds import kind_of
 
     config = ready.config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zotune.config import MergeConfig
 from zotune.errors import InputError
-from zotune.folder import check_model_folder, model_folder
 from zotune.models.adapters import put_adapter, save
-from zotune.run import load
+from zotune.options import MergeConfig
+from zotune.run.folder import check_model_folder, model_folder
+from zotune.run.train import load
 
 
 def merge(options: MergeConfig) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zotune.config import PreviewConfig
 from zotune.models.loading import find_kind, limit_of, load_tokenizer
 from zotune.models.schemes import get_scheme
-from zotune.run import check_kind
+from zotune.options import PreviewConfig
+from zotune.run.train import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded

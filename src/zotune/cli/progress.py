@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from zotune.cli.expected import Expected, expected
-from zotune.run import Listener, Prepared
+from zotune.run.train import Listener, Prepared
 
 
 class Bars(Listener):

@@ -6,14 +6,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from zotune import replay as replays
-from zotune.card import rebuilt_card
 from zotune.cli.progress import Bars
-from zotune.config import ModelOptions, ReplayConfig
 from zotune.errors import InputError
-from zotune.folder import CARD, check_model_folder, model_folder
 from zotune.models import adapters
-from zotune.run import load
+from zotune.options import ModelOptions, ReplayConfig
+from zotune.record import replay as replays
+from zotune.run.card import rebuilt_card
+from zotune.run.folder import CARD, check_model_folder, model_folder
+from zotune.run.train import load
 
 
 def replay(options: ReplayConfig) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from zotune.bench import need_extra
 from zotune.cli.bench import Live, check_folder, count_gpus, show_plan
-from zotune.config import SweepConfig
 from zotune.errors import InputError
+from zotune.options import SweepConfig
 
 if TYPE_CHECKING:
     from zotune.bench.plan import Plan
@@ -22,7 +22,7 @@ def sweep(options: SweepConfig) -> None:
     from zotune.bench import search
     from zotune.bench.runner import execute, sole_runner
     from zotune.bench.store import Store
-    from zotune.folder import write_atomically
+    from zotune.run.folder import write_atomically
 
     if options.overwrite:
         raise InputError("--overwrite: a search goes on where it is; name another --output to begin anew")

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zotune import run
 from zotune.cli.expected import Expected, time_of
 from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
-from zotune.config import TrainConfig
-from zotune.folder import RunFolder
-from zotune.memory import keep_freed, peak_bytes, readable
+from zotune.estimates.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
+from zotune.options import TrainConfig
+from zotune.run import train as run
+from zotune.run.folder import RunFolder
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from zotune.config import Options, fault_line, read_yaml
 from zotune.errors import InputError, nearest
+from zotune.options import Options, fault_line, read_yaml
 from zotune.tasks.task import MADE_BY_ASK, METRICS, Hub, Task
 
 SUFFIXES = (".yaml", ".yml")

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from zotune.config import DataOptions
 from zotune.errors import InputError
+from zotune.options import DataOptions
 from zotune.tasks import get_task
 from zotune.tasks.chat import check_template
 from zotune.tasks.encoding import Encoded, Encoder

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zotune.config import EvalConfig, PredictConfig
 from zotune.errors import InputError
-from zotune.folder import write_atomically
 from zotune.models.adapters import put_adapter
-from zotune.run import Listener, encoder_for, load, pad_id
+from zotune.options import EvalConfig, PredictConfig
+from zotune.run.folder import write_atomically
+from zotune.run.train import Listener, encoder_for, load, pad_id
 from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome

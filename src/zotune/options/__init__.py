@@ -494,7 +494,7 @@ def _method_problems(options: TrainConfig) -> list[str]:
     try:
         method = make_method(options.method, queries=options.queries, **own)
         if len(given) > len(own):
-            from zotune.enhancements import Enhancements
+            from zotune.step.enhancements import Enhancements
 
             enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
             enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)

@@ -47,8 +47,8 @@ def _blocks_of(model: str, scheme: str, kind: str) -> int:
     """model: as JSON, a name or `{random: config}`."""
     import torch
 
-    from zotune.bench.estimate import build, model_config, with_scheme
-    from zotune.enhancements import partition
+    from zotune.estimates.estimate import build, model_config, with_scheme
+    from zotune.step.enhancements import partition
 
     made, _ = with_scheme(build(model_config(json.loads(model)), torch.float32), scheme)
     try:

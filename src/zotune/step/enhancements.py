@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.calibration import Norms, by_output, chunk_of, scores
 from zotune.directions import Directions, Displacement, HeldDisplacement, signed
+from zotune.directions.calibration import Norms, by_output, chunk_of, scores
 from zotune.errors import InputError, nearest
-from zotune.trajectory import float32
+from zotune.record.trajectory import float32
 
 logger = logging.getLogger(__name__)
 

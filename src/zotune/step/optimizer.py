@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from zotune import noise
-from zotune.calibration import Norms, measure
 from zotune.directions import Directions, Displacement
+from zotune.directions.calibration import Norms, measure
 from zotune.engines import choose, make_engine
 from zotune.engines.following import FollowingEngine, rows_in
 from zotune.engines.forward_mode import ForwardModeEngine
-from zotune.engines.graphs import Flight, StepGraphs
-from zotune.engines.probing import centre, loss_at, probe, shares, spread, whole
 from zotune.engines.sequential import SequentialEngine, Through, same_draws
-from zotune.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
 from zotune.errors import InputError, NonFiniteLoss, nearest
 from zotune.estimators import TwoSided
 from zotune.methods import make_method
-from zotune.trajectory import Record
+from zotune.record.trajectory import Record
+from zotune.step.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
+from zotune.step.graphs import Flight, StepGraphs
+from zotune.step.probing import centre, loss_at, probe, shares, spread, whole
 from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, clip, fused, steps_of
 
 logger = logging.getLogger(__name__)

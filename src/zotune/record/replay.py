@@ -15,17 +15,17 @@ import transformers
 from torch import nn
 
 from zotune import noise
-from zotune.calibration import NormsFolder
 from zotune.directions import joined
+from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError, plain
-from zotune.folder import CALIBRATION
 from zotune.methods import METHODS
 from zotune.models import schemes
 from zotune.models.loading import DTYPES
 from zotune.models.quantized import inner_tensors, is_quantized, library_versions
-from zotune.optimizer import ZeroOrderOptimizer
+from zotune.record.trajectory import Header, Record, Trajectory, read_file
+from zotune.run.folder import CALIBRATION
+from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
-from zotune.trajectory import Header, Record, Trajectory, read_file
 from zotune.updates import Linear, Scalars
 
 AT_ONCE = 1024  # steps in one pass over the weights

@@ -24,15 +24,10 @@ import transformers
 from torch import Tensor, nn
 
 from zotune import noise
-from zotune.calibration import NormsFolder
-from zotune.card import command, model_card, trajectory_card
-from zotune.config import DataOptions, ModelOptions, TrainConfig
-from zotune.engines.probing import sides
+from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError
+from zotune.estimates.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.estimators import TwoSided
-from zotune.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
-from zotune.guards import Guards
-from zotune.memory import AdamCost, adam_cost, peak_bytes, reset_peak
 from zotune.models import schemes
 from zotune.models.adapters import save
 from zotune.models.heads import head_names, is_named, label_names, outputs_of
@@ -48,8 +43,23 @@ from zotune.models.loading import (
 )
 from zotune.models.quantized import base_dtype, library_versions, refuse_rough, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
-from zotune.optimizer import StepRecord, ZeroOrderOptimizer
-from zotune.replay import fingerprint, machine, start
+from zotune.options import DataOptions, ModelOptions, TrainConfig
+from zotune.record.replay import fingerprint, machine, start
+from zotune.record.trajectory import (
+    Header,
+    Record,
+    Records,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryWriter,
+    float32,
+    read_file,
+)
+from zotune.run.card import command, model_card, trajectory_card
+from zotune.run.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFolder, sync, write_atomically
+from zotune.run.guards import Guards
+from zotune.step.optimizer import StepRecord, ZeroOrderOptimizer
+from zotune.step.probing import sides
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
@@ -60,16 +70,6 @@ from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 from zotune.tasks.task import LOWER_IS_BETTER, MASK
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
-from zotune.trajectory import (
-    Header,
-    Record,
-    Records,
-    Trajectory,
-    TrajectoryError,
-    TrajectoryWriter,
-    float32,
-    read_file,
-)
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
 UNSEEN = {"deterministic", "log_every"}  # keys that change no step

@@ -6,7 +6,7 @@ others read ĝ = (1/Q) Σ_q g_q·z_q element by element: it is drawn a tile at a
 `Rule.apply` is all that a step does to the weights given the scalars that a run records, so that a replay calls what the
 run called; a rule with state is replayed from step 0.
 
-On CUDA the rules that read ĝ run as `zotune.fused` has them, one pass a parameter. What a step decides from its losses is
+On CUDA the rules that read ĝ run as `zotune.updates.fused` has them, one pass a parameter. What a step decides from its losses is
 written twice here, for the host and (`…_on_device`) for a captured graph, to the same bits.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zotune.trajectory import coefficient, float32, shrinkage
+from zotune.record.trajectory import coefficient, float32, shrinkage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class Rule:
     rounding: str = "nearest"
 
     buffers = ()  # type: tuple[str, ...]
-    kernel = ""  # in `zotune.fused`, which does what `move` does; without one, tile by tile everywhere
+    kernel = ""  # in `zotune.updates.fused`, which does what `move` does; without one, tile by tile everywhere
     linear = False
     counts = False  # whether `numbers` depends on how many steps were applied
     capturable = False  # as part of a CUDA graph: what it decides can be decided on the device
@@ -230,13 +230,13 @@ class Linear(Rule):
 
 
 def fused(directions: Directions) -> Any:
-    """`zotune.fused` where Triton draws the noise of all these parameters, on one device; else None."""
+    """`zotune.updates.fused` where Triton draws the noise of all these parameters, on one device; else None."""
     from zotune import noise
 
     devices = {param.device for param in directions.params}
     if len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
         return None
-    return import_module("zotune.fused")
+    return import_module("zotune.updates.fused")
 
 
 def steps_of(directions: Directions, state: State) -> list[int] | None:

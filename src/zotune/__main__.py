@@ -1,4 +1,4 @@
-"""`python -m zotune.cli`."""
+"""`python -m zotune`: the command line."""
 
 from zotune.cli import main
 

@@ -610,7 +610,7 @@ def _quantised(model: nn.Module) -> tuple[int, int]:
 
 
 def _forwards(method: str, queries: int, estimator: str) -> int:
-    from zotune.bench.cost import forwards_a_step
+    from zotune.estimates.cost import forwards_a_step
 
     return forwards_a_step({"method": method, "queries": queries, "estimator": estimator})
 

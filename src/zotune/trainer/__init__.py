@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zotune.errors import nearest
 from zotune.methods import METHODS
-from zotune.optimizer import ZeroOrderOptimizer, trainable
+from zotune.step.optimizer import ZeroOrderOptimizer, trainable
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from zotune.config import TrainConfig
+from zotune.options import TrainConfig
+from zotune.record.trajectory import Header
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
-from zotune.trajectory import Header
 
 
 def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:

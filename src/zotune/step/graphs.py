@@ -21,10 +21,10 @@ from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, signed
 from zotune.engines.forward_mode import ForwardModeEngine
-from zotune.engines.probing import centre, loss_at, probe, spread_on_device, whole
 from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine, Through
 from zotune.estimators import Estimator
+from zotune.step.probing import centre, loss_at, probe, spread_on_device, whole
 from zotune.updates import DECAY, NUMBERS, Conservative, Linear, Rule, fused
 
 logger = logging.getLogger(__name__)

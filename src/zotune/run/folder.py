@@ -15,8 +15,8 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from zotune.config import load_yaml
 from zotune.errors import InputError, StorageError
+from zotune.options import load_yaml
 
 CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs

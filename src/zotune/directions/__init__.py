@@ -154,7 +154,7 @@ class Directions:
         self.groups = len(groups)
         self._together: dict[tuple[int, ...], noise.Many] = {}
         self.update: tuple[Any, Any] | None = (
-            None  # the last of `zotune.fused` over these parameters, by where they were
+            None  # the last of `zotune.updates.fused` over these parameters, by where they were
         )
         self.params: list[torch.nn.Parameter] = []
         self.slots: dict[int, Slot] = {}

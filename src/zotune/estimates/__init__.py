@@ -1,0 +1,1 @@
+"""What a step costs in memory and time, before it is taken."""

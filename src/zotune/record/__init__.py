@@ -1,0 +1,1 @@
+"""What a run leaves: its trajectory, and the weights again from it."""

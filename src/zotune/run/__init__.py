@@ -1,0 +1,1 @@
+"""`zotune train`: a run and its folder."""

@@ -1,0 +1,1 @@
+"""A step: from options and losses to moved weights."""
