@@ -47,7 +47,7 @@ def directions_of(named: list[tuple[str, nn.Parameter]], direction: str) -> Dire
 def apply(rule: Rule, directions: Directions, by: Scalars, state: dict, tiles: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if tiles:
-            patch.setattr(updates, "fused", lambda directions: None)
+            patch.setattr(updates, "passes_for", lambda directions: None)
         rule.apply(directions, by, state)
 
 
@@ -190,7 +190,7 @@ def test_a_masked_pass_is_the_rule_tile_by_tile(sparsity, monkeypatch):
         named = made(torch.float32)[:2]
         with pytest.MonkeyPatch.context() as patch:
             if tiles:
-                patch.setattr(updates, "fused", lambda directions: None)
+                patch.setattr(updates, "passes_for", lambda directions: None)
             options = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "sparsity": 0.5} | sparsity
             optimizer = ZeroOrderOptimizer(named, "zo-adam", **options)
             for _ in range(2):

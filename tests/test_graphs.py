@@ -239,7 +239,7 @@ def pretend(monkeypatch) -> None:
     monkeypatch.setattr(StepGraphs, "_captured", captured)
     monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
     for module in (updates, graphs, optimizer):
-        monkeypatch.setattr(module, "fused", lambda directions: import_module("zotune.updates.fused"))
+        monkeypatch.setattr(module, "passes_for", lambda directions: import_module("zotune.updates.fused"))
 
 
 def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):
@@ -510,7 +510,7 @@ def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, monkeypa
     """On meta tensors, which have no numbers; kernels left out."""
     applied = []
     monkeypatch.setattr(
-        graphs, "fused", lambda directions: SimpleNamespace(Update=lambda *args: SimpleNamespace(run=run))
+        graphs, "passes_for", lambda directions: SimpleNamespace(Update=lambda *args: SimpleNamespace(run=run))
     )
     monkeypatch.setattr(
         graphs, "probe", lambda *args: [torch.zeros((), dtype=torch.float64, device="meta")] * len(probes)

@@ -25,7 +25,7 @@ from zotune.engines.scratch import Scratch
 from zotune.engines.sequential import SequentialEngine, Through
 from zotune.estimators import Estimator
 from zotune.step.probing import centre, loss_at, probe, spread_on_device, whole
-from zotune.updates import DECAY, NUMBERS, Conservative, Linear, Rule, fused
+from zotune.updates import DECAY, NUMBERS, Conservative, Linear, Rule, passes_for
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class StepGraphs:
         """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
         if kernel not in self._updates:
             directions, names = self.engine.directions, () if kernel == DECAY else self.rule.kept_names
-            self._updates[kernel] = fused(directions).Update(kernel, directions, self.state, names)
+            self._updates[kernel] = passes_for(directions).Update(kernel, directions, self.state, names)
         return self._updates[kernel]
 
     def apply(

@@ -31,7 +31,7 @@ from zotune.record.trajectory import Record
 from zotune.step.enhancements import Enhancements, Mask, MaskedDirections, partition, shallow
 from zotune.step.graphs import Flight, StepGraphs
 from zotune.step.probing import centre, loss_at, probe, shares, spread, whole
-from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, clip, fused, steps_of
+from zotune.updates import ROUNDINGS, Conservative, Linear, Scalars, clip, passes_for, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -615,7 +615,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if rule.counts:
             self.land()  # how many steps were applied decides what Adam does next
         steps_G = steps_of(self.engine.directions, self.state) if rule.counts else [0] * len(groups)
-        if steps_G is None or ((not rule.linear or any(decay_G)) and fused(self.engine.directions) is None):
+        if steps_G is None or ((not rule.linear or any(decay_G)) and passes_for(self.engine.directions) is None):
             return None
         if self._graphs is None or self._graphs.eps_G != eps_G or self._graphs.engine is not self.engine:
             estimator, applies = self.method.estimator, self.fold_every == 1

@@ -122,7 +122,7 @@ class Rule:
 
         g_GQ = tuple(tuple(float32(float32(g) / len(g_Q)) for g in g_Q) for g_Q in by.g_GQ)
         mean = Displacement(by.seeds_Q, g_GQ)
-        passes = fused(directions) if self.kernel else None
+        passes = passes_for(directions) if self.kernel else None
         if passes is not None and (steps_G := steps_of(directions, state)) is not None:
             device = directions.params[0].device
             seeds_Q, _ = mean.on(0, device)
@@ -229,7 +229,7 @@ class Linear(Rule):
             directions.apply(by)
 
 
-def fused(directions: Directions) -> Any:
+def passes_for(directions: Directions) -> Any:
     """`zotune.updates.fused` where Triton draws the noise of all these parameters, on one device; else None."""
     from zotune import noise
 
