@@ -51,7 +51,7 @@ def test_the_updates_of_k_steps_are_estimated_at_the_same_weights_and_applied_to
     expected = [p.clone() for p in start]
     for step in range(3):
         optimizer.step(rows_of(model), batch=data())
-        seeds, (g,) = optimizer._seeds(step, 0), optimizer.last.g_GQ
+        seeds, (g,) = optimizer.seeds(step, 0), optimizer.last.g_GQ
         assert len(seeds) == len(g)
         for i, param in enumerate(model.parameters()):
             for seed, scalar in zip(seeds, g, strict=True):
@@ -174,7 +174,7 @@ def test_a_low_rank_update_of_many_directions_is_the_sum_of_its_parts():
         first.step(rows_of(at_once), batch=x)
         second.step(rows_of(apart), batch=x)
     for moved in second._pending:
-        second.engine.apply(moved, 1)
+        second.engine.writer.apply(moved, 1)
     for a, b in zip(at_once.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 

@@ -52,8 +52,8 @@ def pair(name="llama", dtype=torch.float32, **options):
     models = [build(name).to(dtype) for _ in range(2)]
     options = {"lr": 1e-2, "eps": 1e-2, "seed": 3, "engine": "dual"} | options
     holds, direct = (ZeroOrderOptimizer(model, **options) for model in models)
-    assert holds.engine.holds
-    direct.engine.may_hold = False
+    assert holds.engine.writer.holds
+    direct.engine.writer.may = False
     return models, (holds, direct)
 
 
@@ -283,7 +283,7 @@ def replayed(monkeypatch):
     monkeypatch.setattr(graphs.StepGraphs, "_captured", captured)
     step = ZeroOrderOptimizer._captured_step
 
-    def as_on_cuda(self, loss_of, batches, shares):
+    def as_on_cuda(self, loss_of, batches, shared):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             graph_step = graphs.StepGraphs.step
@@ -293,7 +293,7 @@ def replayed(monkeypatch):
                 return graph_step(*args)
 
             patch.setattr(graphs.StepGraphs, "step", without)
-            return step(self, loss_of, batches, shares)
+            return step(self, loss_of, batches, shared)
 
     monkeypatch.setattr(ZeroOrderOptimizer, "_captured_step", as_on_cuda)
 

@@ -48,7 +48,7 @@ def _blocks_of(model: str, scheme: str, kind: str) -> int:
     import torch
 
     from zotune.estimates.estimate import build, model_config, with_scheme
-    from zotune.step.enhancements import partition
+    from zotune.step.blocks import partition
 
     made, _ = with_scheme(build(model_config(json.loads(model)), torch.float32), scheme)
     try:

@@ -33,7 +33,7 @@ from zotune.engines.sequential import SequentialEngine
 from zotune.errors import InputError, nearest
 from zotune.models.loading import DTYPES
 from zotune.tasks.scoring import ROW_LOSSES
-from zotune.updates import TILE
+from zotune.updates.rule import TILE
 
 METHODS = (
     "zo-sgd", "zo-sgd-mmt", "zo-sgd-sign", "zo-sgd-cons", "zo-adam", "forward-grad", "fo-sgd", "fo-adam",

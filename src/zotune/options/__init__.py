@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from zotune.errors import InputError, nearest
+from zotune.errors import InputError, OptionError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,12 @@ class TrainConfig(DataOptions, ModelOptions):
     freeze: list[str] = Field(
         [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
     )
-    direction: Literal["gaussian", "rademacher"] = Field("gaussian", description="distribution of the directions")
-    estimator: Literal["two-sided", "one-sided"] = Field("two-sided", description="how the losses give a gradient")
+    direction: Literal["gaussian", "rademacher"] | None = Field(
+        None, description="distribution of the directions [default: the method's own, else gaussian]"
+    )
+    estimator: Literal["two-sided", "one-sided", "leave-one-out"] | None = Field(
+        None, description="how the losses give a gradient [default: the method's own, mostly two-sided]"
+    )
     lr: Annotated[float, Field(ge=0)] | None = Field(
         None, description="learning rate [default: by scheme and model size]"
     )
@@ -158,11 +162,17 @@ class TrainConfig(DataOptions, ModelOptions):
         "constant", description="what becomes of lr over the run"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    queries: Positive = Field(1, description="directions a step; each costs two forwards")
+    queries: Positive | None = Field(
+        None, description="directions for the same rows [default: the method's own, mostly 1]"
+    )
     groups: Positive | Literal["batch"] = Field(
         1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
     )
     rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    forward_tokens: Positive | None = Field(
+        None,
+        description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
+    )
     fold_every: Positive = Field(
         1, description="apply the updates of so many steps together, in one pass over the weights"
     )
@@ -269,6 +279,11 @@ class TrainConfig(DataOptions, ModelOptions):
         from zotune.registry import names
 
         known = names(info.field_name)
+        if info.field_name == "method" and ":" in value:  # module:NAME, whose errors say what is wrong with it
+            from zotune.methods import find
+
+            find(value)
+            return value
         if value not in known:
             raise ValueError(f"unknown {info.field_name} {value!r}; {nearest(value, known)}")
         return value
@@ -277,17 +292,26 @@ class TrainConfig(DataOptions, ModelOptions):
     def step_options(self) -> dict[str, Any]:
         """What the method and the enhancements of it are given, beyond what every method takes."""
         given = {k: v for k in STEP_OPTIONS if (v := getattr(self, k)) is not None}
-        from zotune.methods import METHODS
+        from zotune.methods import find
 
-        if self.estimator != "two-sided" or "estimator" in METHODS[self.method].options:
+        if self.estimator is not None:
             given["estimator"] = self.estimator
+        elif "estimator" in find(self.method).options:
+            given["estimator"] = "two-sided"
         return given
+
+    @property
+    def directions_a_row(self) -> int:
+        """Q of the method: as given, else its own."""
+        from zotune.methods import find
+
+        return self.queries or find(self.method).queries
 
     @property
     def pairs(self) -> int:
         """Directions of a full step."""
         rows = self.batch_size * self.accumulate
-        return self.queries * (rows if self.groups == "batch" else min(int(self.groups), rows))
+        return self.directions_a_row * (rows if self.groups == "batch" else min(int(self.groups), rows))
 
     @property
     def evaluates_every(self) -> int:
@@ -300,7 +324,6 @@ class TrainConfig(DataOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
-LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
 
 # Options that go to `ZeroOrderOptimizer` as they are, where they are given.
@@ -424,7 +447,6 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
             _say_unused(options.method, given)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
-    problems += _engine_problems(given)
     if given.get("quantize") is not None and issubclass(kind, TrainConfig) and given.get("scheme", "full") in WHOLE:
         problems.append(
             f"--quantize {given['quantize']}: scheme {given.get('scheme', 'full')} trains weights of the model itself; "
@@ -489,62 +511,38 @@ def _method_problems(options: TrainConfig) -> list[str]:
                 f"{_flag(name)} {getattr(options, name)}: no multiple of --fold-every {options.fold_every}; make it one"
             ]
 
+    from zotune.step.choices import Choices
+    from zotune.step.enhancements import Enhancements
+
     given = options.step_options
     own = {k: v for k, v in given.items() if k in ("estimator", *METHOD_OPTIONS)}
     try:
-        method = make_method(options.method, queries=options.queries, **own)
-        if len(given) > len(own):
-            from zotune.step.enhancements import Enhancements
-
-            enhancements = Enhancements(**{k: v for k, v in given.items() if k not in own})
-            enhancements.refuse(options.method, method.first_order, method.rule.extra_forwards > 0)
-            if options.scheme in LAYERLESS and (enhancements.hybrid or enhancements.blocks not in (None, "linear")):
-                name = "hybrid" if enhancements.hybrid else f"blocks={enhancements.blocks!r}"
-                raise ValueError(
-                    f"{name}: scheme {options.scheme!r} trains nothing within the layers; use --scheme full or lora"
-                )
-        if options.calibration_rows is not None and options.mask != "wanda":
-            raise ValueError(f"calibration_rows={options.calibration_rows}: means nothing without mask wanda")
-        if options.mask == "wanda" and options.scheme != "full":
-            raise ValueError(
-                f"mask wanda scores the model's own linear maps, of which scheme {options.scheme!r} trains none; "
-                "use --scheme full, or --mask random"
-            )
-        if method.rule.extra_forwards and options.weight_decay:
-            raise ValueError(f"method {options.method!r} takes no weight_decay: it may stay where it is")
+        chosen = Choices(
+            make_method(options.method, queries=options.queries, **own), options.method, options.seed, options.direction,
+            options.groups, options.engine, options.rank, options.fold_every, options.rounding, options.forward_tokens,
+            weight_decay=options.weight_decay, scheme=options.scheme,
+            enhancements=Enhancements(**{k: v for k, v in given.items() if k not in own}),
+        )  # fmt: skip
+    except OptionError as error:
+        return [f"{_flag(error.option)}: {error}"]
     except ValueError as error:
-        names = (*STEP_OPTIONS, "estimator", "queries", "calibration_rows")
-        lacks = re.search(r"has no option '(\w+)'", str(error))
-        starts = [lacks[1]] if lacks else [k for k in names if str(error).startswith(k)]
-        name = next(iter([*starts, *(k for k in names if k in str(error)), "method"]))
-        return [f"{_flag(name)}: {error}"]
-    return []
+        return [f"--method: {error}"]
+    if options.calibration_rows is not None and options.mask != "wanda":
+        return [f"--calibration-rows {options.calibration_rows}: means nothing without --mask wanda"]
+    return [f"{_flag(problem.option)}: {problem}" for problem in chosen.problems()]
 
 
 def _say_unused(method: str, given: Mapping[str, Any]) -> None:
     """A line for each option that is given and that the method has no use for: one set of options may serve several methods."""
-    from zotune.methods import METHODS, has_eps
+    from zotune.methods import find, has_eps
 
-    if method not in METHODS or has_eps(method):
+    if has_eps(method):
         return
-    unused = ["eps", "epses"] + (["direction", "engine"] if METHODS[method].build().first_order else [])
+    unused = ["eps", "epses"] + (["direction", "engine"] if find(method).build().first_order else [])
     defaults = {name: field.default for name, field in SweepConfig.model_fields.items()}
     for name in unused:
         if given.get(name) is not None and given[name] != defaults[name]:
             logger.warning("%s %s: method %s does not use it", _flag(name), given[name], method)
-
-
-def _engine_problems(given: Mapping[str, Any]) -> list[str]:
-    groups, engine = str(given.get("groups", 1)), given.get("engine", "auto")
-    problems = []
-    if groups != "1" and engine in ("sequential", "dual"):
-        problems.append(f"--groups {groups}: engine {engine} gives a batch one direction; use --engine lowrank or auto")
-    rank = given.get("rank", 1)
-    if groups == "1" and engine != "lowrank" and str(rank) != "1":
-        problems.append(f"--rank {rank}: of low-rank directions; use --engine lowrank or --groups batch with it")
-    if groups != "1" and given.get("estimator") == "one-sided":
-        problems.append(f"--groups {groups}: needs two-sided estimates")
-    return problems
 
 
 def _of_another_command(key: str, kind: type[Options]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -15,7 +14,6 @@ import transformers
 from torch import nn
 
 from zotune import noise
-from zotune.directions import joined
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError, plain
 from zotune.methods import METHODS
@@ -26,7 +24,6 @@ from zotune.record.trajectory import Header, Record, Trajectory, read_file
 from zotune.run.folder import CALIBRATION
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
-from zotune.updates import Linear, Scalars
 
 AT_ONCE = 1024  # steps in one pass over the weights
 
@@ -179,48 +176,19 @@ def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
     )
     if len(optimizer.param_groups) != header.groups:
         raise ValueError(f"the header has {header.groups} parameter groups, this model {len(optimizer.param_groups)}")
-    optimizer.pairs = header.pairs // (optimizer.method.estimator.queries * len(optimizer.blocks))
+    optimizer.pairs = header.pairs // (optimizer.method.queries * len(optimizer.blocks))
+    optimizer.folds_by_query = "forward_tokens" not in header.method_options  # as it was before places shared a forward
     return optimizer
 
 
-@torch.no_grad()
 def apply(
     optimizer: ZeroOrderOptimizer, records: Sequence[Record], advance: Callable[[int], None] = lambda steps: None
 ) -> None:
     """Do to the weights what the recorded steps did, in order; many steps in a pass where a step is a list of coefficients."""
-    optimizer.land()
     for first in range(0, len(records), AT_ONCE):
         some = records[first : first + AT_ONCE]
-        if not _together(optimizer, some):
-            for record in some:
-                optimizer.apply_record(record)
-                if record.folded:
-                    optimizer.flush()
+        optimizer.apply_records(some)
         advance(len(some))
-
-
-def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
-    """Many steps, tensor by tensor, each rounded, or folded, as the run did. False where a step is more than Σ c·z."""
-    rule, engine = optimizer.method.rule, optimizer.engine
-    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or rule.rounding != "nearest":
-        return False
-    if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
-        return False
-    moves, waiting = [], optimizer._pending
-    for record in records:
-        if not record.skipped and not any(map(math.isnan, record.g)):
-            optimizer.pairs = len(record.g) // optimizer.method.estimator.queries
-            g_GQ = (record.g,) * engine.directions.groups
-            by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)
-            waiting.append(rule.displacement(by))
-        if ((record.step + 1) % optimizer.fold_every == 0 or record.folded) and waiting:
-            moves.append(joined(waiting))
-            waiting.clear()
-    for group in optimizer.param_groups:
-        group["step"] += len(records)
-    at_once = max((len(by.seeds_Q) for by in moves), default=1) if optimizer.fold_every > 1 else optimizer.pairs
-    engine.apply_each(moves, at_once)
-    return True
 
 
 def described(trajectory: Trajectory, steps: int, differ: Sequence[str]) -> str:

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.calibration import NormsFolder
+from zotune.engines.following import most_tokens
+from zotune.engines.places import tokens_in
 from zotune.errors import InputError
 from zotune.estimates.memory import AdamCost, adam_cost, peak_bytes, reset_peak
-from zotune.estimators import TwoSided
+from zotune.methods import find
 from zotune.models import schemes
 from zotune.models.adapters import save
 from zotune.models.heads import head_names, is_named, label_names, outputs_of
@@ -73,6 +75,8 @@ from zotune.trainer import ZOTrainer, ZOTrainingArguments
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
 UNSEEN = {"deterministic", "log_every"}  # keys that change no step
+# keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
+RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens")
 LONGEST = 8192  # characters of a command that a trajectory's header takes
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
@@ -267,11 +271,13 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
     """The options with what depends on the model filled in."""
-    scheme = get_scheme(config.scheme)
+    scheme, method = get_scheme(config.scheme), find(config.method).build()
     return config.model_copy(
         update={
-            "lr": config.lr if config.lr is not None else scheme.default_lr(model),
-            "eps": config.eps if config.eps is not None else scheme.eps,
+            "lr": method.own("lr", config.lr, scheme.default_lr(model)),
+            "eps": method.own("eps", config.eps, scheme.eps),
+            "direction": config.direction or method.direction or "gaussian",
+            "queries": config.directions_a_row,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
             "eval_every": config.evaluates_every,
         }
@@ -284,7 +290,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     check_reporters(config.report_to)
     folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-    asked = {k: v for k, v in recorded.items() if k not in ("lr", "eps", "dtype") or v is not None}
+    asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
     asked["eval_every"] = config.evaluates_every
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
     with folder.storing(), folder.locked():
@@ -301,6 +307,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             if ready.unread:
                 listener.say(ready.unread)
             ready.config = config = resolved(config, ready.model)
+            if config.forward_tokens is None:
+                ready.config = config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
             if not config.resume:
                 optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
             if config.overwrite:
@@ -310,6 +318,17 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             return _Run(ready, folder, listener).go()
 
 
+def tokens_together(ready: Prepared) -> int:
+    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any batch at least."""
+    config = ready.config
+    longest = max(ready.train, key=lambda row: row.tokens)
+    multiple = LENGTHS if ready.device.type == "cuda" else 1
+    batch = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple).collate(
+        [longest] * config.batch_size
+    )
+    return max(most_tokens(ready.device), 2 * tokens_in(batch))
+
+
 def optimizer_for(ready: Prepared) -> ZeroOrderOptimizer:
     """A run's optimizer, at lr 0. Raises InputError for options that do not go together."""
     config = ready.config
@@ -317,7 +336,7 @@ def optimizer_for(ready: Prepared) -> ZeroOrderOptimizer:
         return ZeroOrderOptimizer(
             ready.model, config.method, lr=0.0, eps=config.eps or 1e-3, direction=config.direction, queries=config.queries,
             groups=config.groups, rank=config.rank, fold_every=config.fold_every, rounding=config.rounding,
-            weight_decay=config.weight_decay, engine=config.engine,
+            forward_tokens=config.forward_tokens, weight_decay=config.weight_decay, engine=config.engine,
             **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
         )  # fmt: skip
     except ValueError as error:
@@ -478,6 +497,7 @@ class _Run:
             queries=config.queries,
             groups=config.groups,
             rank=config.rank,
+            forward_tokens=config.forward_tokens,
             fold_every=config.fold_every,
             rounding=config.rounding,
             engine=config.engine,
@@ -520,7 +540,8 @@ class _Run:
         assert isinstance(optimizer, ZeroOrderOptimizer)
         if config.engine == "auto":
             self.listener.say(f"engine {optimizer.chosen_engine}")
-        optimizer.pairs = config.pairs // config.queries
+        optimizer.pairs = config.pairs // config.directions_a_row
+        optimizer.folds_by_query = self._of_before()
         optimizer.norms = NormsFolder(self.folder / CALIBRATION)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.recorder = _Recorder(self, trainer)
@@ -530,6 +551,18 @@ class _Run:
         if config.early_stop is not None:
             trainer.add_callback(_EarlyStop(config.early_stop))
         return trainer
+
+    def _of_before(self) -> bool:
+        """Whether this goes on with a run that is older than places that share a forward, which is said where that shows."""
+        path, config = self.folder / "trajectory.zot", self.ready.config
+        recorded = readable(path, 0) if path.exists() else None
+        if recorded is None or "forward_tokens" in recorded.header.method_options:
+            return False
+        if config.directions_a_row > 1 or config.estimator == "one-sided":
+            self.listener.say(
+                "this run is older than forwards that several places share: losses from here on may differ in their last bits"
+            )
+        return True
 
     header: Header | None = None  # None: a step by back-propagation is no list of scalars
 
@@ -565,7 +598,7 @@ class _Run:
         labels = label_names(self.ready.model.config) if kind == "classifier" else self.ready.task.labels
         return Header(
             noise_version=noise.NOISE_VERSION,
-            direction=config.direction,
+            direction=config.direction or "gaussian",
             method=config.method,
             seed=config.seed,
             planned_steps=config.steps,
@@ -579,6 +612,7 @@ class _Run:
                 "groups": config.groups,
                 "rank": config.rank,
             }
+            | ({} if optimizer.folds_by_query else {"forward_tokens": config.forward_tokens})
             | ({"fold_every": config.fold_every} if config.fold_every > 1 else {})
             | ({"rounding": config.rounding} if config.rounding != "nearest" else {}),
             dtype=str(config.dtype),
@@ -662,7 +696,7 @@ class _TaskTrainer(ZOTrainer):
         optimizer.apply_record(record)
         optimizer.forward_passes += optimizer.forwards_a_step * batches
         losses_P, g_GQ = (record.loss_plus, record.loss_minus), (record.g,) * len(record.lr)
-        optimizer.took(StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
+        optimizer.took(StepRecord(step, (), losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
         return torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device)
 
     def calibration_batch(self, row: Any) -> Any:
@@ -810,7 +844,7 @@ class _Recorder(transformers.TrainerCallback):
             plus, minus = float32(record.loss_plus), float32(record.loss_minus)
             g_Q = tuple(map(float32, record.g))
             self.g = sum(g_Q) / len(g_Q)
-            loss = (plus + minus) / 2 if isinstance(self.trainer.zo_optimizer.method.estimator, TwoSided) else minus
+            loss = minus if 0 in self.trainer.zo_optimizer.method.signs else (plus + minus) / 2
             if not last.skipped:
                 self.guards.see(step, plus, minus, g_Q)
         self.losses.append(loss)
@@ -838,11 +872,11 @@ class _Recorder(transformers.TrainerCallback):
         optimizer, written = self.trainer.zo_optimizer, self.trainer.recorded
         if written is not None and last.step < len(written):
             return written[last.step]
-        plus, other = sides(optimizer.method.estimator, last.losses_P)
+        plus, other = sides(optimizer.method.signs, last.losses_P, len(last.shares))
         return Record(
             step=last.step,
             loss_plus=_over_rows(plus or other, last.shares),  # forward mode: both are L(θ)
-            loss_minus=_over_rows(other, last.shares),
+            loss_minus=_over_rows(other or plus, last.shares),  # leave-one-out: no other
             g=last.g_GQ[0],
             lr=last.lr_G,
             decay=last.decay_G,

@@ -13,8 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zotune.errors import nearest
-from zotune.methods import METHODS
+from zotune.methods import find
 from zotune.step.optimizer import ZeroOrderOptimizer, trainable
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
@@ -28,12 +27,16 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     The run's `seed` also seeds the directions, `weight_decay` is decoupled, and the schedule steps once an update.
     """
 
-    method: str = field(default="zo-sgd", metadata={"help": "a method of `zotune list methods`"})
-    eps: float = field(default=1e-3, metadata={"help": "size of the perturbation, in units of the weights"})
-    direction: str = field(default="gaussian", metadata={"help": "gaussian or rademacher"})
-    queries: int = field(default=1, metadata={"help": "directions a step; each costs two forwards"})
+    method: Any = field(default="zo-sgd", metadata={"help": "a method of `zotune list methods`, or a zotune.Method"})
+    eps: float | None = field(
+        default=None,
+        metadata={"help": "size of the perturbation, in units of the weights [the method's own, else 1e-3]"},
+    )
+    direction: str | None = field(default=None, metadata={"help": "gaussian or rademacher [the method's own]"})
+    queries: int | None = field(default=None, metadata={"help": "directions for the same rows [the method's own]"})
     groups: Any = field(default=1, metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch'"})
     rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
+    forward_tokens: int | None = field(default=None, metadata={"help": "tokens of one forward at most"})
     fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
     rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
@@ -57,8 +60,8 @@ class ZOTrainingArguments(transformers.TrainingArguments):
 
 
 _ZO_FIELDS = (
-    "method", "eps", "direction", "queries", "groups", "rank", "fold_every", "rounding", "engine", "method_options",
-    "max_skipped", "calibration_rows",
+    "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "fold_every", "rounding", "engine",
+    "method_options", "max_skipped", "calibration_rows",
 )  # fmt: skip
 
 
@@ -109,8 +112,8 @@ class ZOTrainer(transformers.Trainer):
             for f in dataclasses.fields(ZOTrainingArguments)
             if f.name in _ZO_FIELDS
         } | given
-        if self._zo["method"] not in METHODS:
-            raise ValueError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
+        if isinstance(self._zo["method"], str):
+            find(self._zo["method"])  # an unknown name is refused here
         if args.fp16:
             raise ValueError(
                 "fp16=True scales gradients, and there are none here: load the model with dtype=torch.float16"
