@@ -22,7 +22,8 @@ from zotune.estimators import LeaveOneOut, OneSided, TwoSided
 from zotune.methods import Method
 from zotune.models.schemes import get_scheme
 from zotune.record.trajectory import Record, coefficient, float32
-from zotune.step import graphs, optimizer
+from zotune.step import captured as captured_steps
+from zotune.step import graphs
 from zotune.step.arithmetic import Given, applicable, coefficients, projected, weights_of
 from zotune.step.graphs import Shape, StepGraphs, _Captured
 from zotune.updates import Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
@@ -40,7 +41,7 @@ CONFIG = tf.LlamaConfig(
 
 def steps_apart(plain: ZeroOrderOptimizer, captured: ZeroOrderOptimizer, f, g, batches) -> None:
     """The same steps by both, the first without graphs."""
-    plain._captured_step = lambda *args: None
+    plain.captured.wanted = False
     for batch in batches:
         plain.step(f, batch=batch)
         captured.step(g, batch=batch)
@@ -70,9 +71,9 @@ def test_captured_steps_give_the_weights_of_steps_without(dtype, direction, engi
     first.flush()
     second.flush()
     assert getattr(second.engine, "usable", True)
-    assert second._graphs is not None
-    assert second._graphs.usable
-    assert len(second._graphs._graphs) == 2
+    assert second.captured.graphs is not None
+    assert second.captured.graphs.usable
+    assert len(second.captured.graphs) == 2
     assert first.forward_passes == second.forward_passes == 16
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
@@ -106,12 +107,12 @@ def test_captured_folds_give_the_weights_of_folds_without(dtype, options):
 
     before = copy.deepcopy(plain.state_dict())
     first, second = (ZeroOrderOptimizer(m, lr=1e-3, seed=1, **options) for m in (plain, captured))
-    first._captured_step = lambda *args: None
+    first.captured.wanted = False
     f, g = loss_of(plain), loss_of(captured)
     for _ in range(8):
         first.step(f, batch=batch)
         second.step(g, batch=batch)
-    assert second._graphs.usable
+    assert second.captured.graphs.usable
     assert second.state_bytes == first.state_bytes
     assert not torch.equal(before["lm_head.weight"], captured.state_dict()["lm_head.weight"])
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
@@ -125,7 +126,7 @@ def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
     batch = {"x": torch.randn(4, 8, device="cuda")}
     for _ in range(2):
         optimizer.step(lambda batch: model(batch["x"]).square().mean(), batch=batch)
-    assert not optimizer._graphs.usable
+    assert not optimizer.captured.graphs.usable
     assert optimizer.steps == 2
 
 
@@ -165,9 +166,9 @@ def test_steps_of_a_scheme_are_captured(scheme, chosen, dtype, monkeypatch):
     )
     steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
     second.land()
-    assert second._graphs is not None
-    assert second._graphs.usable
-    assert len(second._graphs._graphs) == 2
+    assert second.captured.graphs is not None
+    assert second.captured.graphs.usable
+    assert len(second.captured.graphs) == 2
     assert {*added} == ({True, False} if chosen else {*added})  # adapters are kernels, in graphs and without
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
@@ -238,8 +239,8 @@ def pretend(monkeypatch) -> None:
         return True
 
     monkeypatch.setattr(StepGraphs, "_captured", captured)
-    monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
-    for module in (rules, graphs, optimizer):
+    monkeypatch.setattr(captured_steps, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
+    for module in (rules, graphs, captured_steps):
         monkeypatch.setattr(module, "passes_for", lambda directions: import_module("zotune.updates.fused"))
 
 
@@ -253,8 +254,8 @@ def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):
     held = []
     for rows in (3, 5, 2, 4):
         optimizer.step(loss, batch={"x": torch.randn(rows, 192)})
-        held.append(sum(buffer.numel() for buffer in optimizer._graphs._scratch._free))
-    assert len(optimizer._graphs._graphs) == 4
+        held.append(sum(buffer.numel() for buffer in optimizer.captured.graphs._scratch._free))
+    assert len(optimizer.captured.graphs) == 4
     assert held == [held[0]] * 4
     assert held[0] == 4 * 160 * 192
 
@@ -269,7 +270,7 @@ def optimizer_of(model: nn.Module, captured: bool = True, **options) -> ZeroOrde
     ]
     made = ZeroOrderOptimizer(params, **({"eps": 1e-2, "seed": 1} | options))
     if not captured:
-        made._captured_step = lambda *args: None
+        made.captured.wanted = False
     return made
 
 
@@ -277,6 +278,7 @@ def take(made: ZeroOrderOptimizer, loss, batch, step: int):
     for group in made.param_groups:
         group["lr"] = 0.01 / (1 + step)
     made.step(loss, batch=batch)
+    made.land()
     return made.last
 
 
@@ -343,8 +345,8 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
     for step, batch in enumerate(batches):
         before, saved = copy.deepcopy(captured), copy.deepcopy(second.state_dict()["state"])
         wanted, got = take(first, f, batch, step), take(second, g, batch, step)
-        assert second._graphs is not None
-        assert second._graphs.usable
+        assert second.captured.graphs is not None
+        assert second.captured.graphs.usable
         assert not exact or repr(got) == repr(wanted)
         assert got.skipped == wanted.skipped == (step == 2)
         if got.skipped:
@@ -393,7 +395,7 @@ def test_forward_grad_folds_as_the_host_does(kind, options, monkeypatch):
         assert repr(take(second, captured.losses, batch, step)) == repr(take(first, host.losses, batch, step))
     first.flush()
     second.flush()
-    assert second._graphs.usable
+    assert second.captured.graphs.usable
     assert same(captured, host)
     assert not same(captured, start)
 
@@ -409,7 +411,7 @@ def test_a_redrawn_mask_is_where_the_graphs_look_for_it(kind, mask, monkeypatch)
     captured = copy.deepcopy(host)
     options = {"lr": 1e-2, "eps": 1e-2, "seed": 2**63 + 5, "sparsity": 0.5, "mask": mask, "mask_refresh": 2}
     first, second = (ZeroOrderOptimizer(model, **options) for model in (host, captured))
-    first._captured_step = lambda *args: None
+    first.captured.wanted = False
     f, g = (lambda batch, model=model: model(batch["x"]).square().mean(1) for model in (host, captured))
     places, graphs_seen, masks = set(), set(), []
     for step in range(7):
@@ -419,8 +421,8 @@ def test_a_redrawn_mask_is_where_the_graphs_look_for_it(kind, mask, monkeypatch)
         kept = [state["kept"] for state in second.state.values() if state.get("kept") is not None]
         places.add(tuple(t.data_ptr() for t in kept))
         masks.append([t.clone() for t in kept])
-        graphs_seen.add(id(second._graphs))
-    assert second._graphs.usable
+        graphs_seen.add(id(second.captured.graphs))
+    assert second.captured.graphs.usable
     assert len(places) == len(graphs_seen) == 1
     assert (len(masks[0]) > 0) == (mask != "random")
     if mask != "random":
@@ -450,7 +452,7 @@ def test_a_state_that_is_loaded_is_what_the_next_captured_step_sees(kind, option
         for step in range(3, 6):
             take(made, loss, batches[step], step)
         ends.append(copy.deepcopy(model))
-    assert made._graphs is not None
+    assert made.captured.graphs is not None
     assert same(*ends)
     assert not same(ends[0], weights)
 

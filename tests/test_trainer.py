@@ -107,7 +107,7 @@ def test_whoever_reads_the_weights_finds_an_update_that_was_held_back(tmp_path, 
     ours = train(tmp_path / "ours", **held)
     assert ours.zo_optimizer.engine.writer.holds
     holding = []
-    monkeypatch.setattr("zotune.engines.dual.DualEngine.holds", property(lambda self: holding.append(1)))
+    monkeypatch.setattr("zotune.engines.waiting.WaitingWriter.holds", property(lambda self: holding.append(1)))
     theirs = train(tmp_path / "theirs", **held)
     watched = Watching()
     train(tmp_path / "watched", zo=held["zo"] | {"callbacks": [watched]})
@@ -184,7 +184,7 @@ def test_a_run_that_is_stopped_early_ends_with_all_its_updates(tmp_path, monkeyp
         )  # fmt: skip
         trainer = ZOTrainer(trained, args, train_dataset=ROWS, data_collator=collate, callbacks=[StopsAt(step)])
         trainer.train()
-        assert not trainer.zo_optimizer._pending
+        assert not trainer.zo_optimizer.pending
         return trained
 
     assert same(stopped(4, 4), stopped(4, 8))

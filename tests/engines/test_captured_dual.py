@@ -62,8 +62,8 @@ def test_captured_steps_that_hold_updates_back_give_the_bits_of_steps_that_do_no
             holds.settle()
             assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     assert holds.engine.writer.holds
-    assert holds._graphs.usable
-    assert len(holds._graphs._graphs) == 6
+    assert holds.captured.graphs.usable
+    assert len(holds.captured.graphs) == 6
     assert holds.skipped_steps == direct.skipped_steps == 2
     assert not all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     holds.flush()

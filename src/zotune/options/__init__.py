@@ -528,7 +528,7 @@ def _method_problems(options: TrainConfig) -> list[str]:
     except ValueError as error:
         return [f"--method: {error}"]
     if options.calibration_rows is not None and options.mask != "wanda":
-        return [f"--calibration-rows {options.calibration_rows}: means nothing without --mask wanda"]
+        return [f"--calibration-rows: calibration_rows={options.calibration_rows}: means nothing without mask wanda"]
     return [f"{_flag(problem.option)}: {problem}" for problem in chosen.problems()]
 
 

@@ -106,6 +106,10 @@ class StepGraphs:
         # One for all: graphs run one after the other, and none reads what another has left.
         self._scratch = Scratch(keeps=True)
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._graphs)
+
     def step(
         self,
         loss: Callable[[Any], Tensor],

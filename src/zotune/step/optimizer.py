@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,17 +26,17 @@ from zotune.errors import NonFiniteLoss
 from zotune.methods import Method, make_method
 from zotune.record.steps import StepRecord
 from zotune.record.trajectory import Record
+from zotune.step import replaying
 from zotune.step.arithmetic import Given, weights_of
 from zotune.step.blocks import partition
+from zotune.step.captured import CapturedSteps
 from zotune.step.choices import Choices
 from zotune.step.enhancements import Enhancements
-from zotune.step.graphs import Flight, Shape, StepGraphs
 from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks
 from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
 from zotune.step.probing import shares
 from zotune.updates import Linear
-from zotune.updates.rule import passes_for, steps_of
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
 
@@ -125,12 +123,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.last: StepRecord | None = None  # the last step that has landed: see `land`
         self.skipped_steps = 0  # of those that have landed
         self._skipped_in_a_row = 0
-        self._flying: deque[Flight] = deque()
-        self._pending: list[Displacement] = []
+        self.pending: list[Displacement] = []  # updates that wait for a fold
         self._masks = StepMasks(more, int(seed)) if more.sparsity is not None else None
         self.calibrate: Callable[[], int] | None = None
         self.norms: MutableMapping[int, Norms] = {}
-        self._graphs: StepGraphs | None = None
+        self.captured = CapturedSteps()
         self._version = 0  # of the weights after the last step, by others' writes alone
         self.engine: Any = None
         self.blocks: list[Any] = []
@@ -203,7 +200,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             self.flush()
         super().add_param_group(group)
         if built:
-            self._graphs = None
+            self.captured.forget()
             self._build()
 
     # A step.
@@ -228,13 +225,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shared = self._shares(closure, batch, batches)
-        self._draw_mask(loss_of, batches)
-        if batch is not None and (near := self._captured_step(loss_of, batches, shared)) is not None:
+        self.draw_mask(loss_of, batches)
+        if batch is not None and (near := self.captured.step(self, loss_of, batches, shared)) is not None:
             return near
         self.land()
         taken = HostStep(self, loss_of, batches, hold=batch is not None)
         record, loss = taken.take(shared)
-        self._advance(len(batches))
+        self.advance(len(batches))
         self.took(record)
         return torch.tensor(loss) if taken.tensors else loss
 
@@ -253,7 +250,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.pairs = max(self.pairs, directions)
         return shares(rows, directions)
 
-    def _draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
+    def draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
         """The mask of this step; without a loss one that was drawn from data is made of what is recorded."""
         masks, directions = self._masks, self.engine.directions
         if masks is None:
@@ -268,57 +265,18 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             self.steps, self.param_groups[0]["seed"], directions, self.state, measured if loss_of is not None else None
         )
         if moved:
-            self._graphs = None  # they read the mask where it was
+            self.captured.forget()  # graphs read the mask where it was
 
-    def _captured_step(self, loss_of: Any, batches: Sequence[Any], shared: tuple[int, ...]) -> Tensor | None:
-        """The loss near θ where the step can be taken as a CUDA graph, else None. The device may still be at it, and at the
-        step before: what the host has to do meets with what the device does.
-        """
-        groups, rule, more = self.param_groups, self.method.rule, self.enhancements
-        if not rule.capturable or self.method.first_order or more.blocks is not None or more.hybrid is not None:
-            return None
-        if not all(_on_cuda(p) for g in groups for p in g["params"]) or not all(
-            isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches
-        ):
-            return None
-        lr_G, decay_G, eps_G = self.settings()
-        if rule.counts:
-            self.land()  # how many steps were applied decides what Adam does next
-        steps_G = steps_of(self.engine.directions, self.state) if rule.counts else [0] * len(groups)
-        if steps_G is None or ((not rule.linear or any(decay_G)) and passes_for(self.engine.directions) is None):
-            return None
-        if self._graphs is None or self._graphs.eps_G != eps_G:
-            applies = self.fold_every == 1
-            self._graphs = StepGraphs(self.engine, self.method, eps_G, self.room(), more.g_clip, self.state, applies)
-        seeds_Q = self.seeds(self.steps, 0)
-        empty = StepRecord(self.steps, seeds_Q, (), (), lr_G, decay_G, shares=shared)
-        shape = Shape(shared, self.pairs, any(decay_G), self.at_once(len(seeds_Q)))
-        flight = self._graphs.step(loss_of, batches, empty, rule.table(lr_G, decay_G, steps_G), shape)
-        if flight is None:
-            return None
-        self._flying.append(flight)
-        self._advance(len(batches))
-        self.land(but=1)
-        self.fold_at(empty.step)
-        return flight.loss
-
-    def _advance(self, batches: int) -> None:
+    def advance(self, batches: int) -> None:
         """One step more, on so many batches."""
         self.forward_passes += self.forwards_a_step * batches
         for group in self.param_groups:
             group["step"] += 1
         self._version = self._weights_version()
 
-    def land(self, but: int = 0) -> None:
-        """Wait for all steps that the device has been given, but so many, and see what they found."""
-        while len(self._flying) > but:
-            record, rule = self._flying.popleft().landed(), self.method.rule
-            if not record.skipped and self.fold_every == 1:
-                rule.count(self.engine.directions.params, self.state)
-            elif not record.skipped:
-                assert isinstance(rule, Linear)
-                self._pending.append(rule.displacement(record))
-            self.took(record)
+    def land(self) -> None:
+        """Wait for all steps that the device has been given, and see what they found."""
+        self.captured.land(self)
 
     def took(self, record: StepRecord) -> None:
         """A step is one of the past. Raises NonFiniteLoss where it was one skipped too many."""
@@ -365,7 +323,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         for engine, record in late:
             if self.fold_every > 1:
                 assert isinstance(rule, Linear)
-                self._pending.append(rule.displacement(record))
+                self.pending.append(rule.displacement(record))
                 continue
             through = Through(engine.writer, self.at_once(len(record.seeds_Q)), hold)
             rule.apply(through if rule.linear else engine.directions, record, self.state)
@@ -385,63 +343,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         For an optimizer made with the run's method, options, seed, direction and engine; one eps for all groups. Raises
         ValueError for a record of another step, and for a method whose steps are not scalars (back-propagation).
         """
-        if any(g.get("first_order") for g in self.param_groups):
-            raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
-        self.land()
-        self.settle()
-        late: list[tuple[Any, StepRecord]] = []
-        blocks = self._recorded(record)
-        self._draw_mask()
-        for engine, taken in zip(self.blocks, blocks, strict=True):
-            if not taken.skipped:
-                late.append((engine, taken))
-            if self.enhancements.block_update != "jacobi":
-                self.apply_now(late)
-        self.apply_now(late)
-        self.fold_at(record.step)
-        for group in self.param_groups:
-            group["step"] += 1
+        replaying.apply_record(self, record)
 
     @torch.no_grad()
     def apply_records(self, records: Sequence[Record]) -> None:
         """`apply_record` of one after the other, to the bit, with fewer passes over the weights where steps are Σ c·z alone."""
-        rule, plain = self.method.rule, not self.enhancements.sequential and len(self.blocks) == 1
-        plain = plain and not any(any(record.decay) for record in records)
-        if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or self.method.first_order:
-            for record in records:
-                self.apply_record(record)
-                if record.folded:
-                    self.flush()
-            return
-        self.land()
-        self.settle()
-        moves: list[Displacement] = []
-        for record in records:
-            (taken,) = self._recorded(record)
-            if not taken.skipped:
-                self._pending.append(rule.displacement(taken))
-            if ((record.step + 1) % self.fold_every == 0 or record.folded) and self._pending:
-                moves.append(joined(self._pending))
-                self._pending.clear()
-            for group in self.param_groups:
-                group["step"] += 1
-        most = max((len(by.seeds_Q) for by in moves), default=1)
-        self.engine.writer.apply_each(moves, most if self.fold_every > 1 else self.at_once(most))
-
-    def _recorded(self, record: Record) -> list[StepRecord]:
-        """A recorded step as each block took it; what was not a number, or skipped, moves nothing."""
-        if record.step != self.steps:
-            raise ValueError(f"the record of step {record.step}: step {self.steps} comes next")
-        each = len(record.g) // len(self.blocks)
-        if len(self.blocks) == 1:
-            self.pairs = each // self.method.queries
-        found = []
-        for block in range(len(self.blocks)):
-            g_Q = record.g[block * each : (block + 1) * each]
-            skipped = record.skipped or any(map(math.isnan, g_Q))
-            seeds_Q, g_GQ = self.seeds(record.step, block), (g_Q,) * len(self.param_groups)
-            found.append(StepRecord(record.step, seeds_Q, (), g_GQ, record.lr, record.decay, skipped, record.choice))
-        return found
+        replaying.apply_records(self, records)
 
     # State, and updates that wait.
 
@@ -453,17 +360,16 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {
             "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
             "trust": getattr(self.engine, "trust", None),
-            "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self._pending],
+            "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self.pending],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's. An update that is held back is written first, or given up where the weights were loaded since the last step."""
-        while self._flying:  # what they found is not what is loaded
-            self._flying.popleft().landed()
+        self.captured.drop()
         for engine in self.blocks:
             (engine.writer.settle if self._version == self._weights_version() else engine.writer.drop)()
         super().load_state_dict(state_dict)
-        self._graphs = None  # they hold the tensors of the state before
+        self.captured.forget()  # graphs hold the tensors of the state before
         # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
@@ -477,7 +383,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.pairs = counts.get("pairs", self.pairs)
         if isinstance(self.engine, FollowingEngine):
             self.engine.trust = state_dict.get("trust")
-        self._pending = [
+        self.pending = [
             Displacement(tuple(seeds_Q), tuple(map(tuple, coefs_GQ)))
             for seeds_Q, coefs_GQ in state_dict.get("pending", ())
         ]
@@ -500,12 +406,12 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Apply all updates that wait: what `settle` writes, and those since the last step whose number `fold_every` divides."""
         self.land()
         self.settle()
-        waiting, self._pending = self._pending, []
+        waiting, self.pending = self.pending, []
         if not waiting:
             return
         by, rule = joined(waiting), self.method.rule
         assert isinstance(rule, Linear)
-        if self._graphs is not None and self._graphs.fold(by, len(by.seeds_Q)):
+        if self.captured.fold(by):
             return
         rule.displace(Through(self.engine.writer, len(by.seeds_Q)), by, self.state)
 
@@ -523,7 +429,3 @@ def _whole(queries: Any) -> int | None:
     if queries is not None and not (queries >= 1 and queries == int(queries)):
         raise OptionError("queries", f"queries={queries!r}: must be a whole number from 1")
     return None if queries is None else int(queries)
-
-
-def _on_cuda(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cuda
