@@ -13,6 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+for extra in ("itables", "jinja2", "matplotlib", "sqlalchemy"):
+    pytest.importorskip(extra, reason="zotune[bench] is not installed")
+
 from zotune.bench.figures import context, spread
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report

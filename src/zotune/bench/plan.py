@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zotune
+from zotune.bench import FINAL
 from zotune.bench.choice import outcome
-from zotune.bench.store import FINAL, Record, Store
 from zotune.bench.suite import Cell, Expanded
 from zotune.errors import InputError
+
+if TYPE_CHECKING:
+    from zotune.bench.store import Record, Store
 
 # Options that name no part of what is computed. A training run is the same experiment on every device.
 FREE = ("report_to", "log_every", "device")

@@ -65,7 +65,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    from zotune.bench import need_extra
+    from zotune.bench import DATABASE, need_extra
 
     need_extra()
     if executor not in EXECUTORS:
@@ -83,7 +83,7 @@ def run(
     began = time.monotonic()
     from zotune.bench.plan import foresee, make_plan
     from zotune.bench.runner import Waiting, execute, sole_runner
-    from zotune.bench.store import DATABASE, Store
+    from zotune.bench.store import Store
     from zotune.bench.suite import expand, load_suite, together
 
     given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
@@ -183,7 +183,7 @@ def parse_changes(changes: list[str]) -> dict[str, Any]:
 
 def check_folder(folder: Path) -> None:
     """Refuse a file, and a folder of somebody's own."""
-    from zotune.bench.store import DATABASE
+    from zotune.bench import DATABASE
 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
@@ -205,7 +205,7 @@ def show_plan(plan: Plan) -> None:
     from rich.table import Table
 
     console = Console()
-    from zotune.bench.store import FINAL
+    from zotune.bench import FINAL
 
     suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
     runs_all = [*plan.runs, *plan.held]
