@@ -16,7 +16,8 @@ import pytest
 for extra in ("itables", "jinja2", "matplotlib", "sqlalchemy"):
     pytest.importorskip(extra, reason="zotune[bench] is not installed")
 
-from zotune.bench.figures import context, spread
+from zotune.bench.figures import context
+from zotune.bench.figures.drawing import spread
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
