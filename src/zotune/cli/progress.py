@@ -52,8 +52,7 @@ class Bars(Listener):
     def prepared(self, ready: Prepared) -> None:
         """What the run is expected to take, from its model's config and its rows alone."""
         self.expected = expected(ready)
-        if self.expected.peak_bytes:
-            self.say(f"expected: {self.expected}")
+        self.say(f"expected: {self.expected}")
 
     def begin(self, what: str, total: int) -> None:
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from zotune.errors import InputError, StorageError
-from zotune.options import load_yaml
+from zotune.files.reading import load_yaml
 
 CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zotune.errors import InputError
-from zotune.options import DataOptions
 from zotune.tasks import get_task
 from zotune.tasks.chat import check_template
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.rows import Row
 from zotune.tasks.splits import Source, find_source
 from zotune.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from zotune.options import DataOptions
 
 
 def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
