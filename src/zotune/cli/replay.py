@@ -20,7 +20,7 @@ def replay(options: ReplayConfig) -> None:
     """The weights of a run's step, from its base model and its trajectory, as a model folder."""
     output = Path(options.output).expanduser()
     check_model_folder(output, options.overwrite)
-    model, tokenizer, line = rebuilt(options, options.trajectory, options.until)
+    model, tokenizer, line = rebuilt(options, options.trajectory, options.until, method=options.method)
     with model_folder(output) as path:
         adapters.save(model, tokenizer, path)
         rebuilt_card(replays.open_trajectory(options.trajectory, "0")[0].header, line).save(path / CARD)
@@ -28,12 +28,16 @@ def replay(options: ReplayConfig) -> None:
 
 
 def rebuilt(
-    options: ModelOptions, trajectory: str, until: str | None = None, bars: Bars | None = None
+    options: ModelOptions,
+    trajectory: str,
+    until: str | None = None,
+    bars: Bars | None = None,
+    method: str | None = None,
 ) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what was rebuilt in a line. A dtype that is named is taken after the steps, not before."""
     found, steps = replays.open_trajectory(trajectory, until)  # before a model is loaded
     header = found.header
-    replays.check(header, trajectory)
+    replays.check(header, trajectory, method)
     quantize = header.base.get("quantize")
     if options.quantize not in (None, quantize):
         raise InputError(
@@ -55,7 +59,7 @@ def rebuilt(
     with nullcontext(bars) if bars is not None else Bars() as bars:
         bars.begin("replay", steps)
         model, found, steps, differ = replays.rebuild(
-            base, trajectory, until, lambda done: bars.advance("replay", done)
+            base, trajectory, until, lambda done: bars.advance("replay", done), method
         )
     if found.torn_bytes:
         print(f"{trajectory}: its last record is torn ({found.torn_bytes} bytes) and left out")

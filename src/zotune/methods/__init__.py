@@ -32,7 +32,10 @@ def make_method(of: str | Method, **options: Any) -> Method:
             raise OptionError(
                 option, f"method {of!r} has no option {option!r}; {nearest(option, known) if known else 'it has none'}"
             )
-    return found.build(**options)
+    made = found.build(**options)
+    if not isinstance(made, Method):
+        raise OptionError("method", f"method {of!r}: gives a {type(made).__name__}; it has to be a zotune.Method")
+    return made
 
 
 def find(name: str) -> Preset:
@@ -65,6 +68,6 @@ def find(name: str) -> Preset:
 def has_eps(name: str) -> bool:
     """Whether the named method perturbs weights by eps: its estimate is made of losses at places."""
     try:
-        return find(name).build().kind == "zeroth-order"
+        return make_method(name).kind == "zeroth-order"
     except ValueError:
         return True

@@ -281,10 +281,11 @@ class TrainConfig(DataOptions, ModelOptions):
 
     @property
     def directions_a_row(self) -> int:
-        """Q of the method: as given, else its own."""
-        from zotune.methods import find
+        """Directions for the same rows: as given, else the method's own."""
+        from zotune.methods import make_method
 
-        return self.queries or find(self.method).queries
+        own = {k: v for k, v in self.step_options.items() if k in ("estimator", *METHOD_OPTIONS)}
+        return max(1, make_method(self.method, queries=self.queries, **own).queries)
 
     @property
     def pairs(self) -> int:
@@ -347,6 +348,10 @@ class EvalConfig(DataOptions, ModelOptions):
 
 class ReplayConfig(ModelOptions):
     trajectory: str = Field(description="trajectory.zot of a run")
+    method: str | None = Field(
+        None,
+        description="the run's own method again, module:NAME, where it is none of zotune's: a file has no code imported",
+    )
     output: str = Field(description="folder of the rebuilt model")
     until: str | None = Field(
         None, description="step whose weights to rebuild, or last [default: the step that the run chose]"

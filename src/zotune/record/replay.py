@@ -81,14 +81,24 @@ def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
     return whole, whole.chosen_step
 
 
-def check(header: Header, path: str) -> None:
-    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's."""
+def check(header: Header, path: str, method: str | None = None) -> None:
+    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's.
+
+    method: what the user named again. A method that is none of zotune's is code, and a file has no code imported.
+    """
     if header.noise_version != noise.NOISE_VERSION:
         raise InputError(
             f"{path}: its directions are of noise definition {header.noise_version}, this version draws "
             f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')!s:.40})"
         )
-    if header.method not in METHODS:
+    if method not in (None, header.method):
+        raise InputError(f"--method {method}: the run's was {plain(header.method):.80}")
+    if header.method not in METHODS and ":" in header.method and method is None:
+        raise InputError(
+            f"{path}: its method is none of zotune's; where you know that module, name it again, to `zotune replay`: "
+            f"--method {plain(header.method):.80}"
+        )
+    if header.method not in METHODS and method is None:
         raise InputError(f"{path}: method {header.method!r:.80} is not known here; update zotune")
     base, queries = header.base, header.method_options.get("queries", 1)
     texts = [header.dtype, *(base.get(key) or "" for key in ("name", "scheme", "kind", "sha256", "start"))]
@@ -115,14 +125,15 @@ def rebuild(
     path: str,
     until: str | None = None,
     advance: Callable[[int], None] = lambda steps: None,
+    method: str | None = None,
 ) -> tuple[nn.Module, Trajectory, int, list[str]]:
     """The model with the weights of a step, the trajectory, the step, and why they may differ in the last bits (if at all).
 
-    load: dtype → the base model in it. Raises InputError for another base model, and for damage before the step.
+    load: dtype → the base model in it. method: see `check`. Raises InputError for another base, and for damage before the step.
     """
     trajectory, steps = open_trajectory(path, until)
     header = trajectory.header
-    check(header, path)
+    check(header, path, method)
     try:
         model = load(header.dtype or None)
         named = [f"{key} {header.base[key]}" for key in ("revision", "gguf_file") if header.base.get(key)]

@@ -271,13 +271,14 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
     """The options with what depends on the model filled in."""
-    scheme, method = get_scheme(config.scheme), find(config.method).build()
+    scheme, found = get_scheme(config.scheme), find(config.method)
+    method = found.build()
     return config.model_copy(
         update={
             "lr": method.own("lr", config.lr, scheme.default_lr(model)),
             "eps": method.own("eps", config.eps, scheme.eps),
             "direction": config.direction or method.direction or "gaussian",
-            "queries": config.directions_a_row,
+            "queries": config.directions_a_row if "queries" in found.options else config.queries,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
             "eval_every": config.evaluates_every,
         }
@@ -608,7 +609,7 @@ class _Run:
             method_options=config.step_options
             | {
                 "eps": config.eps,
-                "queries": config.queries,
+                "queries": config.queries or 1,
                 "groups": config.groups,
                 "rank": config.rank,
             }

@@ -68,8 +68,8 @@ def applicable(rule: Rule, losses: Tensor, g_GQ: Tensor, given: Given) -> Tensor
 
 
 def coefficients(rule: Linear, g_GQ: Tensor, lr_G: Tensor) -> list[Tensor]:
-    """(Q,) float32 for each parameter group."""
-    return [rule.coefficients(g_Q, lr) for g_Q, lr in zip(g_GQ, lr_G, strict=True)]
+    """(Q,) float32 for each parameter group, from g and lr as they are recorded."""
+    return [rule.rounded_coefficients(g_Q, lr) for g_Q, lr in zip(g_GQ, lr_G, strict=True)]
 
 
 def near(estimator: Estimator | None, losses_CK: Tensor, shares_K: Tensor) -> Tensor:

@@ -27,11 +27,15 @@ class Linear(Rule):
     capturable = True
 
     def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        """(Q,) float32: c of each direction. g_Q and lr (0-d): float64, on any device; both are rounded to float32 first."""
+        """(Q,) float32: c of each direction. g_Q and lr (0-d): float64, on any device, of float32's values."""
         raise NotImplementedError
 
+    def rounded_coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """`coefficients` of g and lr as a run records them, in float32: what is applied is what a replay applies."""
+        return self.coefficients(g_Q.float().double(), lr.float().double())
+
     def reach(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        return self.coefficients(g_Q, lr)
+        return self.rounded_coefficients(g_Q, lr)
 
     def displacement(self, by: StepRecord) -> Displacement:
         """The update as a displacement."""
@@ -41,7 +45,7 @@ class Linear(Rule):
 
         wide = torch.float64
         coefs_GQ = (
-            self.coefficients(torch.tensor(g_Q, dtype=wide), torch.tensor(lr, dtype=wide)).tolist()
+            self.rounded_coefficients(torch.tensor(g_Q, dtype=wide), torch.tensor(lr, dtype=wide)).tolist()
             for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)
         )
         return Displacement(by.seeds_Q, tuple(map(tuple, coefs_GQ)))
@@ -74,7 +78,7 @@ class Sgd(Linear):
     """
 
     def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        return (-(lr.float().double() * g_Q.float().double()) * (1 / g_Q.numel())).float()
+        return (-(lr * g_Q) * (1 / g_Q.numel())).float()
 
     def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
         return w_n - lr * g_n
@@ -94,7 +98,7 @@ class ScalarSign(Linear):
     """c_q = −lr·sign(g_q) / Q: the sign of the projected gradient, times z. What the public code of arXiv 2402.11592 does."""
 
     def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
-        return (-(lr.float().double() * g_Q.float().sign().double()) * (1 / g_Q.numel())).float()
+        return (-(lr * g_Q.sign()) * (1 / g_Q.numel())).float()
 
 
 @dataclass(frozen=True)
