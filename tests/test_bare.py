@@ -56,17 +56,18 @@ def bare(tmp_path_factory):
     return run
 
 
-def test_all_tests_are_collected(bare):
-    code, said = bare("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q")
-    assert code == 0, said[-4000:]
-    for name in ("bench/test_estimate.py", "bench/test_suite.py", "engines/test_following.py", "test_graphs.py"):
-        assert f"tests/{name}: " in said
+SKIPPED = {  # whole modules, and one backend of the last
+    *(f"bench/test_{name}.py" for name in ("chosen", "report", "runner", "search")),
+    "engines/test_adapters.py", "engines/test_kernels.py", "test_fused.py", "models/test_quantized.py",
+    "noise/test_known_answers.py",
+}  # fmt: skip
 
 
-def test_a_selection_of_tests_passes(bare):
-    chosen = ["noise/test_known_answers.py", "engines/test_scratch.py", "test_updates.py"]
-    code, said = bare("-m", "pytest", "-p", "no:cacheprovider", "-q", "src", *(f"tests/{name}" for name in chosen))
+def test_all_tests_are_collected_and_a_selection_passes(bare):
+    chosen = "test_known_answers.py or test_scratch.py or test_updates.py or cost.py"
+    code, said = bare("-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-k", chosen)
     assert code == 0, said[-4000:]
+    assert set(re.findall(r"^SKIPPED \[\d+\] tests/(\S+\.py)", said, re.M)) == SKIPPED
 
 
 IMPORTS = """
@@ -104,26 +105,20 @@ COMMANDS = {
 RUN = """
 import sys
 from zotune.cli.app import run
+sys.stdout = sys.stderr  # in one order
 for line in sys.argv[1:]:
     print("code", run(line.split("|")), file=sys.stderr, flush=True)
 """
 
 
-def test_a_command_that_needs_an_extra_says_so_in_a_line(bare, tmp_path):
-    given = "|".join(tiny.flags(tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data")))
+def test_a_command_that_needs_an_extra_says_so_in_a_line_and_the_others_work(bare, tmp_path):
+    model = tiny.save_model(tmp_path / "model")
+    given = "|".join(tiny.flags(model, tiny.save_data(tmp_path / "data")))
     lines = [line.replace(" ", "|").replace("FLAGS", given) for line in COMMANDS]
-    code, said = bare("-c", RUN, *lines)
+    train = f"train|{given}|--method|zo-adam|--output|{tmp_path / 'out'}"
+    code, said = bare("-c", RUN, *lines, train, f"estimate|--model|{model}|--card|t4", "list|methods", "env")
     assert code == 0, said
     *blocks, rest = said.split("code 2\n")
-    assert not rest, said
     for extra, block in zip(COMMANDS.values(), blocks, strict=True):
         assert re.fullmatch(rf"zotune: .*needs .*pip install '{re.escape(extra)}'\n", block), said
-
-
-def test_the_others_work(bare, tmp_path):
-    given = tiny.flags(tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data"))
-    train = [*given, "--method", "zo-adam", "--output", str(tmp_path / "out")]
-    estimate = ["estimate", "--model", str(tmp_path / "model"), "--card", "t4"]
-    code, said = bare("-c", RUN, "|".join(["train", *train]), "|".join(estimate), "list|methods", "env")
-    assert code == 0, said
-    assert said.count("code 0\n") == 4, said
+    assert rest.count("code 0\n") == 4, said

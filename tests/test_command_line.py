@@ -169,6 +169,22 @@ def test_training_learns(flags, tmp_path):
     assert result["test_after"] >= 80
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "expected: "),
+        (["--blocks", "linear"], "expected: not known (no estimate of --blocks linear)"),
+        (["--loss", "accuracy"], "expected: not known (no estimate of --loss accuracy)"),
+    ],
+)
+def test_what_a_run_takes_is_told_before_it_or_why_it_is_not_known(flags, tmp_path, capsys, more, said):
+    assert run(["train", *flags, *more, "--output", str(tmp_path / "run")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("expected:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert ("not known" in lines[0]) == bool(more)
+
+
 def test_a_killed_run_resumes_to_the_bits_of_a_whole_one(flags, tmp_path):
     """SIGKILL after the first checkpoint; then SIGTERM, whose exit code says so; then to the end."""
     flags[flags.index("--steps") + 1] = "60"

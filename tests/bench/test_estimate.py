@@ -195,6 +195,7 @@ def test_a_method_of_one_s_own_is_estimated_once_it_is_registered(monkeypatch):
     known = estimate(model_config(SMALL), method="zo-adam", seq_len=16, queries=2, rates=CARDS["h100"], **SHAPE)
     assert made.forwards == 4
     assert replace(made, method="zo-adam") == known
+    assert estimate(model_config(SMALL), method="own", seq_len=16, rates=CARDS["h100"], **SHAPE) == made
     assert needs_of("own").kind == "zeroth-order"
 
 

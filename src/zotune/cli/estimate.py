@@ -30,7 +30,8 @@ def estimate(options: EstimateConfig) -> None:
 
     if options.card is not None and options.card not in CARDS:
         raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
-    if options.queries > 1 and options.method in METHODS and "queries" not in METHODS[options.method].options:
+    needs = needs_of(options.method)
+    if options.queries > 1 and "queries" not in needs.options:
         raise InputError(f"--queries {options.queries}: method {options.method!r} draws no directions")
     path = output_file(options.output) if options.output else None
     config = model_config(options.model, options.trust_remote_code)
@@ -39,11 +40,11 @@ def estimate(options: EstimateConfig) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = options.seq_len or min(SEQ_LEN, limit if isinstance(limit, int) else SEQ_LEN)
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
-    if options.checkpointing and needs_of(options.method).kind != "first-order":
+    if options.checkpointing and needs.kind != "first-order":
         able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")
         raise InputError(f"--checkpointing: method {options.method!r} keeps no activations; it is for {able}")
     if options.state_dtype:
-        if options.method in METHODS and "state_dtype" not in METHODS[options.method].options:
+        if "state_dtype" not in needs.options:
             raise InputError(f"--state-dtype: method {options.method!r} keeps no state")
         chosen["state_dtype"] = options.state_dtype
     if options.checkpointing:

@@ -28,8 +28,8 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
     """
     from zotune.estimates.needs import needs_of
 
-    queries, estimator = int(options.get("queries") or 1), options.get("estimator") or "two-sided"
-    needs = needs_of(str(options.get("method", "zo-sgd")), queries, estimator)
+    queries = int(options["queries"]) if options.get("queries") else None
+    needs = needs_of(str(options.get("method", "zo-sgd")), queries, options.get("estimator"))
     step = needs.forwards * _blocks(options) + (options.get("hybrid") is not None)
     return step * int(options.get("accumulate") or 1)
 
