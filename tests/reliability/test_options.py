@@ -16,6 +16,8 @@ from processes import outcome
 from zotune.cli.app import run
 from zotune.errors import InputError
 from zotune.options import TrainConfig, resolve
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared
 from zotune.record.trajectory import TrajectoryWriter
 from zotune.run import train as runs
 
@@ -32,7 +34,7 @@ def test_checkpoints_are_written_every_so_often_and_the_newest_and_the_best_are_
         return next(found) if what == "validation" else 0.0
 
     found = iter(scores.values())
-    monkeypatch.setattr(runs.Prepared, "score", score)
+    monkeypatch.setattr(Prepared, "score", score)
     keep = runs.RunFolder.keep_checkpoints
     monkeypatch.setattr(
         runs.RunFolder, "keep_checkpoints", lambda self, *n: (saved.append(steps_saved(self.path)), keep(self, *n))
@@ -111,7 +113,7 @@ def test_tf32_is_asked_for_while_a_run_lasts(flags, tmp_path, monkeypatch):
 
 
 def test_an_operation_that_has_no_deterministic_algorithm_is_named_in_a_line(flags, tmp_path):
-    class Chance(runs.Listener):
+    class Chance(Listener):
         def begin(self, what: str, total: int) -> None:
             torch.zeros(4).put_(torch.tensor([0]), torch.tensor([1.0]))
 

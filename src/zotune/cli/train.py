@@ -19,6 +19,8 @@ from zotune.estimates.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared, prepare, resolved
 from zotune.run import train as run
 from zotune.run.folder import RunFolder
 from zotune.tasks.metrics import figure
@@ -74,8 +76,8 @@ def dry_run(config: TrainConfig) -> None:
     run.check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
-    ready = run.prepare(config)
-    ready.config = config = run.resolved(config, ready.model)
+    ready = prepare(config)
+    ready.config = config = resolved(config, ready.model)
     console = Console()
     console.print(Text("configuration", style="bold"))
     console.print(
@@ -124,7 +126,7 @@ def dry_run(config: TrainConfig) -> None:
     console.print("nothing was written")
 
 
-def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
+def _time(ready: Prepared) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
     config = ready.config
     ready.model.eval()
@@ -140,7 +142,7 @@ def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
         seconds = _now(ready.device) - began
     began = _now(ready.device)
     scored = ready.validation[: 2 * config.batch_size]
-    ready.score(scored, run.Listener(), "timing")
+    ready.score(scored, Listener(), "timing")
     row_seconds = (_now(ready.device) - began) / len(scored)
     return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -26,25 +26,20 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError
-from zotune.estimates.memory import AdamCost, adam_cost, peak_bytes, reset_peak
+from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.estimators import TwoSided
-from zotune.models import schemes
 from zotune.models.adapters import save
-from zotune.models.heads import head_names, is_named, label_names, outputs_of
+from zotune.models.heads import label_names
 from zotune.models.kinds import kind_of
 from zotune.models.loading import (
-    find_kind,
-    length_limit,
-    load_config,
-    load_model,
-    load_tokenizer,
     load_weights,
-    pick_device,
 )
-from zotune.models.quantized import base_dtype, library_versions, refuse_rough, weight_bytes
-from zotune.models.schemes import get_scheme, trainable_parameters
-from zotune.options import DataOptions, ModelOptions, TrainConfig
-from zotune.record.replay import fingerprint, machine, start
+from zotune.models.quantized import library_versions, weight_bytes
+from zotune.models.schemes import trainable_parameters
+from zotune.options import TrainConfig
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import LENGTHS, Prepared, prepare, resolved
+from zotune.record.replay import machine, start
 from zotune.record.trajectory import (
     Header,
     Record,
@@ -60,31 +55,15 @@ from zotune.run.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFo
 from zotune.run.guards import Guards
 from zotune.step.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.step.probing import sides
-from zotune.tasks import Task
-from zotune.tasks.encoding import Encoded, Encoder
-from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import generates, objective
-from zotune.tasks.own import data_of, described, encoded
-from zotune.tasks.rows import BadRows
-from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
-from zotune.tasks.task import LOWER_IS_BETTER, MASK
+from zotune.tasks.objectives import objective
+from zotune.tasks.own import described
+from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainer, ZOTrainingArguments
 
 WINDOW = "window.json"  # of a checkpoint: what the next line of metrics.jsonl is a mean of, so far
 UNSEEN = {"deterministic", "log_every"}  # keys that change no step
 LONGEST = 8192  # characters of a command that a trajectory's header takes
-LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
-
-
-class Listener:
-    """What a run tells whoever watches it. The command line draws it; this one is silent."""
-
-    def say(self, line: str) -> None: ...
-    def prepared(self, ready: Prepared) -> None: ...
-    def begin(self, what: str, total: int) -> None: ...
-    def advance(self, what: str, done: int, **shown: float) -> None: ...
-    def end(self, what: str) -> None: ...
 
 
 class Interrupted(Exception):
@@ -93,189 +72,6 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-@dataclass
-class Prepared:
-    """A model with its scheme on, and the rows that it will see."""
-
-    config: TrainConfig
-    task: Task
-    model: nn.Module
-    tokenizer: Any
-    splits: Splits
-    bad: BadRows
-    train: list[Encoded]
-    validation: list[Encoded]
-    test: list[Encoded]
-    unread: str | None = None  # a line on files that are no split's
-    base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def pad_id(self) -> int:
-        return pad_id(self.tokenizer)
-
-    def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
-        """The task's metric; see `zotune.tasks.metrics`."""
-        listener.begin(what, len(rows))
-        found = outcome(
-            self.model,
-            self.tokenizer,
-            self.task,
-            rows,
-            batch_size=2 * self.config.batch_size,
-            pad_id=self.pad_id,
-            advance=lambda n: listener.advance(what, n),
-        )
-        listener.end(what)
-        return found.metric(self.task.metric, rows)
-
-    def one_class(self, rows: list[Encoded]) -> float:
-        """Percent right by always answering the label that is most frequent among the rows; 0 where nothing is chosen."""
-        if self.task.generates or self.task.models:
-            return 0.0
-        counts: dict[int, int] = {}
-        for row in rows:
-            counts[row.label] = counts.get(row.label, 0) + 1
-        return 100 * max(counts.values()) / len(rows)
-
-    @property
-    def cut_rows(self) -> int:
-        """Rows that were cut, each once however often it is drawn or scored."""
-        drawn, rows = self.splits, [*self.train, *self.validation, *self.test]
-        examples = [*drawn.train, *drawn.validation, *drawn.test]
-        return len({example.where for example, row in zip(examples, rows, strict=True) if row.cut})
-
-    def adam_cost(self) -> AdamCost:
-        longest = max(self.train, key=lambda row: row.tokens)
-        asked = objective(self.config.loss, self.task, self.tokenizer, self.pad_id)
-        if not asked.differentiable:  # what back-propagation would have to train on instead
-            asked = objective("answer", self.task, self.tokenizer, self.pad_id)
-        loss, collate = asked.row_loss, asked.collate
-        batch = {k: v.to(self.device) for k, v in collate([longest]).items()}
-        return adam_cost(self.model, lambda: loss(self.model, batch), self.config.batch_size)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any id serves: nothing that a loss reads comes after padding."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def load(
-    options: ModelOptions, task: Task | None = None, *, labels: Sequence[str] = (), seed: int = 0
-) -> tuple[nn.Module, Any]:
-    """The model and tokenizer that the options name; a fresh head by the seed.
-
-    Of a classifier the outputs are named, in their order, as in the adapter's folder, or the checkpoint if its own head has names
-    (they must be the task's, in any order); else by the task, or by `labels`.
-    """
-    extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
-    device = pick_device(options.device)
-    adapter = getattr(options, "adapter", None)
-    kind, known = find_kind(options.model, options.model_kind, adapter=adapter, **extra)
-    if task is not None:
-        check_kind(kind, task, getattr(options, "loss", "answer"))
-        labels = task.labels
-    if task is not None and kind == "classifier":
-        whose = f"--adapter {adapter}" if known else f"--model {options.model}"
-        held = known or head_names(load_config(options.model, trust_remote_code=options.trust_remote_code))
-        if held:
-            outputs_of(held, task.words or {}, whose)
-            labels = held if is_named(held) or sorted(held) == sorted(labels) else labels
-    tokenizer = load_tokenizer(options.model, **extra)
-    common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
-    common |= {"quantize": options.quantize, "allow_pickle": options.allow_pickle}
-    model = load_model(options.model, kind=kind, **common, **extra)
-    if kind == "classifier" and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_id(tokenizer)  # type: ignore[union-attr]  # a decoder's head finds the last token by it
-    return model, tokenizer
-
-
-def check_kind(kind: str, task: Task, loss: str = "answer") -> None:
-    """Raises InputError for a task, or a loss, that models of the kind cannot do."""
-    if kind != "causal" and generates(loss):
-        raise InputError(
-            f"--loss {loss}: scores a generated answer, which a {kind} model cannot write; use answer or accuracy"
-        )
-    if kind != "causal" and task.models:
-        given = "conversations" if task.messages_field else "plain text"
-        raise InputError(
-            f"--model: task {task.name!r} is {given}, which causal models train on; this is a {kind} one: name a causal model, "
-            "or say what is asked by --template"
-        )
-    if kind != "causal" and task.generates:
-        raise InputError(f"--model-kind {kind}: task {task.name!r} generates its answers, which a causal model does")
-    if kind == "classifier" and not task.labels:
-        raise InputError(
-            f"--model-kind classifier: task {task.name!r} has no fixed labels to give an output each; "
-            "use a causal or masked model"
-        )
-    if kind != "masked" and task.ask is None and MASK in task.prompt:
-        raise InputError(f"--template {task.prompt!r}: {MASK} is for masked models, this is a {kind} one; leave it out")
-
-
-def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions, task: Task) -> Encoder:
-    kind = kind_of(model)
-    outputs: tuple[int, ...] = ()
-    if kind == "classifier":
-        outputs = outputs_of(label_names(model.config), task.words or {}, "the model")
-    return Encoder(tokenizer, length_limit(model), options.max_length, kind, outputs)
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Data first, since it fails fastest; then the model, the scheme on it, and the rows as ids."""
-    task, source = data_of(config)
-    if config.balance_classes and (task.generates or task.models):
-        raise InputError(f"--balance-classes: task {task.name!r} has no classes")
-    asked = objective(config.loss, task, None, 0)  # says at once what does not go together
-    if ":" in config.loss and task.generates and task.metric == "f1":
-        task = replace(task, metric=config.loss)  # what is trained for also says which step is best
-    if not asked.differentiable and (
-        config.method.startswith("fo-") or config.method == "forward-grad" or config.hybrid
-    ):
-        raise InputError(
-            f"--loss {config.loss}: has no gradient; method {config.method} needs one (answer, candidates)"
-        )
-    splits = training_splits(
-        task,
-        source,
-        train_size=config.train_size,
-        validation_size=min(task.validation_size or VALIDATION_SIZE, config.eval_size or VALIDATION_SIZE),
-        test_size=min(TEST_SIZE, config.eval_size or TEST_SIZE),
-        seed=config.seed,
-        balanced=config.balance_classes,
-    )
-    model, tokenizer = load(config, task, seed=config.seed)
-    if not config.method.startswith("fo-"):
-        refuse_rough(model, config.model)
-    recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
-    base = fingerprint(model) if recorded else ""
-    transformers.set_seed(config.seed)  # for an adapter's first values
-    model = schemes.prepare(model, config.scheme, config.freeze)
-    encode = encoder_for(model, tokenizer, config, task)
-    (train, train_rows), (validation, validation_rows), (test, test_rows) = (
-        encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
-    )
-    splits = Splits(train, validation, test, splits.test_split)
-    rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
-    return Prepared(config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base)
-
-
-def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
-    """The options with what depends on the model filled in."""
-    scheme = get_scheme(config.scheme)
-    return config.model_copy(
-        update={
-            "lr": config.lr if config.lr is not None else scheme.default_lr(model),
-            "eps": config.eps if config.eps is not None else scheme.eps,
-            "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
-            "eval_every": config.evaluates_every,
-        }
-    )
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
