@@ -10,6 +10,8 @@ from typing import Any
 from zotune.record.trajectory import Header, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
 
+MADE_OF = "made_of"  # key of progress.json: rows, tokenizer, template and task by content
+
 
 @dataclass
 class RunState:

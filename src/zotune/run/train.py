@@ -8,6 +8,7 @@ from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.options import TrainConfig
+from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved
 from zotune.record.trajectory import TrajectoryWriter
@@ -16,7 +17,7 @@ from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
 from zotune.run.process import Interrupted, deterministic, signals, tf32
 from zotune.run.result import result_of, save_model
-from zotune.run.state import RunState
+from zotune.run.state import MADE_OF, RunState
 from zotune.run.trainer import TaskTrainer
 from zotune.run.trajectory import header_of
 from zotune.tasks.own import described
@@ -44,6 +45,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(described(ready.task))
             if ready.unread:
                 listener.say(ready.unread)
+            if config.resume:
+                _check_resumed(folder, ready, listener)
             ready.config = config = resolved(config, ready.model)
             if not config.resume:
                 optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
@@ -54,8 +57,19 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             return _go(ready, folder, listener)
 
 
+def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> None:
+    """Raises InputError where rows, tokenizer, template or task are not those that the run began with."""
+    progress = folder.read_json("progress.json")
+    known = refuse_others(progress.get(MADE_OF), ready.made_of, str(folder.path))
+    if not known and (progress or folder.last_checkpoint() is not None):
+        listener.say(
+            f"{folder.path}: this run's record does not say which rows, tokenizer, template and task it began with; going on"
+        )
+
+
 def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any]:
     state = RunState.found(folder)
+    state.progress[MADE_OF] = ready.made_of
     reset_peak(ready.device)
     if "test_before" not in state.progress:
         state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
