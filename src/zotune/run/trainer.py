@@ -70,7 +70,7 @@ class TaskTrainer(ZOTrainer):
         optimizer.forward_passes += optimizer.forwards_a_step * batches
         losses_P, g_GQ = (record.loss_plus, record.loss_minus), (record.g,) * len(record.lr)
         optimizer.took(StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
-        return torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device)
+        return self.tally.add(torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device))
 
     def calibration_batch(self, row: Any) -> Any:
         return self._unpadded([row])
@@ -107,7 +107,7 @@ class TaskTrainer(ZOTrainer):
     def choose(self, metrics: dict[str, float], better: Callable[[], bool]) -> bool:
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
-        found = better()
+        found = super().choose(metrics, better)
         self.control.should_save |= found  # whatever --save-every says
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ from zotune.trainer.groups import parameter_groups
 from zotune.trainer.hooks import HookedTrainer, one_card
 from zotune.trainer.refusals import refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
+from zotune.trainer.tally import Tally, without_nan
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
@@ -73,11 +75,15 @@ class ZOTrainer(HookedTrainer):
             raise InputError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
         refuse_trainer(model, args, row_loss, dict(zip(POSITIONAL, positional, strict=False)) | kwargs)
         args.max_grad_norm = 0.0
+        args.logging_nan_inf_filter = False  # it would wait for each step; see Tally
         one_card(args)
         self._micro_batches: list[Any] = []
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
+        self.tally = Tally()
         super().__init__(model, args, *positional, **kwargs)
+        if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            self._made_optimizer(self.model)  # what it refuses is refused now; the run's own is made when it begins
 
     @property
     def zo_optimizer(self) -> ZeroOrderOptimizer:
@@ -87,20 +93,17 @@ class ZOTrainer(HookedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
-            assert model is not None
-            options = dict(self._zo)
-            options |= options.pop("method_options")
-            del options["calibration_rows"]
-            self.optimizer = optimizer = _TrainersOptimizer(
-                parameter_groups(model, self.args.weight_decay),
-                lr=self.args.learning_rate,
-                seed=self.args.seed,
-                **options,
-            )
+            self.optimizer = optimizer = self._made_optimizer(self.model if model is None else model)
             optimizer.calibrate = self.calibrate
             optimizer.told = {name: _plain(self._zo[name]) for name in KEPT} | {RATE: self.args.learning_rate}
         return self.optimizer
+
+    def _made_optimizer(self, model: Any) -> _TrainersOptimizer:
+        options = dict(self._zo)
+        options |= options.pop("method_options")
+        del options["calibration_rows"]
+        groups = parameter_groups(model, self.args.weight_decay)
+        return _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
 
     def calibrate(self) -> int:
         """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
@@ -136,7 +139,7 @@ class ZOTrainer(HookedTrainer):
             self.zo_optimizer.flush()  # the run's last update waits for no other
         elif self._watched():
             self.settle()
-        return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
+        return self.tally.add(torch.as_tensor(loss, dtype=torch.float32, device=self.args.device))
 
     # An engine that was named may hold a step's update back (see `ZeroOrderOptimizer`); whoever reads the weights finds it written.
 
@@ -148,6 +151,12 @@ class ZOTrainer(HookedTrainer):
         """Whether somebody's callback may read the weights after each step: transformers' and zotune's do not."""
         known = ("transformers", "zotune")
         return any(type(c).__module__.split(".")[0] not in known for c in self.callback_handler.callbacks)
+
+    def choose(self, metrics: dict[str, float], better: Callable[[], bool]) -> bool:
+        found = better()
+        if self.state.best_metric is not None and not math.isfinite(self.state.best_metric):
+            self.state.best_metric = None  # which the Trainer takes for the same, and JSON can hold
+        return found
 
     def load_state(self, checkpoint: str, load: Callable[[], None]) -> None:
         """As told: the arguments' eps, rate and decay win over the checkpoint's; another method is refused (see `resuming`)."""
@@ -172,7 +181,10 @@ class ZOTrainer(HookedTrainer):
         if own:
             model.zero_grad = _nothing  # no parameter ever has a gradient, and looking takes as long as much of a step
         try:
+            self.tally = Tally()
             done = super().train(*args, **kwargs)
+            mean = self.tally.mean_of_all(done.training_loss)
+            done = done._replace(training_loss=math.nan if mean is None else mean)
             if isinstance(self.zo_optimizer, ZeroOrderOptimizer):
                 self.zo_optimizer.flush()  # a run that was stopped early has updates that wait
             return done
@@ -221,7 +233,11 @@ class ZOTrainer(HookedTrainer):
         return torch.stack(losses).sum() if summed else torch.stack(losses).mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does; the loss is the mean of the steps that were not skipped, and what is not finite is None."""
         optimizer = self.zo_optimizer
+        for name, mean in (("loss", self.tally.mean), ("train_loss", self.tally.mean_of_all)):
+            if name in logs:
+                logs[name] = mean(logs[name])  # type: ignore[assignment]
         if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
             logs.pop("grad_norm", None)  # the Trainer's, of gradients that are not there
             if not optimizer.method.first_order:
@@ -229,7 +245,9 @@ class ZOTrainer(HookedTrainer):
                 logs["projected_gradient"] = sum(g_Q) / len(g_Q)
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
-        super().log(logs, *args, **kwargs)
+        told = without_nan(logs)
+        super().log(told, *args, **kwargs)
+        logs.update({name: value for name, value in told.items() if name not in logs})  # the epoch
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
