@@ -18,7 +18,7 @@ from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load, pad_id
-from zotune.record.replay import fingerprint
+from zotune.record.fingerprints import fingerprint
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
