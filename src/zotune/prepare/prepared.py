@@ -44,7 +44,7 @@ class Prepared:
     validation: list[Encoded]
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
-    base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
+    base: str = ""  # fingerprint of the model as it was loaded
     made_of: dict[str, Any] = field(
         default_factory=dict
     )  # rows, tokenizer, template and task by content; see `identity`
@@ -124,8 +124,7 @@ def prepare(config: TrainConfig) -> Prepared:
     model, tokenizer = load(config, task, seed=config.seed)
     if not config.method.startswith("fo-"):
         refuse_rough(model, config.model)
-    recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
-    base = fingerprint(model) if recorded else ""
+    base = "" if config.dry_run else fingerprint(model)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = schemes.prepare(model, config.scheme, config.freeze)
     encode = encoder_for(model, tokenizer, config, task)
@@ -137,7 +136,7 @@ def prepare(config: TrainConfig) -> Prepared:
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
-        made_of = identity(task, tokenizer, source, drawn, rows)
+        made_of = identity(task, tokenizer, source, drawn, rows, base)
     return Prepared(
         config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base, made_of=made_of
     )
