@@ -201,6 +201,28 @@ def test_each_run_of_a_model_init_moves_its_own_model_by_its_own_losses(tmp_path
     assert not same(first, model())
 
 
+def test_each_trial_of_a_search_has_its_own_eps_method_and_rate(tmp_path):
+    told = trainer(
+        tmp_path, zo={"model_init": lambda trial=None: model(), "train_dataset": ROWS, "eval_dataset": ROWS[:8]}
+    )
+    seen = []
+
+    def objective(metrics):
+        optimizer = told.zo_optimizer
+        seen.append((optimizer.param_groups[0]["eps"], optimizer.direction, told.args.learning_rate))
+        return metrics["eval_loss"]
+
+    pytest.importorskip("optuna")
+    wanted = iter([(1e-3, "gaussian", 1e-3), (4e-3, "rademacher", 2e-3)])
+    told.hyperparameter_search(
+        hp_space=lambda trial: dict(zip(("eps", "direction", "learning_rate"), next(wanted), strict=True)),
+        compute_objective=objective,
+        n_trials=2,
+        backend="optuna",
+    )
+    assert seen == [(1e-3, "gaussian", 1e-3), (4e-3, "rademacher", 2e-3)]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -67,12 +67,12 @@ class ZOTrainer(HookedTrainer):
     def __init__(
         self, model: Any = None, args: Any = None, *positional: Any, row_loss: RowLoss | None = None, **kwargs: Any
     ) -> None:
-        given = {name: kwargs.pop(name) for name in ZO_FIELDS if name in kwargs}
+        self._given = {name: kwargs.pop(name) for name in ZO_FIELDS if name in kwargs}
         self.row_loss = row_loss
         args = args if args is not None else ZOTrainingArguments()
-        self._zo = options_of(args, given)
-        if self._zo["method"] not in METHODS:
-            raise InputError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
+        method = options_of(args, self._given)["method"]
+        if method not in METHODS:
+            raise InputError(f"unknown method {method!r}; {nearest(method, METHODS)}")
         refuse_trainer(model, args, row_loss, dict(zip(POSITIONAL, positional, strict=False)) | kwargs)
         args.max_grad_norm = 0.0
         args.logging_nan_inf_filter = False  # it would wait for each step; see Tally
@@ -95,15 +95,19 @@ class ZOTrainer(HookedTrainer):
         if self.optimizer is None:
             self.optimizer = optimizer = self._made_optimizer(self.model if model is None else model)
             optimizer.calibrate = self.calibrate
-            optimizer.told = {name: _plain(self._zo[name]) for name in KEPT} | {RATE: self.args.learning_rate}
         return self.optimizer
 
     def _made_optimizer(self, model: Any) -> _TrainersOptimizer:
-        options = dict(self._zo)
+        options = options_of(
+            self.args, self._given
+        )  # as they are now: a search of hyperparameters sets them for each trial
+        told = {name: _plain(options[name]) for name in KEPT} | {RATE: self.args.learning_rate}
         options |= options.pop("method_options")
         del options["calibration_rows"]
         groups = parameter_groups(model, self.args.weight_decay)
-        return _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
+        optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
+        optimizer.told = told
+        return optimizer
 
     def calibrate(self) -> int:
         """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
@@ -112,7 +116,7 @@ class ZOTrainer(HookedTrainer):
         """
         model, count = self.model, 0
         assert model is not None
-        for row in itertools.islice(iter(self.train_dataset), self._zo["calibration_rows"]):  # type: ignore[arg-type]
+        for row in itertools.islice(iter(self.train_dataset), options_of(self.args, self._given)["calibration_rows"]):  # type: ignore[arg-type]
             inputs = self.on_device(self.calibration_batch(row))
             self._rows_of(model)(inputs) if self.row_loss is not None else self.compute_loss(model, inputs)
             count += 1
