@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -15,7 +16,7 @@ from zotune.estimators import TwoSided
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
 from zotune.record.trajectory import Record, float32
-from zotune.run.folder import sync, write_atomically
+from zotune.run.folder import as_json, sync, write_atomically
 from zotune.run.guards import Guards
 from zotune.run.state import RunState
 from zotune.run.trajectory import open_trajectory
@@ -50,7 +51,8 @@ class Recorder(transformers.TrainerCallback):
         open_trajectory(run, self.ready.config, step)
         if run.checkpoint is not None:
             window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
-            self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
+            self.losses = [math.nan if loss is None else loss for loss in window.get("losses", [])]  # of a skipped step
+            self.guards.g = window.get("g", [])
             self.guards.apart = window.get("apart", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -170,11 +172,8 @@ class Recorder(transformers.TrainerCallback):
 
     def _write(self) -> None:
         if self.line:
-            finite = {
-                k: (v if v is not None and v == v and abs(v) != float("inf") else None) for k, v in self.line.items()
-            }
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(as_json(self.line) + "\n")
             self.line = {}
 
 

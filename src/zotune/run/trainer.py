@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import pickle
@@ -20,7 +19,7 @@ from zotune.models.loading import load_weights
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.run.arguments import arguments
-from zotune.run.folder import BROKEN, CHECKPOINT
+from zotune.run.folder import BROKEN, CHECKPOINT, as_json
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
@@ -117,7 +116,7 @@ class TaskTrainer(ZOTrainer):
         self.recorder.sync()
         with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:
             save()
-            (path / WINDOW).write_text(json.dumps(self.recorder.window()), encoding="utf-8")
+            (path / WINDOW).write_text(as_json(self.recorder.window()), encoding="utf-8")
         folder.keep_checkpoints(self.ready.config.keep or 1, self.state.best_global_step)
 
     def checkpoints_folder(self) -> Path:
