@@ -20,10 +20,10 @@ class Tally:
 
     def add(self, loss: Tensor) -> Tensor:
         """The loss, 0 where it is not finite. Waits for nothing."""
-        finite = torch.isfinite(loss)
+        finite = (loss - loss) == 0  # half the kernels of isfinite
         self._steps += 1
-        self._finite = finite.long() if self._finite is None else self._finite + finite
-        return torch.where(finite, loss, torch.zeros_like(loss))
+        self._finite = finite.long() if self._finite is None else self._finite.add_(finite)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def mean(self, mean: float) -> float | None:
         """Of the steps since the last call. mean: over all of them, skipped ones as 0. None: all were skipped."""
