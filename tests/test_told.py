@@ -121,6 +121,14 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     assert one_line(error)
 
 
+def test_one_of_several_gpus_trains_and_that_is_said(tmp_path, caplog):
+    args = ZOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2
+    ZOTrainer(model(), args, train_dataset=ROWS, data_collator=collate)
+    assert args.n_gpu == 1
+    assert "one of 2 GPUs trains" in caplog.text
+
+
 class Batches:
     """Collates, and keeps what it has collated."""
 

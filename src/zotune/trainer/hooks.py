@@ -6,12 +6,15 @@ transformers promises nothing of these. `SIGNATURES` says what they are taken to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Method → its parameters behind self.
 SIGNATURES = {
@@ -48,6 +51,8 @@ def decayed_names(model: nn.Module) -> set[str]:
 
 def one_card(args: transformers.TrainingArguments) -> None:
     """No DataParallel: its replicas are copies that no perturbation reaches."""
+    if args.n_gpu > 1:
+        logger.warning("one of %d GPUs trains; CUDA_VISIBLE_DEVICES chooses it", args.n_gpu)
     args._n_gpu = min(args.n_gpu, 1)
 
 
