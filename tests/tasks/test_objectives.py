@@ -10,7 +10,7 @@ import torch
 
 from zotune.cli.app import run
 from zotune.errors import InputError
-from zotune.run.train import check_kind
+from zotune.prepare.model import check_kind
 from zotune.tasks import get_task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.metrics import text_f1

@@ -10,7 +10,7 @@ from zotune.cli.replay import rebuilt
 from zotune.models.heads import label_names, outputs_of
 from zotune.models.kinds import kind_of
 from zotune.options import EvalConfig, PredictConfig
-from zotune.run.train import check_kind, load
+from zotune.prepare.model import check_kind, load
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
 from zotune.tasks.task import METRICS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zotune.estimates.memory import readable
-from zotune.run.train import LENGTHS, Prepared
+from zotune.prepare.prepared import LENGTHS, Prepared
 
 
 @dataclass(frozen=True)

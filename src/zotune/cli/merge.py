@@ -7,8 +7,8 @@ from pathlib import Path
 from zotune.errors import InputError
 from zotune.models.adapters import put_adapter, save
 from zotune.options import MergeConfig
+from zotune.prepare.model import load
 from zotune.run.folder import check_model_folder, model_folder
-from zotune.run.train import load
 
 
 def merge(options: MergeConfig) -> None:

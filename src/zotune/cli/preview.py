@@ -11,7 +11,7 @@ from rich.text import Text
 from zotune.models.loading import find_kind, limit_of, load_tokenizer
 from zotune.models.schemes import get_scheme
 from zotune.options import PreviewConfig
-from zotune.run.train import check_kind
+from zotune.prepare.model import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded

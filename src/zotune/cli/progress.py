@@ -16,7 +16,8 @@ from rich.progress import (
 )
 
 from zotune.cli.expected import Expected, expected
-from zotune.run.train import Listener, Prepared
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared
 
 
 class Bars(Listener):

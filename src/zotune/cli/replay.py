@@ -10,10 +10,10 @@ from zotune.cli.progress import Bars
 from zotune.errors import InputError
 from zotune.models import adapters
 from zotune.options import ModelOptions, ReplayConfig
+from zotune.prepare.model import load
 from zotune.record import replay as replays
 from zotune.run.card import rebuilt_card
 from zotune.run.folder import CARD, check_model_folder, model_folder
-from zotune.run.train import load
 
 
 def replay(options: ReplayConfig) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from zotune.errors import InputError
 from zotune.models.adapters import put_adapter
 from zotune.options import EvalConfig, PredictConfig
+from zotune.prepare.listener import Listener
+from zotune.prepare.model import encoder_for, load, pad_id
 from zotune.run.folder import write_atomically
-from zotune.run.train import Listener, encoder_for, load, pad_id
 from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome
