@@ -60,12 +60,12 @@ def output_file(name: str, overwrite: bool = True) -> Path:
 
 def write_figures(figures: Mapping[str, Any], path: Path) -> None:
     """As one JSON object."""
-    write_atomically(path, json.dumps(figures, indent=2) + "\n")
+    write_atomically(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 def write_lines(told: Iterable[Mapping[str, Any]], path: Path) -> None:
     """A JSON object a line."""
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in told))
 
 
 def predictions(

@@ -197,7 +197,7 @@ class RunFolder:
         return value if isinstance(value, dict) else {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomically(self / name, json.dumps(value, indent=2) + "\n")
+        write_atomically(self / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def check_model_folder(path: Path, overwrite: bool) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.calibration import NormsFolder
-from zotune.errors import InputError
+from zotune.errors import InputError, NonFiniteLoss, NotFinite
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.estimators import TwoSided
 from zotune.models.adapters import save
@@ -211,7 +211,8 @@ class _Run:
         ready, config, folder = self.ready, self.ready.config, self.folder
         chosen = int(trainer.state.best_global_step or trainer.state.global_step)
         trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
-        test_after = ready.score(ready.test, self.listener, "test, after")
+        with _stops_the_run("test, after"):
+            test_after = ready.score(ready.test, self.listener, "test, after")
         if self.trajectory is not None:
             with TrajectoryWriter.resume(folder / "trajectory.zot", trainer.state.global_step) as trajectory:
                 trajectory.mark_chosen(chosen)
@@ -474,7 +475,8 @@ class _TaskTrainer(ZOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._settle()
         ready = self.run.ready
-        metrics = {self._metric: ready.score(ready.validation, self.run.listener, "validation")}
+        with _stops_the_run(f"step {self.state.global_step}: validation"):
+            metrics = {self._metric: ready.score(ready.validation, self.run.listener, "validation")}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -510,7 +512,7 @@ class _TaskTrainer(ZOTrainer):
         self.recorder.sync()
         with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:
             super()._save_checkpoint(model, trial)
-            (path / WINDOW).write_text(json.dumps(self.recorder.window()), encoding="utf-8")
+            (path / WINDOW).write_text(json.dumps(self.recorder.window(), allow_nan=False), encoding="utf-8")
         folder.keep_checkpoints(self.run.ready.config.keep or 1, self.state.best_global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -530,6 +532,15 @@ def _state_of(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint}: its state cannot be read ({said}); delete this folder and go on: an older checkpoint, or the "
             "trajectory alone, serves --resume"
         ) from error
+
+
+@contextmanager
+def _stops_the_run(what: str) -> Iterator[None]:
+    """Scores that are not finite were refused before the first step; behind it, it is the run that has come there."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NonFiniteLoss(f"{what}: {error}, or a smaller --lr; what was saved before stays") from None
 
 
 class _EarlyStop(transformers.TrainerCallback):
@@ -575,8 +586,9 @@ class _Recorder(transformers.TrainerCallback):
         self.trainer.recorded = recorded = run.open_trajectory(step)
         if run.checkpoint is not None:
             window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
-            self.losses, self.guards.g = window.get("losses", []), window.get("g", [])
-            self.guards.apart = window.get("apart", [])
+            read = {name: [math.nan if v is None else v for v in values] for name, values in window.items()}
+            self.losses, self.guards.g = read.get("losses", []), read.get("g", [])
+            self.guards.apart = read.get("apart", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
@@ -686,9 +698,10 @@ class _Recorder(transformers.TrainerCallback):
         self.run.progress["wall_seconds"] = self.run._wall()
         self.run.folder.write_json("progress.json", self.run.progress)
 
-    def window(self) -> dict[str, list[float]]:
-        """What the next line is a mean of, so far."""
-        return {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
+    def window(self) -> dict[str, list[float | None]]:
+        """What the next line is a mean of, so far; null for a number that is not finite."""
+        means = {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
+        return {name: [v if math.isfinite(v) else None for v in values] for name, values in means.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
@@ -699,7 +712,7 @@ class _Recorder(transformers.TrainerCallback):
                 k: (v if v is not None and v == v and abs(v) != float("inf") else None) for k, v in self.line.items()
             }
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.line = {}
 
 

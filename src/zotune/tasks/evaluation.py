@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -32,7 +33,7 @@ class Outcome:
     def metric(self, name: str, rows: Sequence[Encoded]) -> float:
         """In percent, but for perplexity, loss, and the mean of a function of one's own, `package.module:function`."""
         if name in LIKELIHOOD:
-            return LIKELIHOOD[name](self.losses, rows)
+            return min(LIKELIHOOD[name](self.losses, rows), sys.float_info.max)  # JSON has no infinity
         if ":" in name:
             score = own_score(name, "metric")
             told = zip(self.prompts, self.answers, rows, strict=True)

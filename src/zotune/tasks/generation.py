@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from zotune.errors import InputError
+from zotune.models.finite import refuse_rows
 from zotune.models.kinds import without_adapter
 from zotune.models.loading import length_limit
 from zotune.tasks.encoding import Encoded
@@ -41,8 +42,9 @@ def write(
     pad_id: int,
     most: int | None = None,
     reply: bool = False,
-) -> list[str]:
-    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines.
+) -> list[str | None]:
+    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines. None where
+    the logits of any of its tokens are not finite: the likeliest is then whatever stands first.
 
     Never more than the model takes. Raises InputError where a prompt leaves no room.
     """
@@ -55,9 +57,42 @@ def write(
         )
     generate: Any = model.generate
     with _greedy(model, pad_id, most):
-        written = generate(input_ids=ids_BT, attention_mask=mask_BT)
+        watch = _Finite(ends_of(model))
+        written = generate(input_ids=ids_BT, attention_mask=mask_BT, logits_processor=LogitsProcessorList([watch]))
     texts = [tokenizer.decode(ids[ids_BT.shape[1] :], skip_special_tokens=True) for ids in written.tolist()]
-    return [text.strip() if reply else text.strip().split("\n")[0].strip() for text in texts]
+    lines = [text.strip() if reply else text.strip().split("\n")[0].strip() for text in texts]
+    return [line if sound else None for line, sound in zip(lines, watch.rows(), strict=True)]
+
+
+class _Finite(LogitsProcessor):
+    """Notes the rows whose logits are not finite before they end. It reads the logits once more, beside the head that makes them,
+    and waits for no device."""
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.ends = list(ends)
+        self.sound_B: Tensor | None = None
+        self.ended_B: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite_B = scores.amax(-1).isfinite()  # NaN is the largest of what it is among
+        if self.sound_B is None or self.ended_B is None:
+            self.sound_B, self.ended_B = finite_B, torch.zeros_like(finite_B)
+            return scores
+        for end in self.ends:
+            self.ended_B = self.ended_B | (input_ids[:, -1] == end)
+        self.sound_B = self.sound_B & (finite_B | self.ended_B)
+        return scores
+
+    def rows(self) -> list[bool]:
+        assert self.sound_B is not None
+        return [bool(sound) for sound in self.sound_B.tolist()]
+
+
+def ends_of(model: nn.Module) -> list[int]:
+    """Ids of the tokens that `generate` ends at."""
+    config = getattr(without_adapter(model), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends]
 
 
 @contextmanager
@@ -90,14 +125,14 @@ def generate_answers(
     reply: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:
-    """What the model writes after each prompt, in the order given; see `write`.
+    """What the model writes after each prompt, in the order given; see `write`. Raises NotFinite where logits are not.
 
     Prompts are padded on the left, with a mask; rows of like length share a batch.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    answers = [""] * len(rows)
+    answers: list[str | None] = [None] * len(rows)
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -110,4 +145,5 @@ def generate_answers(
             advance(len(chosen))
     finally:
         model.train(was_training)
-    return answers
+    refuse_rows(model, answers.count(None), len(rows), "the logits of what it writes are")
+    return [answer for answer in answers if answer is not None]

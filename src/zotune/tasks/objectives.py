@@ -10,6 +10,7 @@ package.module:function    −function(prompt, answer, golds), any Python functi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,9 @@ def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int 
 
 
 def error_rate(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B,): 0 where the right candidate scores highest, else 1."""
-    return (candidate_scores(model, batch).argmax(1) != batch["labels"]).float()
+    """(B,): 0 where the right candidate scores highest, else 1; NaN where the scores are, so that the step is skipped."""
+    scores_BC = candidate_scores(model, batch)
+    return (scores_BC.argmax(1) != batch["labels"]).float() + 0 * scores_BC.amax(1)
 
 
 def generated_losses(
@@ -97,10 +99,11 @@ def generated_losses(
     offset: float,
     reply: bool = False,
 ) -> Tensor:
-    """(B,): offset − the score of what the model writes after each prompt."""
+    """(B,): offset − the score of what the model writes after each prompt; NaN where its logits are not finite."""
     answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id, reply=reply)
     scored = zip(batch["prompts"], answers, batch["golds"], strict=True)
-    return torch.tensor([offset - score(*one) for one in scored], dtype=torch.float64)
+    losses = [math.nan if text is None else offset - score(prompt, text, golds) for prompt, text, golds in scored]
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[str, Any]:

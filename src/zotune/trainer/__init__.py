@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,6 +262,8 @@ class ZOTrainer(transformers.Trainer):
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
         super().log(logs, *args, **kwargs)
+        history: list[Any] = self.state.log_history  # goes into a checkpoint's JSON, which has no NaN
+        history[-1] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in history[-1].items()}
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
