@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zotune.models.loading import find_kind, limit_of, load_tokenizer
+from zotune.models.loading import find_kind, limit_of, load_config, load_tokenizer
 from zotune.models.schemes import get_scheme
 from zotune.options import PreviewConfig
 from zotune.prepare.model import check_kind
@@ -50,7 +50,10 @@ def preview(options: PreviewConfig) -> None:
             examples = after_shots(examples, shots, tokenizer.mask_token)
         limit = limit_of(options.model, kind, **extra)
         limit = limit - taken if limit is not None else None
-        examples, ids = encoded(Encoder(tokenizer, limit, options.max_length, kind), source, examples)
+        config = load_config(options.model, **extra).get_text_config()
+        rows_of = getattr(config, "vocab_size", None)
+        encode = Encoder(tokenizer, limit, options.max_length, kind, vocabulary=rows_of)
+        examples, ids = encoded(encode, source, examples)
         for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
             show_row(console, example, row, tokenizer)
         lengths = sorted(row.tokens for row in ids)

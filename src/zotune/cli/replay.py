@@ -9,6 +9,7 @@ from typing import Any
 from zotune.cli.progress import Bars
 from zotune.errors import InputError
 from zotune.models import adapters
+from zotune.models.finite import refuse_weights
 from zotune.options import ModelOptions, ReplayConfig
 from zotune.prepare.model import load
 from zotune.record import replay as replays
@@ -21,6 +22,7 @@ def replay(options: ReplayConfig) -> None:
     output = Path(options.output).expanduser()
     check_model_folder(output, options.overwrite)
     model, tokenizer, line = rebuilt(options, options.trajectory, options.until)
+    refuse_weights(model, f"--trajectory {options.trajectory}")
     with model_folder(output) as path:
         adapters.save(model, tokenizer, path)
         rebuilt_card(replays.open_trajectory(options.trajectory, "0")[0].header, line).save(path / CARD)

@@ -31,6 +31,8 @@ from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.scratch import SMALL_BYTES, Scratch
 from zotune.engines.sequential import SequentialEngine
 from zotune.errors import InputError, nearest
+from zotune.models.border import reading
+from zotune.models.kinds import fits
 from zotune.models.loading import DTYPES
 from zotune.tasks.scoring import ROW_LOSSES
 from zotune.updates import TILE
@@ -122,13 +124,14 @@ def model_config(source: str | Mapping[str, Any], trust_remote_code: bool = Fals
         raise InputError(f"--model {source}: no such file or folder")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"--model {source}: no config.json in it")
-    try:
-        return transformers.AutoConfig.from_pretrained(
+    with reading(f"--model {source}", path if path.exists() else source):
+        config = transformers.AutoConfig.from_pretrained(
             str(path) if path.exists() else source, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"--model {source}: {first.strip()}") from None
+    if not fits(config, "causal"):
+        named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise InputError(f"--model {source}: a {named} is no causal language model, and no others are estimated")
+    return config
 
 
 def without_dropout(config: Any) -> None:

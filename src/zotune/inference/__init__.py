@@ -10,9 +10,11 @@ from typing import Any
 
 from zotune.errors import InputError
 from zotune.models.adapters import put_adapter
+from zotune.models.ids import pad_id
+from zotune.models.partial import refuse_untrained
 from zotune.options import EvalConfig, PredictConfig
 from zotune.prepare.listener import Listener
-from zotune.prepare.model import encoder_for, load, pad_id
+from zotune.prepare.model import encoder_for, load
 from zotune.run.folder import write_atomically
 from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoded
@@ -115,6 +117,8 @@ def _outcome(
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
+    if not getattr(options, "trajectory", None):  # whose steps have trained what its run drew
+        refuse_untrained(model, f"--model {options.model}")
     if shots:
         examples = after_shots(examples, shots, tokenizer.mask_token)
     examples, rows = encoded(encoder_for(model, tokenizer, options, task), source, examples)
@@ -129,7 +133,7 @@ def _outcome(
         task,
         rows,
         batch_size=2 * options.batch_size,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, model),
         replies=replies,
         advance=lambda n: listener.advance("rows", n),
     )

@@ -12,11 +12,12 @@ from torch import nn
 from zotune.errors import InputError
 from zotune.estimates.memory import AdamCost, adam_cost
 from zotune.models import schemes
+from zotune.models.ids import pad_id
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
 from zotune.prepare.listener import Listener
-from zotune.prepare.model import encoder_for, load, pad_id
+from zotune.prepare.model import encoder_for, load
 from zotune.record.replay import fingerprint
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoded
@@ -51,7 +52,7 @@ class Prepared:
 
     @property
     def pad_id(self) -> int:
-        return pad_id(self.tokenizer)
+        return pad_id(self.tokenizer, self.model)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""

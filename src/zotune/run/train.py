@@ -34,6 +34,7 @@ from zotune.models.kinds import kind_of
 from zotune.models.loading import (
     load_weights,
 )
+from zotune.models.partial import some, untrained
 from zotune.models.quantized import library_versions, weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
@@ -96,6 +97,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(described(ready.task))
             if ready.unread:
                 listener.say(ready.unread)
+            if fresh := untrained(ready.model):
+                listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
             ready.config = config = resolved(config, ready.model)
             if not config.resume:
                 optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.errors import InputError
+from zotune.models.ids import refuse_beyond
 from zotune.tasks.chat import conversation_ids, places_within, question_ids, question_places, remaining
 from zotune.tasks.task import MASK, Example
 
@@ -68,7 +69,7 @@ class Encoder:
 
     kind "causal": the answer follows the prompt. "masked": the answer stands where the prompt has `<mask>` (or the tokenizer's own
     mask), else at its end, before a full stop; an answer of k tokens is k masks. "classifier": the prompt alone.
-    outputs: of a classifier, the output of each of the task's labels.
+    outputs: of a classifier, the output of each of the task's labels. vocabulary: ids that the model has a row for.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Encoder:
         max_length: int | None = None,
         kind: str = "causal",
         outputs: Sequence[int] = (),
+        vocabulary: int | None = None,
     ) -> None:
         self.outputs = () if list(outputs) == [*range(len(outputs))] else tuple(outputs)
         if max_length is not None and model_takes is not None and max_length > model_takes:
@@ -88,8 +90,16 @@ class Encoder:
             )
             raise InputError(f"--model-kind masked: the model's tokenizer {lacks}")
         self.tokenizer, self.model_takes, self.max_length, self.kind = tokenizer, model_takes, max_length, kind
+        self.vocabulary = vocabulary
 
     def __call__(self, example: Example) -> Encoded:
+        row = self._encoded(example)
+        mask = [] if row.mask is None else [row.mask]
+        ids = [*row.prompt, *chain(*row.candidates), *mask, *row.tail]
+        refuse_beyond(ids, self.vocabulary, self.tokenizer, example.where)
+        return row
+
+    def _encoded(self, example: Example) -> Encoded:
         if self.kind == "causal":
             return self._continued(example)
         if example.messages or not example.prompt:
