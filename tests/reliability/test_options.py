@@ -20,6 +20,7 @@ from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
 from zotune.record.trajectory import TrajectoryWriter
 from zotune.run import train as runs
+from zotune.run.trainer import TaskTrainer
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -87,9 +88,9 @@ def test_the_trajectory_goes_to_the_disk_every_so_many_steps(flags, tmp_path, mo
 
 def test_a_deterministic_run_asks_torch_for_it_and_gives_the_same_bits_on_the_cpu(flags, tmp_path, monkeypatch):
     asked = []
-    step = runs._TaskTrainer.training_step
+    step = TaskTrainer.training_step
     monkeypatch.setattr(
-        runs._TaskTrainer,
+        TaskTrainer,
         "training_step",
         lambda *args, **kw: (asked.append(torch.are_deterministic_algorithms_enabled()), step(*args, **kw))[1],
     )
@@ -102,10 +103,8 @@ def test_a_deterministic_run_asks_torch_for_it_and_gives_the_same_bits_on_the_cp
 
 
 def test_tf32_is_asked_for_while_a_run_lasts(flags, tmp_path, monkeypatch):
-    asked, matmul, step = [], torch.backends.cuda.matmul, runs._TaskTrainer.training_step
-    monkeypatch.setattr(
-        runs._TaskTrainer, "training_step", lambda *args: (asked.append(matmul.allow_tf32), step(*args))[1]
-    )
+    asked, matmul, step = [], torch.backends.cuda.matmul, TaskTrainer.training_step
+    monkeypatch.setattr(TaskTrainer, "training_step", lambda *args: (asked.append(matmul.allow_tf32), step(*args))[1])
     for name, extra in (("a", []), ("b", ["--tf32"])):
         assert run([*flags(steps=2), *extra, "--output", str(tmp_path / name)]) == 0
     assert asked == [False] * 2 + [True] * 2

@@ -22,7 +22,9 @@ from zotune.options import TrainConfig
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved
 from zotune.run import train as run
+from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.folder import RunFolder
+from zotune.run.result import device_name
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 
@@ -73,7 +75,7 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
 
 def dry_run(config: TrainConfig) -> None:
     """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
-    run.check_reporters(config.report_to)
+    check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
     ready = prepare(config)
@@ -119,7 +121,7 @@ def dry_run(config: TrainConfig) -> None:
     )
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
-    table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")
+    table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")
     console.print(table)
     if ready.unread:
         console.print(Text(ready.unread))
@@ -130,7 +132,7 @@ def _time(ready: Prepared) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
     config = ready.config
     ready.model.eval()
-    optimizer = run.optimizer_for(ready)
+    optimizer = optimizer_for(ready)
     rows = (ready.train * config.batch_size)[: config.batch_size]
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
     batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}

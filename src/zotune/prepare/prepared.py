@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from zotune.models.ids import pad_id
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
+from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
 from zotune.record.replay import fingerprint
@@ -45,6 +46,9 @@ class Prepared:
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
+    made_of: dict[str, Any] = field(
+        default_factory=dict
+    )  # rows, tokenizer, template and task by content; see `identity`
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +135,13 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     splits = Splits(train, validation, test, splits.test_split)
     rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
-    return Prepared(config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base)
+    made_of: dict[str, Any] = {}
+    if not config.dry_run:
+        drawn = {"train": train, "validation": validation, "test": test}
+        made_of = identity(task, tokenizer, source, drawn, rows)
+    return Prepared(
+        config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base, made_of=made_of
+    )
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:

@@ -65,9 +65,9 @@ class RunFolder:
         if not resume:
             raise InputError(f"--output {self.path}: holds a run; go on with --resume, or start anew with --overwrite")
         old = self._config()
-        changed = [k for k in config if k not in FREE and old.get(k) != config[k]]
+        changed = [change for k in config if k not in FREE for change in _changes(k, old.get(k), config[k])]
         if changed:
-            said = ", ".join(f"{k} was {old.get(k)!r:.80}, is {config[k]!r:.80}" for k in changed)
+            said = ", ".join(f"{k} was {was!r:.80}, is {now!r:.80}" for k, was, now in changed)
             raise InputError(f"--output {self.path}: holds a run of other options ({said}); --resume changes none")
 
     def _config(self) -> dict[str, Any]:
@@ -198,6 +198,17 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_atomically(self / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _changes(name: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """What differs, of two mappings key by key."""
+    if was == now:
+        return []
+    if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+        return [(name, was, now)]
+    return [change for k in {**was, **now} for change in _changes(f"{name}.{k}", was.get(k), now.get(k))] or [
+        (name, was, now)
+    ]
 
 
 def check_model_folder(path: Path, overwrite: bool) -> None:
