@@ -13,6 +13,7 @@ from zotune.tasks.rows import (
     SUFFIXES,
     BadRows,
     Row,
+    named,
     other_files,
     read_file,
     read_hub,
@@ -84,7 +85,7 @@ class Source:
         for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
-        has = self.has("wanted train.jsonl, …, or .csv, .tsv, .parquet")
+        has = self.has("wanted train.jsonl, …, or .json, .csv, .tsv, .parquet")
         raise InputError(f"{self}: no train, validation or test split in it{has}")
 
     def has(self, wanted: str) -> str:
@@ -185,7 +186,7 @@ def _local(name: str) -> Source | None:
 
 def _looks_local(name: str) -> bool:
     """Whether no data set of the hub is called so."""
-    return name.lower().endswith(SUFFIXES) or name.startswith((".", "~", "/")) or name.count("/") > 1
+    return named(Path(name))[1] in SUFFIXES or name.startswith((".", "~", "/")) or name.count("/") > 1
 
 
 def _nearest_to(path: Path) -> str:
