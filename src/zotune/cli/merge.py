@@ -9,6 +9,7 @@ from zotune.models.adapters import put_adapter, save
 from zotune.options import MergeConfig
 from zotune.run.folder import check_model_folder, model_folder
 from zotune.run.train import load
+from zotune.tasks import ends
 
 
 def merge(options: MergeConfig) -> None:
@@ -25,6 +26,7 @@ def merge(options: MergeConfig) -> None:
         raise InputError(
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
+    ends.take_from_adapter(adapted, options.adapter)
     merged = adapted.merge_and_unload()
     with model_folder(output) as path:
         save(merged, tokenizer, path)

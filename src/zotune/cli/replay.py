@@ -14,6 +14,7 @@ from zotune.record import replay as replays
 from zotune.run.card import rebuilt_card
 from zotune.run.folder import CARD, check_model_folder, model_folder
 from zotune.run.train import load
+from zotune.tasks import ends
 
 
 def replay(options: ReplayConfig) -> None:
@@ -23,6 +24,7 @@ def replay(options: ReplayConfig) -> None:
     model, tokenizer, line = rebuilt(options, options.trajectory, options.until)
     with model_folder(output) as path:
         adapters.save(model, tokenizer, path)
+        ends.save_beside_adapter(model, path)
         rebuilt_card(replays.open_trajectory(options.trajectory, "0")[0].header, line).save(path / CARD)
     print(f"{line}\n{output}")
 
@@ -57,6 +59,7 @@ def rebuilt(
         model, found, steps, differ = replays.rebuild(
             base, trajectory, until, lambda done: bars.advance("replay", done)
         )
+    ends.take_from_record(model, found.header.extra)
     if found.torn_bytes:
         print(f"{trajectory}: its last record is torn ({found.torn_bytes} bytes) and left out")
     if options.dtype and options.dtype != found.header.dtype:

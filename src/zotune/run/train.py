@@ -60,7 +60,7 @@ from zotune.run.folder import BROKEN, CALIBRATION, CARD, CHECKPOINT, FREE, RunFo
 from zotune.run.guards import Guards
 from zotune.step.optimizer import StepRecord, ZeroOrderOptimizer
 from zotune.step.probing import sides
-from zotune.tasks import Task
+from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.metrics import figure
@@ -110,6 +110,7 @@ class Prepared:
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
+    ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
 
     @property
     def device(self) -> torch.device:
@@ -260,9 +261,22 @@ def prepare(config: TrainConfig) -> Prepared:
     (train, train_rows), (validation, validation_rows), (test, test_rows) = (
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
-    splits = Splits(train, validation, test, splits.test_split)
+    learned = ends.taught(train_rows, tokenizer, task.end) if task.generates or task.models else set()
+    ends.teach(model, learned)
+    splits = replace(splits, train=train, validation=validation, test=test)
     rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
-    return Prepared(config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base)
+    return Prepared(
+        config,
+        task,
+        model,
+        tokenizer,
+        splits,
+        source.bad,
+        **rows,
+        unread=source.unread,
+        base=base,
+        ends=sorted(learned),
+    )
 
 
 def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
@@ -298,6 +312,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
+            listener.say(ready.splits.described())
             if ready.unread:
                 listener.say(ready.unread)
             ready.config = config = resolved(config, ready.model)
@@ -429,6 +444,9 @@ class _Run:
             "test_after": test_after,
             "test_split": ready.splits.test_split,
             "test_rows": len(ready.test),
+            "train_rows": len(ready.train),
+            "validation_rows": len(ready.validation),
+            "rows_given": dict(ready.splits.given),
             "one_class": ready.one_class(ready.test),
             "validation_best": trainer.state.best_metric,
             "steps": trainer.state.global_step,
@@ -598,7 +616,8 @@ class _Run:
             | ({"quantize": config.quantize} if config.quantize else {}),
             task=self.ready.task.name,
             versions=versions(),
-            extra={"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {},
+            extra=({"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {})
+            | ({"ends": self.ready.ends} if self.ready.ends else {}),
         )
 
     def _wall(self) -> float:
@@ -926,6 +945,7 @@ def _step_of(line: str) -> float:
 def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
     save(ready.model, ready.tokenizer, path)
+    ends.save_beside_adapter(ready.model, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -9,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from zotune.errors import InputError
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.files import own_score
-from zotune.tasks.generation import generate_answers
+from zotune.tasks.generation import answers_of
 from zotune.tasks.metrics import CHOICE_METRICS, LIKELIHOOD, TEXT_METRICS, text_metric
 from zotune.tasks.scoring import row_losses, score_rows
 from zotune.tasks.task import Task
@@ -21,13 +23,14 @@ from zotune.tasks.task import Task
 class Outcome:
     """What a model made of rows: the candidates' scores, the answers that it wrote, or nats a token of each row.
 
-    prompts: what was answered, where a function of one's own is the metric.
+    prompts: what was answered, where a function of one's own is the metric. unended: answers that reached the most tokens.
     """
 
     scores: list[list[float]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    unended: int = 0
 
     def metric(self, name: str, rows: Sequence[Encoded]) -> float:
         """In percent, but for perplexity, loss, and the mean of a function of one's own, `package.module:function`."""
@@ -53,17 +56,38 @@ def outcome(
     replies: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Outcome:
-    """replies: of conversations, what the assistant would say next, instead of how well what it said is predicted."""
+    """replies: of conversations, what the assistant would say next, instead of how well what it said is predicted.
+
+    Raises InputError where the model gives something that is no number, of which no metric would mean anything.
+    """
     common: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id, "advance": advance}
-    if task.generates:
+    if task.generates or (task.messages_field and replies):
         own = ":" in task.metric
         prompts = [tokenizer.decode(list(row.asked), skip_special_tokens=True) for row in rows] if own else []
-        return Outcome(answers=generate_answers(model, tokenizer, rows, **common), prompts=prompts)
-    if task.messages_field and replies:
-        return Outcome(answers=generate_answers(model, tokenizer, rows, reply=True, **common))
+        written = answers_of(
+            model, tokenizer, rows, reply=not task.generates, end=task.end, most=task.max_new_tokens, **common
+        )
+        _refuse_not_finite(model, [answer.finite for answer in written])
+        texts = [answer.text for answer in written]
+        return Outcome(answers=texts, prompts=prompts, unended=sum(not answer.ended for answer in written))
     if task.models:
-        return Outcome(losses=row_losses(model, rows, **common))
-    return Outcome(scores=score_rows(model, rows, **common))
+        losses = row_losses(model, rows, **common)
+        _refuse_not_finite(model, [math.isfinite(loss) for loss in losses])
+        return Outcome(losses=losses)
+    scores = score_rows(model, rows, **common)
+    _refuse_not_finite(model, [all(map(math.isfinite, of_row)) for of_row in scores])
+    return Outcome(scores=scores)
+
+
+def _refuse_not_finite(model: nn.Module, finite: Sequence[bool]) -> None:
+    if all(finite):
+        return
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}.get(dtype, "other weights")
+    raise InputError(
+        f"the model gives no finite numbers for {finite.count(False)} of {len(finite)} rows in {dtype}, so no figure or label of "
+        f"them means anything; try {other}, or look for what is not finite in its weights"
+    )
 
 
 def also(task: Task) -> list[str]:
