@@ -25,7 +25,7 @@ def evaluate(options: EvalConfig) -> None:
     shown += [(name, value) for name, value in figures.items() if name in (*METRICS, "loss")]
     cut = f", {figures['cut_rows']} of them cut" if "cut_rows" in figures else ""
     said = "  ".join(f"{name} {figure(name, value)}" for name, value in shown)
-    rows = some_of(figures["n"], figures["rows_given"])
+    rows = some_of(figures["n"], figures.get("rows_given", 0))
     print(f"{figures['task']}  {said}  ({rows} rows of {figures['split']}{cut})")
     if path is not None:
         inference.write_figures(figures, path)

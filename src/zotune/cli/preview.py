@@ -70,7 +70,7 @@ def show_text(console: Console, example: Example) -> None:
     line = Text.assemble((f"{example.where}  ", "dim"), _plain(example.prompt))
     line.append(_counted(console, _plain(right)))
     if example.end is not None:  # the tokenizer's is known with --model
-        line.append(_counted(console, _plain(example.end) or "the end", end=True))
+        line.append(_counted(console, _plain(example.end) or "the tokenizer's end", end=True))
     console.print(line)
     _others(console, example)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zotune.errors import InputError
+from zotune.errors import InputError, NonFiniteLoss
 from zotune.models.adapters import put_adapter
 from zotune.options import EvalConfig, PredictConfig
 from zotune.run.folder import write_atomically
@@ -48,9 +48,9 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
         "value": found.metric(task.metric, scored),
         "n": len(scored),
         "split": split,
-        "rows_given": given,
         **({"shots": options.shots} if options.shots else {}),
         **{name: found.metric(name, scored) for name in also(task)},
+        **({"rows_given": given} if given != len(scored) else {}),
         **({"cut_rows": cut} if cut else {}),
         **({"unended_answers": found.unended} if found.unended else {}),
         **({"bad_rows": len(source.bad.said)} if source.bad.said else {}),
@@ -148,16 +148,19 @@ def _outcome(
     if source.bad.said:
         listener.say(f"bad rows: {source.bad}")
     listener.begin("rows", len(rows))
-    found = outcome(
-        model,
-        tokenizer,
-        task,
-        rows,
-        batch_size=2 * options.batch_size,
-        pad_id=pad_id(tokenizer),
-        replies=replies,
-        advance=lambda n: listener.advance("rows", n),
-    )
+    try:
+        found = outcome(
+            model,
+            tokenizer,
+            task,
+            rows,
+            batch_size=2 * options.batch_size,
+            pad_id=pad_id(tokenizer),
+            replies=replies,
+            advance=lambda n: listener.advance("rows", n),
+        )
+    except NonFiniteLoss as error:  # no run stops: the model is one that cannot be scored
+        raise InputError(f"--model {options.model}: {error}") from None
     listener.end("rows")
     if found.unended:
         listener.say(

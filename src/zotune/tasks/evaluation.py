@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from zotune.errors import InputError
+from zotune.errors import NonFiniteLoss
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.files import own_score
 from zotune.tasks.generation import answers_of
@@ -58,7 +58,7 @@ def outcome(
 ) -> Outcome:
     """replies: of conversations, what the assistant would say next, instead of how well what it said is predicted.
 
-    Raises InputError where the model gives something that is no number, of which no metric would mean anything.
+    Raises NonFiniteLoss where the model gives something that is no number, of which no metric would mean anything.
     """
     common: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id, "advance": advance}
     if task.generates or (task.messages_field and replies):
@@ -84,8 +84,8 @@ def _refuse_not_finite(model: nn.Module, finite: Sequence[bool]) -> None:
         return
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}.get(dtype, "other weights")
-    raise InputError(
-        f"the model gives no finite numbers for {finite.count(False)} of {len(finite)} rows in {dtype}, so no figure or label of "
+    raise NonFiniteLoss(
+        f"what the model gives is not finite for {finite.count(False)} of {len(finite)} rows in {dtype}, so no figure or label of "
         f"them means anything; try {other}, or look for what is not finite in its weights"
     )
 

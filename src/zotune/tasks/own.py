@@ -35,6 +35,8 @@ def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
     )
     task = task or _own_task(options, source, labelled)
     if options.max_new_tokens is not None:
+        if not (task.generates or task.messages_field or ":" in getattr(options, "loss", "")):
+            raise InputError(f"--max-new-tokens {options.max_new_tokens}: task {task.name!r} generates no answers")
         task = replace(task, max_new_tokens=options.max_new_tokens)
     return task, source.asking(functools.partial(task.example, labelled=labelled))
 
@@ -102,7 +104,7 @@ def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
         if field in has:
             return Task(name=name, messages_field=field)
     if "prompt" in has and ("completion" in has or not labelled):
-        if isinstance(has.get("label"), bool):
+        if labelled and isinstance(has.get("label"), bool):
             raise InputError(
                 f"{row.where}: field 'label' says whether a completion is a good one (TRL's unpaired preference), which is not "
                 "learned from; keep the good ones without it"
