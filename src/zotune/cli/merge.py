@@ -14,6 +14,7 @@ from zotune.models.partial import refuse_untrained
 from zotune.options import MergeConfig
 from zotune.prepare.model import load
 from zotune.run.folder import check_model_folder, model_folder
+from zotune.tasks import ends
 
 
 def merge(options: MergeConfig) -> None:
@@ -31,6 +32,7 @@ def merge(options: MergeConfig) -> None:
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
     refuse_untrained(adapted, f"--model {options.model}")
+    ends.take_from_adapter(adapted, options.adapter)
     before, kind = seen(adapted), kind_of(adapted)
     device = before.ids.device
     whole = merged(adapted, f"--adapter {options.adapter}")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zotune.models.loading import find_kind, limit_of, load_config, load_tokenizer
+from zotune.models.loading import check_architecture, find_kind, limit_of, load_config, load_tokenizer
 from zotune.models.schemes import get_scheme
 from zotune.options import PreviewConfig
 from zotune.prepare.model import check_kind
@@ -45,6 +45,7 @@ def preview(options: PreviewConfig) -> None:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
         kind, _ = find_kind(options.model, options.model_kind, **extra)
         check_kind(kind, task)
+        check_architecture(options.model, kind, **extra)
         tokenizer = load_tokenizer(options.model, **extra)
         if shots:
             examples = after_shots(examples, shots, tokenizer.mask_token)
@@ -72,6 +73,8 @@ def show_text(console: Console, example: Example) -> None:
     right = example.candidates[example.label or 0]
     line = Text.assemble((f"{example.where}  ", "dim"), _plain(example.prompt))
     line.append(_counted(console, _plain(right)))
+    if example.end is not None:  # the tokenizer's is known with --model
+        line.append(_counted(console, _plain(example.end) or "the tokenizer's end", end=True))
     console.print(line)
     _others(console, example)
 
@@ -84,11 +87,12 @@ def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -
     else:
         answer = ids.candidates[ids.label]
         counted = set(ids.counted or range(len(answer)))
-        for counts, places in groupby(
-            range(len(answer)), counted.__contains__
-        ):  # a conversation has questions in between
+        end = len(answer) - 1 if ids.ended else len(answer)
+        for counts, places in groupby(range(end), counted.__contains__):  # a conversation has questions in between
             text = _plain(tokenizer.decode([answer[place] for place in places]))
             line.append(_counted(console, text) if counts else Text(text))
+        if ids.ended:  # the last token, which holds a task's own end, or is the tokenizer's or the row's
+            line.append(_counted(console, _plain(tokenizer.decode([answer[-1]])), end=True))
         line.append(_plain(tokenizer.decode(list(ids.tail))))
     line.append(f"   {ids.tokens} tokens", style="dim")
     if ids.cut:
@@ -97,8 +101,13 @@ def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -
     _others(console, example)
 
 
-def _counted(console: Console, text: str) -> Text:
-    return Text(text, style="bold reverse") if console.is_terminal else Text(f"{MARKS[0]}{text}{MARKS[1]}")
+def _counted(console: Console, text: str, end: bool = False) -> Text:
+    """end: of the end of an answer, which stands apart from it."""
+    return (
+        Text(text, style="dim reverse" if end else "bold reverse")
+        if console.is_terminal
+        else Text(f"{MARKS[0]}{text}{MARKS[1]}")
+    )
 
 
 def _others(console: Console, example: Example) -> None:

@@ -129,12 +129,15 @@ def find_kind(
         config = load_config(str(Path(adapter).expanduser()))
         kind = kind_of_config(config) if asked == "auto" else asked
         return kind, label_names(config) if kind == "classifier" else []
-    if gguf_file:
-        return "causal" if asked == "auto" else asked, []
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    kind = kind_of_config(config) if asked == "auto" else asked
-    refuse_other(config, kind, name)
-    return kind, []
+    if asked == "auto":
+        asked = "causal" if gguf_file else kind_of_config(load_config(name, trust_remote_code=trust_remote_code))
+    return asked, []
+
+
+def check_architecture(name: str, kind: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raises InputError where the checkpoint's architecture is none that a model of the kind is made of."""
+    if not gguf_file:
+        refuse_other(load_config(name, trust_remote_code=trust_remote_code), kind, name)
 
 
 def _refuse_adapter(name: str) -> None:

@@ -85,6 +85,9 @@ class DataOptions(Options):
     max_length: Positive | None = Field(
         None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
     )
+    max_new_tokens: Positive | None = Field(
+        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of the directions, the rows drawn and their order"
     )

@@ -11,7 +11,15 @@ from zotune.errors import InputError
 from zotune.models.heads import head_names, is_named, label_names, outputs_of
 from zotune.models.ids import agree, embedding_rows
 from zotune.models.kinds import kind_of
-from zotune.models.loading import find_kind, length_limit, load_config, load_model, load_tokenizer, pick_device
+from zotune.models.loading import (
+    check_architecture,
+    find_kind,
+    length_limit,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from zotune.options import DataOptions, ModelOptions
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoder
@@ -34,6 +42,7 @@ def load(
     if task is not None:
         check_kind(kind, task, getattr(options, "loss", "answer"))
         labels = task.labels
+    check_architecture(options.model, kind, **extra)
     if task is not None and kind == "classifier":
         whose = f"--adapter {adapter}" if known else f"--model {options.model}"
         held = known or head_names(load_config(options.model, trust_remote_code=options.trust_remote_code))

@@ -20,7 +20,7 @@ from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
 from zotune.record.replay import fingerprint
-from zotune.tasks import Task
+from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.objectives import objective
@@ -46,6 +46,7 @@ class Prepared:
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
+    ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
     made_of: dict[str, Any] = field(
         default_factory=dict
     )  # rows, tokenizer, template and task by content; see `identity`
@@ -133,14 +134,26 @@ def prepare(config: TrainConfig) -> Prepared:
     (train, train_rows), (validation, validation_rows), (test, test_rows) = (
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
-    splits = Splits(train, validation, test, splits.test_split)
+    learned = ends.taught(train_rows, tokenizer, task.end) if task.generates or task.models else set()
+    ends.teach(model, learned)
+    splits = replace(splits, train=train, validation=validation, test=test)
     rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
         made_of = identity(task, tokenizer, source, drawn, rows)
     return Prepared(
-        config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base, made_of=made_of
+        config,
+        task,
+        model,
+        tokenizer,
+        splits,
+        source.bad,
+        **rows,
+        unread=source.unread,
+        base=base,
+        made_of=made_of,
+        ends=sorted(learned),
     )
 
 

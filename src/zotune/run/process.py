@@ -77,8 +77,8 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def stops_the_run(what: str) -> Iterator[None]:
-    """Scores that are not finite were refused before the first step; behind it, it is the run that has come there."""
+    """Scores that are not finite end a run as losses that are not do."""
     try:
         yield
     except NotFinite as error:
-        raise NonFiniteLoss(f"{what}: {error}, or a smaller --lr; what was saved before stays") from None
+        raise NonFiniteLoss(f"{what}: {error}") from None

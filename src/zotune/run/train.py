@@ -44,6 +44,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
+            listener.say(ready.splits.described())
             if ready.unread:
                 listener.say(ready.unread)
             if fresh := untrained(ready.model):
@@ -75,7 +76,8 @@ def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any
     state.progress[MADE_OF] = ready.made_of
     reset_peak(ready.device)
     if "test_before" not in state.progress:
-        state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
+        with stops_the_run("test, before"):
+            state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
         state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
         reset_peak(ready.device)
         state.save()
