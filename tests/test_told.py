@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 
 import pytest
 import torch
@@ -197,6 +199,100 @@ def test_each_run_of_a_model_init_moves_its_own_model_by_its_own_losses(tmp_path
     told.train()
     assert same(first, told.model)
     assert not same(first, model())
+
+
+def test_each_trial_of_a_search_has_its_own_eps_method_and_rate(tmp_path):
+    told = trainer(
+        tmp_path, zo={"model_init": lambda trial=None: model(), "train_dataset": ROWS, "eval_dataset": ROWS[:8]}
+    )
+    seen = []
+
+    def objective(metrics):
+        optimizer = told.zo_optimizer
+        seen.append((optimizer.param_groups[0]["eps"], optimizer.direction, told.args.learning_rate))
+        return metrics["eval_loss"]
+
+    pytest.importorskip("optuna")
+    wanted = iter([(1e-3, "gaussian", 1e-3), (4e-3, "rademacher", 2e-3)])
+    told.hyperparameter_search(
+        hp_space=lambda trial: dict(zip(("eps", "direction", "learning_rate"), next(wanted), strict=True)),
+        compute_objective=objective,
+        n_trials=2,
+        backend="optuna",
+    )
+    assert seen == [(1e-3, "gaussian", 1e-3), (4e-3, "rademacher", 2e-3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method_options": {"foo": 1}}, "has no option 'foo'"),
+        ({"queries": 0}, "queries"),
+        ({"direction": "gausian"}, "did you mean 'gaussian'"),
+        ({"engine": "dul"}, "dul"),
+        ({"method": "zo-adam", "fold_every": 2}, "fold_every=2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_at_construction(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize("kind", [ZOTrainingArguments, tf.TrainingArguments])
+def test_a_skipped_step_counts_in_no_logged_loss_and_is_nowhere_nan(tmp_path, kind):
+    """Steps 3, 5 and 6 of 8 have a loss that is not finite; a line is two steps."""
+    calls, seen = [], []
+
+    def loss(trained, batch):
+        calls.append(1)
+        rows = row_loss(trained, batch)
+        return rows * (float("nan") if (len(calls) - 1) // 2 + 1 in (3, 5, 6) else 1.0)
+
+    zo = {"row_loss": loss, "method": "zo-sgd", "engine": "sequential"}
+    told = trainer(tmp_path, kind=kind, zo=zo, logging_steps=2, save_strategy="steps", save_steps=8)
+    told.add_callback(Losses(seen))
+    done = told.train()
+    assert told.zo_optimizer.skipped_steps == 3
+    assert [step for step, at in enumerate(seen, 1) if not math.isfinite(at)] == [3, 5, 6]
+    lines = [line["loss"] for line in told.state.log_history if "loss" in line]
+    expected = [sum(seen[:2]) / 2, seen[3], None, sum(seen[6:]) / 2]
+    assert lines == [None if one is None else pytest.approx(one, rel=1e-6) for one in expected]
+    mean = sum(at for at in seen if math.isfinite(at)) / 5
+    assert done.training_loss == pytest.approx(mean, rel=1e-6)
+    assert done.metrics["train_loss"] == pytest.approx(mean, rel=1e-6)
+    saved = (tmp_path / "checkpoint-8" / "trainer_state.json").read_text()
+    assert json.loads(saved, parse_constant=pytest.fail)["global_step"] == 8
+
+
+class Losses(tf.TrainerCallback):
+    """Keeps each step's loss as the optimizer has it."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.optimizer.last.loss)
+
+
+def test_an_evaluation_that_is_not_finite_is_in_no_file_as_nan(tmp_path):
+    trained = model()
+    args = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 8,
+        "metric_for_best_model": "loss",
+    }
+    told = trainer(tmp_path, trained, zo={"eval_dataset": ROWS[:8], "row_loss": row_loss}, **args)
+    told.train()
+    finite = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert math.isfinite(finite["best_metric"])
+    with torch.no_grad():
+        next(trained.parameters()).fill_(float("nan"))
+    found = told.evaluate()
+    assert math.isnan(found["eval_loss"])
+    assert "epoch" in found
+    assert told.state.log_history[-1]["eval_loss"] is None
 
 
 # A resumed run.

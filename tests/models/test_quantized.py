@@ -21,7 +21,7 @@ from zotune.models.loading import load_model
 from zotune.models.quantized import inner_tensors, is_changed, is_quantized, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
 from zotune.prepare.listener import Listener
-from zotune.record.replay import fingerprint
+from zotune.record.fingerprints import fingerprint
 
 pytest.importorskip("bitsandbytes", reason="zotune[quant] is not installed")
 pytest.importorskip("torchao", reason="zotune[quant] is not installed")

@@ -90,6 +90,19 @@ def test_rows_that_were_dropped_are_refused(place, monkeypatch, capsys):
     assert "other rows (train);" in refused(argv, out, capsys)
 
 
+@pytest.mark.parametrize("method", ["zo-sgd", "fo-adam"])
+def test_another_base_model_under_the_same_name_is_refused(place, monkeypatch, capsys, method):
+    model, _, out = place
+    argv = command(*place, scheme="lora", method=method)
+    begin(argv, monkeypatch)
+    tiny.causal_model(seed=1).save_pretrained(model)
+    before = contents(out)
+    capsys.readouterr()
+    assert run([*argv, "--resume"]) == 2
+    assert contents(out) == before
+    assert "its weights are not those that the run began with" in " ".join(capsys.readouterr().err.split())
+
+
 def test_columns_that_the_model_never_sees_may_change(place, monkeypatch):
     argv, path = command(*place), place[1] / "train.jsonl"
     begin(argv, monkeypatch)

@@ -27,11 +27,12 @@ def identity(
     source: Source,
     examples: Mapping[str, Sequence[Example]],
     rows: Mapping[str, Sequence[Encoded]],
+    base: str = "",
 ) -> dict[str, Any]:
     """Digests of a run's examples by split, and of what they are as ids.
 
     rows: as they are read, split by split. texts: what template and task make of them. seen: what the tokenizer makes of those,
-    with what else is scored. The rest is digested by itself.
+    with what else is scored. The rest is digested by itself. base: fingerprint of the model as it was loaded.
     """
     wanted = {example.where for part in examples.values() for example in part}
     read = {row.where: row.fields for split in SPLITS for row in source.rows(split) or () if row.where in wanted}
@@ -45,13 +46,16 @@ def identity(
         "tokenizer": _digest([_vocabulary(tokenizer)]),
         "template": _digest([(task.prompt, task.plain, chat)]),
         "task": _digest([_asked(task)]),
+        "base": base,
     }
 
 
-def refuse_others(was: Any, now: Mapping[str, Any], place: str) -> bool:
+def refuse_others(was: Any, now: Mapping[str, Any], place: str, model: str) -> bool:
     """Whether the record says what the run is made of; raises InputError where that is not what there is now."""
     if not isinstance(was, Mapping) or was.get("format") != FORMAT:
         return False
+    if was.get("base", now["base"]) != now["base"]:
+        raise InputError(f"--model {model}: its weights are not those that the run began with; give the run's own")
     if said := changed(was, now):
         raise InputError(
             f"--output {place}: holds a run of other {', '.join(said)}; --resume goes on with its own alone: put back what it "

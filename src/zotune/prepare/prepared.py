@@ -19,7 +19,7 @@ from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
-from zotune.record.replay import fingerprint
+from zotune.record.fingerprints import fingerprint
 from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
@@ -45,7 +45,7 @@ class Prepared:
     validation: list[Encoded]
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
-    base: str = ""  # fingerprint of the model as it was loaded, where a trajectory wants it
+    base: str = ""  # fingerprint of the model as it was loaded
     ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
     made_of: dict[str, Any] = field(
         default_factory=dict
@@ -126,8 +126,7 @@ def prepare(config: TrainConfig) -> Prepared:
     model, tokenizer = load(config, task, seed=config.seed)
     if not config.method.startswith("fo-"):
         refuse_rough(model, config.model)
-    recorded = not (config.method.startswith("fo-") or config.hybrid or config.dry_run)
-    base = fingerprint(model) if recorded else ""
+    base = "" if config.dry_run else fingerprint(model)
     transformers.set_seed(config.seed)  # for an adapter's first values
     model = schemes.prepare(model, config.scheme, config.freeze)
     encode = encoder_for(model, tokenizer, config, task)
@@ -141,7 +140,7 @@ def prepare(config: TrainConfig) -> Prepared:
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
-        made_of = identity(task, tokenizer, source, drawn, rows)
+        made_of = identity(task, tokenizer, source, drawn, rows, base)
     return Prepared(
         config,
         task,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import platform
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +17,8 @@ from zotune.errors import InputError, plain
 from zotune.methods import METHODS
 from zotune.models import schemes
 from zotune.models.loading import DTYPES
-from zotune.models.quantized import inner_tensors, is_quantized, library_versions
+from zotune.models.quantized import is_quantized, library_versions
+from zotune.record.fingerprints import fingerprint, machine, start
 from zotune.record.trajectory import Header, Record, Trajectory, read_file
 from zotune.run.folder import CALIBRATION
 from zotune.step.optimizer import ZeroOrderOptimizer
@@ -29,42 +26,6 @@ from zotune.trainer import parameter_groups
 from zotune.updates import Linear, Scalars
 
 AT_ONCE = 1024  # steps in one pass over the weights
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers, in order of their names."""
-    return _digest(model.state_dict().items())
-
-
-def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for inner in inner_tensors(tensor.detach()):
-            flat = inner.contiguous().view(-1).view(torch.uint8)
-            for first in range(0, flat.numel(), 1 << 26):
-                digest.update(flat[first : first + (1 << 26)].cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What the bits of a run may depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name} | {package: metadata.version(package) for package in ("zotune", "torch")}
-
-
-@cache
-def _processor() -> str:
-    """The processor's name, and the instructions that torch's kernels and libraries choose by it."""
-    name = platform.processor() or platform.machine()
-    try:
-        info = Path("/proc/cpuinfo").read_text(errors="replace")
-        name = next(
-            (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), name
-        )
-    except OSError:
-        pass
-    return f"cpu {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
@@ -153,11 +114,6 @@ def rebuild(
     optimizer.norms = NormsFolder(Path(path).parent / CALIBRATION)
     apply(optimizer, [trajectory.records[i] for i in range(steps)], advance)
     return model, trajectory, steps, differ
-
-
-def start(model: nn.Module) -> str:
-    """`fingerprint` of what trains, of which a scheme may have made the first values."""
-    return _digest((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def _compare(expected: str | None, found: str, path: str, what: str) -> None:

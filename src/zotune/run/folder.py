@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -197,7 +198,7 @@ class RunFolder:
         return value if isinstance(value, dict) else {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomically(self / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        write_atomically(self / name, as_json(value, indent=2) + "\n")
 
 
 def _changes(name: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -242,6 +243,23 @@ def model_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(f"--output {path}: cannot be written ({said})") from error
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A number that is not finite is null: JSON has none.
+
+    >>> as_json({"loss": float("nan"), "g": [1.0, float("inf")]})
+    '{"loss": null, "g": [1.0, null]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from zotune.estimators import TwoSided
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
 from zotune.record.trajectory import Record, float32
-from zotune.run.folder import sync, write_atomically
+from zotune.run.folder import as_json, sync, write_atomically
 from zotune.run.guards import Guards
 from zotune.run.state import RunState
 from zotune.run.trajectory import open_trajectory
@@ -51,9 +51,9 @@ class Recorder(transformers.TrainerCallback):
         open_trajectory(run, self.ready.config, step)
         if run.checkpoint is not None:
             window = run.folder.read_json(f"{run.checkpoint.name}/{WINDOW}")
-            read = {name: [math.nan if v is None else v for v in values] for name, values in window.items()}
-            self.losses, self.guards.g = read.get("losses", []), read.get("g", [])
-            self.guards.apart = read.get("apart", [])
+            self.losses = [math.nan if loss is None else loss for loss in window.get("losses", [])]  # of a skipped step
+            self.guards.g = window.get("g", [])
+            self.guards.apart = window.get("apart", [])
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_atomically(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
@@ -163,21 +163,17 @@ class Recorder(transformers.TrainerCallback):
         self.state.progress["wall_seconds"] = self.state.wall()
         self.state.save()
 
-    def window(self) -> dict[str, list[float | None]]:
-        """What the next line is a mean of, so far; null for a number that is not finite."""
-        means = {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
-        return {name: [v if math.isfinite(v) else None for v in values] for name, values in means.items()}
+    def window(self) -> dict[str, list[float]]:
+        """What the next line is a mean of, so far."""
+        return {"losses": self.losses, "g": self.guards.g, "apart": self.guards.apart}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write()
 
     def _write(self) -> None:
         if self.line:
-            finite = {
-                k: (v if v is not None and v == v and abs(v) != float("inf") else None) for k, v in self.line.items()
-            }
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+                file.write(as_json(self.line) + "\n")
             self.line = {}
 
 

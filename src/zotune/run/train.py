@@ -64,7 +64,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
 def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> None:
     """Raises InputError where rows, tokenizer, template or task are not those that the run began with."""
     progress = folder.read_json("progress.json")
-    known = refuse_others(progress.get(MADE_OF), ready.made_of, str(folder.path))
+    known = refuse_others(progress.get(MADE_OF), ready.made_of, str(folder.path), ready.config.model)
     if not known and (progress or folder.last_checkpoint() is not None):
         listener.say(
             f"{folder.path}: this run's record does not say which rows, tokenizer, template and task it began with; going on"

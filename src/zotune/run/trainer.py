@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import pickle
@@ -20,7 +19,7 @@ from zotune.models.loading import load_weights
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.run.arguments import arguments
-from zotune.run.folder import BROKEN, CHECKPOINT
+from zotune.run.folder import BROKEN, CHECKPOINT, as_json
 from zotune.run.process import stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
@@ -71,7 +70,7 @@ class TaskTrainer(ZOTrainer):
         optimizer.forward_passes += optimizer.forwards_a_step * batches
         losses_P, g_GQ = (record.loss_plus, record.loss_minus), (record.g,) * len(record.lr)
         optimizer.took(StepRecord(step, losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
-        return torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device)
+        return self.tally.add(torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device))
 
     def calibration_batch(self, row: Any) -> Any:
         return self._unpadded([row])
@@ -109,7 +108,7 @@ class TaskTrainer(ZOTrainer):
     def choose(self, metrics: dict[str, float], better: Callable[[], bool]) -> bool:
         if metrics[self._metric] == self.state.best_metric:
             self.state.best_metric = None
-        found = better()
+        found = super().choose(metrics, better)
         self.control.should_save |= found  # whatever --save-every says
         return found
 
@@ -119,7 +118,7 @@ class TaskTrainer(ZOTrainer):
         self.recorder.sync()
         with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:
             save()
-            (path / WINDOW).write_text(json.dumps(self.recorder.window(), allow_nan=False), encoding="utf-8")
+            (path / WINDOW).write_text(as_json(self.recorder.window()), encoding="utf-8")
         folder.keep_checkpoints(self.ready.config.keep or 1, self.state.best_global_step)
 
     def checkpoints_folder(self) -> Path:

@@ -13,7 +13,7 @@ from zotune.models.kinds import kind_of
 from zotune.models.quantized import library_versions
 from zotune.options import TrainConfig
 from zotune.prepare.prepared import Prepared
-from zotune.record.replay import machine, start
+from zotune.record.fingerprints import machine, start
 from zotune.record.trajectory import Header, Trajectory, TrajectoryError, TrajectoryWriter, read_file
 from zotune.run.card import command
 from zotune.run.folder import CALIBRATION, FREE

@@ -20,6 +20,7 @@ from zotune.trainer.groups import parameter_groups
 from zotune.trainer.hooks import HookedTrainer, one_card
 from zotune.trainer.refusals import refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
+from zotune.trainer.tally import Tally, without_nan
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
@@ -66,19 +67,23 @@ class ZOTrainer(HookedTrainer):
     def __init__(
         self, model: Any = None, args: Any = None, *positional: Any, row_loss: RowLoss | None = None, **kwargs: Any
     ) -> None:
-        given = {name: kwargs.pop(name) for name in ZO_FIELDS if name in kwargs}
+        self._given = {name: kwargs.pop(name) for name in ZO_FIELDS if name in kwargs}
         self.row_loss = row_loss
         args = args if args is not None else ZOTrainingArguments()
-        self._zo = options_of(args, given)
-        if self._zo["method"] not in METHODS:
-            raise InputError(f"unknown method {self._zo['method']!r}; {nearest(self._zo['method'], METHODS)}")
+        method = options_of(args, self._given)["method"]
+        if method not in METHODS:
+            raise InputError(f"unknown method {method!r}; {nearest(method, METHODS)}")
         refuse_trainer(model, args, row_loss, dict(zip(POSITIONAL, positional, strict=False)) | kwargs)
         args.max_grad_norm = 0.0
+        args.logging_nan_inf_filter = False  # it would wait for each step; see Tally
         one_card(args)
         self._micro_batches: list[Any] = []
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
+        self.tally = Tally()
         super().__init__(model, args, *positional, **kwargs)
+        if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            self._made_optimizer(self.model)  # what it refuses is refused now; the run's own is made when it begins
 
     @property
     def zo_optimizer(self) -> ZeroOrderOptimizer:
@@ -88,20 +93,21 @@ class ZOTrainer(HookedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
-            assert model is not None
-            options = dict(self._zo)
-            options |= options.pop("method_options")
-            del options["calibration_rows"]
-            self.optimizer = optimizer = _TrainersOptimizer(
-                parameter_groups(model, self.args.weight_decay),
-                lr=self.args.learning_rate,
-                seed=self.args.seed,
-                **options,
-            )
+            self.optimizer = optimizer = self._made_optimizer(self.model if model is None else model)
             optimizer.calibrate = self.calibrate
-            optimizer.told = {name: _plain(self._zo[name]) for name in KEPT} | {RATE: self.args.learning_rate}
         return self.optimizer
+
+    def _made_optimizer(self, model: Any) -> _TrainersOptimizer:
+        options = options_of(
+            self.args, self._given
+        )  # as they are now: a search of hyperparameters sets them for each trial
+        told = {name: _plain(options[name]) for name in KEPT} | {RATE: self.args.learning_rate}
+        options |= options.pop("method_options")
+        del options["calibration_rows"]
+        groups = parameter_groups(model, self.args.weight_decay)
+        optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
+        optimizer.told = told
+        return optimizer
 
     def calibrate(self) -> int:
         """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
@@ -110,7 +116,7 @@ class ZOTrainer(HookedTrainer):
         """
         model, count = self.model, 0
         assert model is not None
-        for row in itertools.islice(iter(self.train_dataset), self._zo["calibration_rows"]):  # type: ignore[arg-type]
+        for row in itertools.islice(iter(self.train_dataset), options_of(self.args, self._given)["calibration_rows"]):  # type: ignore[arg-type]
             inputs = self.on_device(self.calibration_batch(row))
             self._rows_of(model)(inputs) if self.row_loss is not None else self.compute_loss(model, inputs)
             count += 1
@@ -137,7 +143,7 @@ class ZOTrainer(HookedTrainer):
             self.zo_optimizer.flush()  # the run's last update waits for no other
         elif self._watched():
             self.settle()
-        return torch.as_tensor(loss, dtype=torch.float32, device=self.args.device)
+        return self.tally.add(torch.as_tensor(loss, dtype=torch.float32, device=self.args.device))
 
     # An engine that was named may hold a step's update back (see `ZeroOrderOptimizer`); whoever reads the weights finds it written.
 
@@ -149,6 +155,12 @@ class ZOTrainer(HookedTrainer):
         """Whether somebody's callback may read the weights after each step: transformers' and zotune's do not."""
         known = ("transformers", "zotune")
         return any(type(c).__module__.split(".")[0] not in known for c in self.callback_handler.callbacks)
+
+    def choose(self, metrics: dict[str, float], better: Callable[[], bool]) -> bool:
+        found = better()
+        if self.state.best_metric is not None and not math.isfinite(self.state.best_metric):
+            self.state.best_metric = None  # which the Trainer takes for the same, and JSON can hold
+        return found
 
     def load_state(self, checkpoint: str, load: Callable[[], None]) -> None:
         """As told: the arguments' eps, rate and decay win over the checkpoint's; another method is refused (see `resuming`)."""
@@ -173,7 +185,10 @@ class ZOTrainer(HookedTrainer):
         if own:
             model.zero_grad = _nothing  # no parameter ever has a gradient, and looking takes as long as much of a step
         try:
+            self.tally = Tally()
             done = super().train(*args, **kwargs)
+            mean = self.tally.mean_of_all(done.training_loss)
+            done = done._replace(training_loss=math.nan if mean is None else mean)
             if isinstance(self.zo_optimizer, ZeroOrderOptimizer):
                 self.zo_optimizer.flush()  # a run that was stopped early has updates that wait
             return done
@@ -222,7 +237,11 @@ class ZOTrainer(HookedTrainer):
         return torch.stack(losses).sum() if summed else torch.stack(losses).mean()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does; the loss is the mean of the steps that were not skipped, and what is not finite is None."""
         optimizer = self.zo_optimizer
+        for name, mean in (("loss", self.tally.mean), ("train_loss", self.tally.mean_of_all)):
+            if name in logs:
+                logs[name] = mean(logs[name])  # type: ignore[assignment]
         if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
             logs.pop("grad_norm", None)  # the Trainer's, of gradients that are not there
             if not optimizer.method.first_order:
@@ -230,9 +249,9 @@ class ZOTrainer(HookedTrainer):
                 logs["projected_gradient"] = sum(g_Q) / len(g_Q)
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
-        super().log(logs, *args, **kwargs)
-        history: list[Any] = self.state.log_history  # goes into a checkpoint's JSON, which has no NaN
-        history[-1] = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in history[-1].items()}
+        told = without_nan(logs)
+        super().log(told, *args, **kwargs)
+        logs.update({name: value for name, value in told.items() if name not in logs})  # the epoch
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
