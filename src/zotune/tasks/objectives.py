@@ -88,8 +88,10 @@ def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int 
 
 
 def error_rate(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B,): 0 where the right candidate scores highest, else 1."""
-    return (candidate_scores(model, batch).argmax(1) != batch["labels"]).float()
+    """(B,): 0 where the right candidate scores highest, else 1; NaN where a score is NaN, which the largest would hide."""
+    scores_BC = candidate_scores(model, batch)
+    wrong_B = (scores_BC.argmax(1) != batch["labels"]).float()
+    return wrong_B.masked_fill(scores_BC.isnan().any(1), float("nan"))
 
 
 def generated_losses(
