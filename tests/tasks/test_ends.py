@@ -183,3 +183,35 @@ def test_answers_without_an_end_are_counted_and_said(model, tmp_path, capsys):
     assert run(["eval", *flags, "--output", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["unended_answers"] == 3
     assert "3 of 3 answers do not end within the tokens that they may have" in " ".join(capsys.readouterr().err.split())
+
+
+def test_behind_examples_a_blank_line_ends_an_answer_as_it_does_theirs(model, tmp_path, capsys):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "film", "completion": "bad"}] * 4)
+    flags = ["--data", str(data), "--shots", "1", "--eval-size", "1", "--model", str(model)]
+    assert run(["preview", *flags, "--rows", "1"]) == 0
+    assert "film bad\\n\\nfilm⟦ bad⟧⟦\\n\\n⟧" in capsys.readouterr().out
+    assert run(["eval", *flags, "--device", "cpu"]) == 0
+
+
+def test_a_text_ends_what_is_written_in_whichever_token_it_comes():
+    tokenizer = chat_tokenizer()
+    for text, end, ended in (("bad\nfilm", "\n", True), ("bad film", "\n", False), ("a day", "a d", True)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        until = ends.Until(end, tokenizer, 2)
+        found = [bool(until(torch.tensor([[9, 9, *ids[: i + 1]]]), None)[0]) for i in range(len(ids))]
+        assert any(found) == ended
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert not ends.Until("\n", tokenizer, 2)(torch.tensor([[*line, *line, 40]]), None)[0]  # the prompt's ends nothing
+
+
+def test_a_rebuilt_model_stops_where_the_run_s_does(model, tmp_path):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "film", "completion": f"bad{MARK}"}] * 4)
+    flags = ["--model", str(model), "--data", str(data), "--device", "cpu", "--steps", "2", "--batch-size", "2"]
+    for scheme in ("full", "lora"):
+        done, again = tmp_path / scheme, tmp_path / f"{scheme}-again"
+        assert run(["train", *flags, "--scheme", scheme, "--output", str(done)]) == 0
+        trajectory = ["--trajectory", str(done / "trajectory.zot"), "--output", str(again)]
+        assert run(["replay", "--model", str(model), "--device", "cpu", *trajectory]) == 0
+        one, other = (tf.GenerationConfig.from_pretrained(path).eos_token_id for path in (done / "model", again))
+        assert one == other
+        assert chat_tokenizer().convert_tokens_to_ids(MARK) in one

@@ -15,9 +15,11 @@ import zotune
 from zotune.cli.app import run
 from zotune.errors import InputError
 from zotune.inference import write_figures
+from zotune.tasks import get_task
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.own import by_columns, described
 from zotune.tasks.rows import Row
+from zotune.tasks.splits import find_source
 from zotune.tasks.task import Task
 
 SHAREGPT = [
@@ -130,6 +132,7 @@ def test_tools_and_calls_are_written_by_the_template_or_refused():
         ({"conversations": SHAREGPT, "system": 7}, "field 'system' must be a text"),
         ({"prompt": "a", "completion": "b", "label": False}, "unpaired preference"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are of preference"),
+        ({"prompt": "a", "completion": "b", "tools": TOOLS}, "field 'tools' is for conversations"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history' has earlier turns"),
         ({"instruction": "a", "output": ""}, "field 'output' must be a text"),
         ({"instruction": None, "output": "b"}, "field 'instruction' has no value"),
@@ -179,6 +182,15 @@ def test_labels_that_are_not_told_are_one_line_with_the_way_out(label, tmp_path,
         assert "test.jsonl:1: the label is -1, here and in 7 other rows: not told, as in GLUE's test split" in line
         assert "test_split: validation" in line
     assert run(["predict", *flags[:8], "--device", "cpu", "--output", str(tmp_path / "p.jsonl")]) == 0
+
+
+def test_an_empty_label_of_a_task_s_own_test_split_is_not_told_either(tmp_path):
+    rows = [{"sentence": "Ann beat Eve because _ trained.", "option1": "Ann", "option2": "Eve", "answer": ""}] * 3
+    source = find_source(None, str(tiny.write_rows(tmp_path / "a.jsonl", rows)), None).asking(
+        get_task("winogrande").example
+    )
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the label is empty, here and in 2 other rows: not told"):
+        source.rows("train")
 
 
 def test_how_many_rows_of_how_many_is_said_and_recorded(tmp_path, capsys):

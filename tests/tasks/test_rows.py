@@ -234,3 +234,9 @@ def test_a_split_s_file_may_be_packed(tmp_path):
     write(tmp_path / "dataset_info.json", "{}")
     assert split_file(tmp_path, "train") == path
     assert other_files(tmp_path) == ["more.json"]
+
+
+def test_a_field_may_be_longer_than_csv_s_own_limit(tmp_path):
+    (row,) = read_file(write(tmp_path / "a.csv", "text,label\n" + "x" * 200_000 + ",1\n"))
+    assert len(row["text"]) == 200_000
+    assert csv.field_size_limit() == 131072

@@ -87,12 +87,19 @@ def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -
     else:
         answer = ids.candidates[ids.label]
         counted = set(ids.counted or range(len(answer)))
-        end = len(answer) - 1 if ids.ended else len(answer)
-        for counts, places in groupby(range(end), counted.__contains__):  # a conversation has questions in between
-            text = _plain(tokenizer.decode([answer[place] for place in places]))
-            line.append(_counted(console, text) if counts else Text(text))
-        if ids.ended:  # the last token, which holds a task's own end, or is the tokenizer's or the row's
-            line.append(_counted(console, _plain(tokenizer.decode([answer[-1]])), end=True))
+        whole = str(tokenizer.decode(list(answer)))
+        if (
+            ids.ended and example.end and whole.endswith(example.end)
+        ):  # it may share a token with the answer, or take several
+            line.append(_counted(console, _plain(whole.removesuffix(example.end))))
+            line.append(_counted(console, _plain(example.end), end=True))
+        else:
+            last = len(answer) - ids.ended
+            for counts, places in groupby(range(last), counted.__contains__):  # a conversation has questions in between
+                text = _plain(tokenizer.decode([answer[place] for place in places]))
+                line.append(_counted(console, text) if counts else Text(text))
+            if ids.ended:
+                line.append(_counted(console, _plain(tokenizer.decode([answer[-1]])), end=True))
         line.append(_plain(tokenizer.decode(list(ids.tail))))
     line.append(f"   {ids.tokens} tokens", style="dim")
     if ids.cut:

@@ -59,7 +59,8 @@ class DataOptions(Options):
     data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
     data: str | None = Field(
         None,
-        description="your own rows: a folder of train/validation/test .jsonl, .csv, .tsv or .parquet, one such file, or a hub name",
+        description="your own rows: a folder of train/validation/test .jsonl, .json, .csv, .tsv (also as .gz) or .parquet, one "
+        "such file, or a hub name",
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")

@@ -105,6 +105,7 @@ class Encoder:
         self.tokenizer, self.model_takes, self.max_length, self.kind = tokenizer, model_takes, max_length, kind
         self.vocabulary = vocabulary
         self.marks = marks(tokenizer)
+        self.marks_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.marks)))
         self.before, self.behind = _around(tokenizer)
 
     def __call__(self, example: Example) -> Encoded:
@@ -285,7 +286,9 @@ class Encoder:
 
     def _marked(self, text: str) -> list[int] | None:
         """The ids of a text that ends itself, by a special token; white space behind that is left out."""
-        ids = self._ids(text.rstrip())
+        if not (text := text.rstrip()).endswith(self.marks_texts):
+            return None
+        ids = self._ids(text)
         return ids if ids and ids[-1] in self.marks else None
 
     def _ended(self, prompt: str, answer: str, end: str, where: str) -> list[int]:

@@ -111,6 +111,10 @@ def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
             )
         if isinstance(has["prompt"], list) or isinstance(has.get("completion"), list):
             return Task(name=name, messages_field="prompt", answer_field="completion")
+        if has.get("tools"):
+            raise InputError(
+                f"{row.where}: field 'tools' is for conversations; give prompt and completion as lists of messages"
+            )
         return Task(name=name, prompt="{prompt}", answer_field="completion")
     if "instruction" in has and ("output" in has or not labelled):
         return Task(name=name, ask=ask_alpaca, generates=True, metric="f1")

@@ -21,7 +21,7 @@ from zotune.errors import InputError
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"  # behind any of these but Parquet's, which packs by itself
 DESCRIBING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets`, which hold no rows
-HIDDEN = re.compile(r"(?:label|is) '-1(?:\.0)?'")  # in what is said of a label that a test split does not tell
+HIDDEN = re.compile(r"(?:label|is) '(-1(?:\.0)?|)'")  # in what is said of a label that a test split does not tell
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,14 @@ class BadRows:
         """Raises InputError with the first few, if there are any and they are not to be skipped."""
         if self.skip or not self.said:
             return
-        if all(map(HIDDEN.search, self.said)):
+        hidden = [match[1] for line in self.said if (match := HIDDEN.search(line))]
+        if len(hidden) == len(self.said):
+            others = f", here and in {len(hidden) - 1} other rows" if len(hidden) > 1 else ""
             where = self.said[0].partition(": ")[0]
             raise InputError(
-                f"{where}: the label is -1, here and in {len(self.said) - 1} other rows: not told, as in GLUE's test split; score "
-                "validation, by leaving the test file out or by `test_split: validation` in a task's file (--task FILE.yaml), "
-                "and predict such rows; --skip-bad-rows leaves them out"
+                f"{where}: the label is {hidden[0] or 'empty'}{others}: not told, as in GLUE's test split; "
+                "score validation, by leaving the test file out or by `test_split: validation` in a file for --task, "
+                "or predict; --skip-bad-rows leaves them out"
             )
         if len(self.said) == 1:
             raise InputError(f"{self.said[0]}; --skip-bad-rows leaves such rows out")
@@ -126,7 +128,11 @@ def _rows_of(path: Path, bad: BadRows) -> list[Row]:
     if suffix in (".jsonl", ".json"):
         listed = _json_list(path, text, bad, suffix)
         return list(_json_lines(path, text, bad)) if listed is None else listed
-    return list(_csv_lines(path, text, bad, "\t" if suffix == ".tsv" else _delimiter(text)))
+    most = csv.field_size_limit(len(text) + 1)  # csv refuses fields of more than 128 KiB otherwise
+    try:
+        return list(_csv_lines(path, text, bad, "\t" if suffix == ".tsv" else _delimiter(text)))
+    finally:
+        csv.field_size_limit(most)
 
 
 def named(path: Path) -> tuple[str, str]:
@@ -290,8 +296,8 @@ def _quoted(text: str) -> bool:
     tabs are commonly written without quoting, as GLUE's are.
     """
     header = text.lstrip("\n").split("\n", 1)[0].split("\t")
-    whole = all(len(name) > 1 and name[0] == name[-1] == '"' for name in (name.rstrip("\r") for name in header))
-    if not whole and not re.search(r'(?:^|\t)"[^"\t\n]*""(?:[^"]|"")*"(?=\t|\r?$)', text, re.MULTILINE):
+    whole = all(len(name) > 1 and name[0] == name[-1] == '"' for name in header)
+    if not whole and not re.search(r'(?:^|\t)"[^"\t\n]*""(?:[^"\n]|"")*"(?=\t|$)', text, re.MULTILINE):
         return False
     try:
         return {len(row) for row in csv.reader(io.StringIO(text), delimiter="\t", strict=True) if row} == {len(header)}

@@ -28,6 +28,7 @@ VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
 SPLITS = ("train", "validation", "test")
 T = TypeVar("T")
 U = TypeVar("U")
+BETWEEN_SHOTS = "\n\n"  # stands behind each that is shown, so that it ends an answer there
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
 
 
@@ -324,12 +325,13 @@ def shown(examples: Sequence[Example], mask: str | None = None) -> str:
 
 
 def after_shots(examples: Sequence[Example], shots: Sequence[Example], mask: str | None = None) -> list[Example]:
-    """The examples, each behind those that are shown. What is too long loses these first."""
+    """The examples, each behind those that are shown, whose answers' end is theirs. What is too long loses these first."""
     before = shown(shots, mask)
-    return [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
-
-
-BETWEEN_SHOTS = "\n\n"  # stands behind each that is shown, so that it ends an answer there
+    ends: dict[str | None, str] = {"": BETWEEN_SHOTS if shots else ""}
+    return [
+        replace(example, prompt=before + example.prompt, fields=(), end=ends.get(example.end, example.end))
+        for example in examples
+    ]
 
 
 def given_rows(source: Source, split: str) -> int:
