@@ -18,6 +18,10 @@ class OptionError(ValueError):
         self.option = option
 
 
+class NotFinite(InputError):
+    """What a model computes of rows is NaN or infinite, so that there is nothing to say of them."""
+
+
 class StorageError(OSError):
     """A run's folder cannot be written: a full disk, an I/O error. One line; the command line exits with 1."""
 

@@ -162,7 +162,7 @@ def probe(options: str, output: Annotated[str, typer.Option("--output")]) -> Non
     (folder / "config.yaml").write_text(options + "\n", encoding="utf-8")  # JSON is YAML
     from zotune.run.folder import write_atomically
 
-    write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2) + "\n")
+    write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2, allow_nan=False) + "\n")
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:

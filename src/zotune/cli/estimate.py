@@ -85,4 +85,4 @@ def estimate(options: EstimateConfig) -> None:
     )
     console.print("fo-adam below the first row: its moments in the weights' dtype, as torch's are", highlight=False)
     if path is not None:
-        write_atomically(path, json.dumps([vars(row) for row in rows], indent=2) + "\n")
+        write_atomically(path, json.dumps([vars(row) for row in rows], indent=2, allow_nan=False) + "\n")

@@ -9,11 +9,13 @@ from typing import Any
 from zotune.cli.progress import Bars
 from zotune.errors import InputError
 from zotune.models import adapters
+from zotune.models.finite import refuse_weights
 from zotune.options import ModelOptions, ReplayConfig
 from zotune.prepare.model import load
 from zotune.record import replay as replays
 from zotune.run.card import rebuilt_card
 from zotune.run.folder import CARD, check_model_folder, model_folder
+from zotune.tasks import ends
 
 
 def replay(options: ReplayConfig) -> None:
@@ -21,8 +23,10 @@ def replay(options: ReplayConfig) -> None:
     output = Path(options.output).expanduser()
     check_model_folder(output, options.overwrite)
     model, tokenizer, line = rebuilt(options, options.trajectory, options.until, method=options.method)
+    refuse_weights(model, f"--trajectory {options.trajectory}")
     with model_folder(output) as path:
         adapters.save(model, tokenizer, path)
+        ends.save_beside_adapter(model, path)
         rebuilt_card(replays.open_trajectory(options.trajectory, "0")[0].header, line).save(path / CARD)
     print(f"{line}\n{output}")
 
@@ -61,6 +65,7 @@ def rebuilt(
         model, found, steps, differ = replays.rebuild(
             base, trajectory, until, lambda done: bars.advance("replay", done), method
         )
+    ends.take_from_record(model, found.header.extra)
     if found.torn_bytes:
         print(f"{trajectory}: its last record is torn ({found.torn_bytes} bytes) and left out")
     if options.dtype and options.dtype != found.header.dtype:

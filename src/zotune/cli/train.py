@@ -99,10 +99,7 @@ def dry_run(config: TrainConfig) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row(
-        "rows",
-        f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
-    )
+    table.add_row("rows", ready.splits.described().removeprefix("rows: "))
     if ready.cut_rows:
         table.add_row("cut rows", f"{ready.cut_rows}   longer than --max-length")
     if ready.bad.said:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError
+from zotune.models.border import reading
+from zotune.models.kinds import fits
 from zotune.models.schemes import PREFIX_TOKENS, PROMPT_TOKENS, SCHEMES
 
 VIRTUAL_TOKENS = {"prefix": PREFIX_TOKENS, "prompt": PROMPT_TOKENS}
@@ -31,13 +33,14 @@ def model_config(source: str | Mapping[str, Any], trust_remote_code: bool = Fals
         raise InputError(f"--model {source}: no such file or folder")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"--model {source}: no config.json in it")
-    try:
-        return transformers.AutoConfig.from_pretrained(
+    with reading(f"--model {source}", path if path.exists() else source):
+        config = transformers.AutoConfig.from_pretrained(
             str(path) if path.exists() else source, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"--model {source}: {first.strip()}") from None
+    if not fits(config, "causal"):
+        named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        raise InputError(f"--model {source}: a {named} is no causal language model, and no others are estimated")
+    return config
 
 
 def without_dropout(config: Any) -> None:

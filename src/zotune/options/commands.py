@@ -38,7 +38,8 @@ class DataOptions(Options):
     data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
     data: str | None = Field(
         None,
-        description="your own rows: a folder of train/validation/test .jsonl, .csv, .tsv or .parquet, one such file, or a hub name",
+        description="your own rows: a folder of train/validation/test .jsonl, .json, .csv, .tsv (also as .gz) or .parquet, one "
+        "such file, or a hub name",
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
@@ -63,6 +64,9 @@ class DataOptions(Options):
     )
     max_length: Positive | None = Field(
         None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of the directions, the rows drawn and their order"

@@ -9,18 +9,22 @@ from torch import nn
 
 from zotune.errors import InputError
 from zotune.models.heads import head_names, is_named, label_names, outputs_of
+from zotune.models.ids import agree, embedding_rows
 from zotune.models.kinds import kind_of
-from zotune.models.loading import find_kind, length_limit, load_config, load_model, load_tokenizer, pick_device
+from zotune.models.loading import (
+    check_architecture,
+    find_kind,
+    length_limit,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from zotune.options import DataOptions, ModelOptions
 from zotune.tasks import Task
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.objectives import generates
 from zotune.tasks.task import MASK
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Any id serves: nothing that a loss reads comes after padding."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def load(
@@ -38,6 +42,7 @@ def load(
     if task is not None:
         check_kind(kind, task, getattr(options, "loss", "answer"))
         labels = task.labels
+    check_architecture(options.model, kind, **extra)
     if task is not None and kind == "classifier":
         whose = f"--adapter {adapter}" if known else f"--model {options.model}"
         held = known or head_names(load_config(options.model, trust_remote_code=options.trust_remote_code))
@@ -48,8 +53,7 @@ def load(
     common: dict[str, Any] = {"labels": labels or known, "seed": seed, "dtype": options.dtype, "device": device}
     common |= {"quantize": options.quantize, "allow_pickle": options.allow_pickle}
     model = load_model(options.model, kind=kind, **common, **extra)
-    if kind == "classifier" and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_id(tokenizer)  # type: ignore[union-attr]  # a decoder's head finds the last token by it
+    agree(model, tokenizer, f"--model {options.model}")
     return model, tokenizer
 
 
@@ -81,4 +85,4 @@ def encoder_for(model: nn.Module, tokenizer: Any, options: DataOptions, task: Ta
     outputs: tuple[int, ...] = ()
     if kind == "classifier":
         outputs = outputs_of(label_names(model.config), task.words or {}, "the model")
-    return Encoder(tokenizer, length_limit(model), options.max_length, kind, outputs)
+    return Encoder(tokenizer, length_limit(model), options.max_length, kind, outputs, embedding_rows(model))

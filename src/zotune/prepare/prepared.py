@@ -15,14 +15,15 @@ from zotune.errors import InputError
 from zotune.estimates.memory import AdamCost, adam_cost
 from zotune.methods import find, make_method
 from zotune.models import schemes
+from zotune.models.ids import pad_id
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
-from zotune.prepare.model import encoder_for, load, pad_id
+from zotune.prepare.model import encoder_for, load
 from zotune.record.fingerprints import fingerprint
-from zotune.tasks import Task
+from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.objectives import objective
@@ -48,6 +49,7 @@ class Prepared:
     test: list[Encoded]
     unread: str | None = None  # a line on files that are no split's
     base: str = ""  # fingerprint of the model as it was loaded
+    ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
     made_of: dict[str, Any] = field(
         default_factory=dict
     )  # rows, tokenizer, template and task by content; see `identity`
@@ -58,7 +60,7 @@ class Prepared:
 
     @property
     def pad_id(self) -> int:
-        return pad_id(self.tokenizer)
+        return pad_id(self.tokenizer, self.model)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""
@@ -133,14 +135,26 @@ def prepare(config: TrainConfig) -> Prepared:
     (train, train_rows), (validation, validation_rows), (test, test_rows) = (
         encoded(encode, source, part) for part in (splits.train, splits.validation, splits.test)
     )
-    splits = Splits(train, validation, test, splits.test_split)
+    learned = ends.taught(train_rows, tokenizer, task.end) if task.generates or task.models else set()
+    ends.teach(model, learned)
+    splits = replace(splits, train=train, validation=validation, test=test)
     rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
         made_of = identity(task, tokenizer, source, drawn, rows, base)
     return Prepared(
-        config, task, model, tokenizer, splits, source.bad, **rows, unread=source.unread, base=base, made_of=made_of
+        config,
+        task,
+        model,
+        tokenizer,
+        splits,
+        source.bad,
+        **rows,
+        unread=source.unread,
+        base=base,
+        made_of=made_of,
+        ends=sorted(learned),
     )
 
 

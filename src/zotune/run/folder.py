@@ -236,6 +236,9 @@ def model_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(place)
         os.replace(temporary, place)
         sync(place.parent)
+    except InputError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]

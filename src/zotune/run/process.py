@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zotune.errors import InputError
+from zotune.errors import InputError, NonFiniteLoss, NotFinite
 
 
 class Interrupted(Exception):
@@ -73,3 +73,12 @@ def tf32(wanted: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32 = before
+
+
+@contextmanager
+def stops_the_run(what: str) -> Iterator[None]:
+    """Scores that are not finite end a run as losses that are not do."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NonFiniteLoss(f"{what}: {error}") from None

@@ -17,6 +17,7 @@ from zotune.prepare.prepared import Prepared
 from zotune.run.card import model_card
 from zotune.run.state import RunState
 from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.tasks import ends
 
 
 def result_of(
@@ -33,6 +34,9 @@ def result_of(
         "test_after": test_after,
         "test_split": ready.splits.test_split,
         "test_rows": len(ready.test),
+        "train_rows": len(ready.train),
+        "validation_rows": len(ready.validation),
+        "rows_given": dict(ready.splits.given),
         "one_class": ready.one_class(ready.test),
         "validation_best": reached.best_metric,
         "steps": reached.global_step,
@@ -65,6 +69,7 @@ def result_of(
 def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
     """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
     save(ready.model, ready.tokenizer, path)
+    ends.save_beside_adapter(ready.model, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 
 

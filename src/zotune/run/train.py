@@ -7,6 +7,7 @@ from typing import Any
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError
 from zotune.estimates.memory import peak_bytes, reset_peak
+from zotune.models.partial import some, untrained
 from zotune.options import TrainConfig
 from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
@@ -15,7 +16,7 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
-from zotune.run.process import Interrupted, deterministic, signals, tf32
+from zotune.run.process import Interrupted, deterministic, signals, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
 from zotune.run.trainer import TaskTrainer
@@ -46,8 +47,11 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             ready = prepare(config)
             if config.task is None and config.template is None:
                 listener.say(described(ready.task))
+            listener.say(ready.splits.described())
             if ready.unread:
                 listener.say(ready.unread)
+            if fresh := untrained(ready.model):
+                listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
             if config.resume:
                 _check_resumed(folder, ready, listener)
             ready.config = config = resolved(config, ready.model)
@@ -77,7 +81,8 @@ def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any
     state.progress[MADE_OF] = ready.made_of
     reset_peak(ready.device)
     if "test_before" not in state.progress:
-        state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
+        with stops_the_run("test, before"):
+            state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
         state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
         reset_peak(ready.device)
         state.save()
@@ -119,7 +124,8 @@ def finish(trainer: TaskTrainer, ready: Prepared, state: RunState, listener: Lis
     config, folder, reached = ready.config, state.folder, trainer.state
     chosen = int(reached.best_global_step or reached.global_step)
     trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
-    test_after = ready.score(ready.test, listener, "test, after")
+    with stops_the_run("test, after"):
+        test_after = ready.score(ready.test, listener, "test, after")
     if state.trajectory is not None:
         with TrajectoryWriter.resume(folder / "trajectory.zot", reached.global_step) as trajectory:
             trajectory.mark_chosen(chosen)

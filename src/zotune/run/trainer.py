@@ -20,6 +20,7 @@ from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.run.arguments import arguments
 from zotune.run.folder import BROKEN, CHECKPOINT, as_json
+from zotune.run.process import stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
@@ -81,7 +82,8 @@ class TaskTrainer(ZOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.settle()
-        metrics = {self._metric: self.ready.score(self.ready.validation, self.listener, "validation")}
+        with stops_the_run(f"step {self.state.global_step}: validation"):
+            metrics = {self._metric: self.ready.score(self.ready.validation, self.listener, "validation")}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -65,7 +65,8 @@ def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
         | ({"quantize": config.quantize} if config.quantize else {}),
         task=ready.task.name,
         versions=versions(),
-        extra={"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {},
+        extra=({"command": said} if len(said := command(config, FREE | UNSEEN)) <= LONGEST else {})
+        | ({"ends": ready.ends} if ready.ends else {}),
     )
 
 
