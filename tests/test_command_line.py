@@ -92,7 +92,7 @@ def refused(capsys, *argv: str, code: int = 2) -> str:
 def test_a_run_leaves_what_the_contract_names(flags, tmp_path, capsys, scheme, dtype, model, data):
     out = tmp_path / "run"
     assert run(["train", *flags, "--output", str(out), "--scheme", scheme, "--dtype", dtype]) == 0
-    assert "engine dual: one forward gives both losses" in capsys.readouterr().err
+    assert "engine dual: one forward gives all losses" in capsys.readouterr().err
     result = json.loads((out / "result.json").read_text())
     assert result.keys() >= KEYS
     assert (result["steps"], result["forward_passes"], result["task"]) == (6, 12, data.name)
@@ -462,7 +462,7 @@ def test_a_refused_overwrite_deletes_nothing(kind, flags, tmp_path):
     [
         (["--method", "fo-adam", "--queries", "4"], "--queries: method 'fo-adam' has no option 'queries'"),
         (["--seed", str(2**32)], "--seed: "),
-        (["--rank", "8"], "--rank 8: of low-rank directions"),
+        (["--rank", "8"], "--rank: rank=8: of low-rank directions"),
         (["--alignment", "none"], "--alignment none: of built-in tasks"),
     ],
 )

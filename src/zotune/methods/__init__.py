@@ -65,8 +65,10 @@ def find(name: str) -> Preset:
     return Preset(name, "outside", "as it says", made)
 
 
-def has_eps(name: str) -> bool:
-    """Whether the named method perturbs weights by eps: its estimate is made of losses at places."""
+def has_eps(name: str | None) -> bool:
+    """Whether the named method perturbs weights by eps: its estimate is made of losses at places. None: the default."""
+    if name is None:
+        return True
     try:
         return make_method(name).kind == "zeroth-order"
     except ValueError:
