@@ -40,8 +40,9 @@ from mezo import InPlaceMeZO
 
 from zotune.errors import NonFiniteLoss
 from zotune.options import TrainConfig, resolve
-from zotune.run import train as runs
+from zotune.prepare.prepared import LENGTHS, prepare, resolved
 from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.tasks.evaluation import outcome
 from zotune.tasks.objectives import objective
 from zotune.trainer import parameter_groups
 
@@ -58,11 +59,11 @@ class Run:
         self.name, self.in_place = name, options.get("method") == "in-place"
         if self.in_place:
             options = options | {"method": "zo-sgd"}
-        self.ready = ready = runs.prepare(resolve(TrainConfig, options | {"output": "unused"}, None))
-        ready.config = self.config = config = runs.resolved(ready.config, ready.model)
+        self.ready = ready = prepare(resolve(TrainConfig, options | {"output": "unused"}, None))
+        ready.config = self.config = config = resolved(ready.config, ready.model)
         self.cuda = ready.device.type == "cuda"
         self.stream: Any = torch.cuda.stream(torch.cuda.Stream()) if self.cuda else nullcontext()
-        multiple = runs.LENGTHS if self.cuda else 1
+        multiple = LENGTHS if self.cuda else 1
         asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
         self.collate, self.row_loss = asked.collate, asked.row_loss
         self.optimizer: Any = InPlaceMeZO(ready.model, config.lr, config.eps, config.seed, config.direction)
@@ -148,9 +149,7 @@ class Run:
 
     def _score(self, rows: Any) -> float:
         ready = self.ready
-        made = runs.outcome(
-            ready.model, ready.tokenizer, ready.task, rows, batch_size=SCORED_AT_ONCE, pad_id=ready.pad_id
-        )
+        made = outcome(ready.model, ready.tokenizer, ready.task, rows, batch_size=SCORED_AT_ONCE, pad_id=ready.pad_id)
         return made.metric(ready.task.metric, rows)
 
     @torch.no_grad()

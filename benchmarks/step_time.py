@@ -28,7 +28,7 @@ from mezo import InPlaceMeZO
 from zotune.estimates.memory import keep_freed, peak_bytes, reset_peak
 from zotune.models.loading import load_model, pick_device
 from zotune.models.schemes import get_scheme
-from zotune.run.train import device_name
+from zotune.run.result import device_name
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.encoding import Collator, Encoded
 from zotune.tasks.scoring import candidate_losses

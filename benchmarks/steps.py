@@ -113,7 +113,7 @@ def _zero_order(model: Any, batch: dict[str, Tensor], options: dict[str, Any]) -
     optimizer = ZeroOrderOptimizer(model, lr=1e-9, eps=1e-3, **options)
 
     def notes() -> dict[str, Any]:
-        graphs = optimizer._graphs
+        graphs = optimizer.captured.graphs
         found: dict[str, Any] = {}
         if graphs is None or not graphs.usable:
             found["note"] = "not captured"

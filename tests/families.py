@@ -10,6 +10,8 @@ import transformers as tf
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
+from zotune.engines.places import Copy, Places
+
 V, H = 96, 32  # vocabulary, width
 SIZES = {"hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
 GQA = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
@@ -126,6 +128,11 @@ def save(name: str, folder: Path, wide: bool = False) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def both(engine, loss, batch, at, shares: tuple[int, ...] = (1,)) -> torch.Tensor:
+    """(2, B): an engine's losses of a batch at θ + displacement and at θ − displacement."""
+    return engine.losses(loss, batch, Places(at, (Copy(1), Copy(-1)), shares))
 
 
 def snapshot(model: nn.Module) -> list[tuple[int, int, torch.Tensor]]:

@@ -92,7 +92,7 @@ def refused(capsys, *argv: str, code: int = 2) -> str:
 def test_a_run_leaves_what_the_contract_names(flags, tmp_path, capsys, scheme, dtype, model, data):
     out = tmp_path / "run"
     assert run(["train", *flags, "--output", str(out), "--scheme", scheme, "--dtype", dtype]) == 0
-    assert "engine dual: one forward gives both losses" in capsys.readouterr().err
+    assert "engine dual: one forward gives all losses" in capsys.readouterr().err
     result = json.loads((out / "result.json").read_text())
     assert result.keys() >= KEYS
     assert (result["steps"], result["forward_passes"], result["task"]) == (6, 12, data.name)
@@ -167,6 +167,22 @@ def test_training_learns(flags, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["test_before"] == 50.0
     assert result["test_after"] >= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "expected: "),
+        (["--blocks", "linear"], "expected: not known (no estimate of --blocks linear)"),
+        (["--loss", "accuracy"], "expected: not known (no estimate of --loss accuracy)"),
+    ],
+)
+def test_what_a_run_takes_is_told_before_it_or_why_it_is_not_known(flags, tmp_path, capsys, more, said):
+    assert run(["train", *flags, *more, "--output", str(tmp_path / "run")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("expected:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert ("not known" in lines[0]) == bool(more)
 
 
 def test_a_killed_run_resumes_to_the_bits_of_a_whole_one(flags, tmp_path):
@@ -446,7 +462,7 @@ def test_a_refused_overwrite_deletes_nothing(kind, flags, tmp_path):
     [
         (["--method", "fo-adam", "--queries", "4"], "--queries: method 'fo-adam' has no option 'queries'"),
         (["--seed", str(2**32)], "--seed: "),
-        (["--rank", "8"], "--rank 8: of low-rank directions"),
+        (["--rank", "8"], "--rank: rank=8: of low-rank directions"),
         (["--alignment", "none"], "--alignment none: of built-in tasks"),
     ],
 )

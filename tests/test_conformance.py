@@ -15,6 +15,7 @@ from torch import nn
 from zotune import NonFiniteLoss, ZeroOrderOptimizer, noise
 from zotune.directions import Displacement
 from zotune.engines import sequential
+from zotune.methods import Method
 from zotune.noise import reference
 
 
@@ -290,7 +291,7 @@ def test_dropout_is_the_same_in_both_probes():
         ({"estimator": "twosided"}, "two-sided"),
         ({"eps": 0.0}, "eps"),
         ({"eps": "1e-3"}, "eps='1e-3': must be a number"),
-        ({"lr": None}, "lr=None: must be a number"),
+        ({"lr": "1e-3"}, "lr='1e-3': must be a number"),
         ({"seed": -1}, "seed=-1: must be a whole number from 0"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"seed": 1.5}, "seed=1.5"),
@@ -300,7 +301,8 @@ def test_dropout_is_the_same_in_both_probes():
         ({"groups": 0}, "groups"),
         ({"groups": "row"}, "groups"),
         ({"groups": 4, "engine": "dual"}, "lowrank"),
-        ({"groups": 4, "estimator": "one-sided"}, "two-sided"),
+        ({"estimator": "leave-one-out"}, "queries=1"),
+        ({"queries": 2, "method": Method()}, "queries=2: method is an object"),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_was_meant(options, message):

@@ -15,9 +15,10 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import signed
+from zotune.directions.masks import smallest
 from zotune.noise import reference
 from zotune.record.trajectory import Record
-from zotune.step.enhancements import partition, shallow, smallest
+from zotune.step.blocks import partition, shallow
 
 V, H = 96, 32
 SIZES = {"hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": V}

@@ -37,8 +37,8 @@ def dense(engine, param, seed: int) -> torch.Tensor:
         noise.fill(z, seed, pid, engine.directions.distribution)
         return z.to(param.dtype)
 
-    if param in set(getattr(engine, "factored", ())):
-        u, v = (drawn(pid, side) for pid, side in zip(engine.ids_of(param), param.shape, strict=True))
+    if param in set(engine.factored.params if hasattr(engine, "factored") else ()):
+        u, v = (drawn(pid, side) for pid, side in zip(engine.factored.ids_of(param), param.shape, strict=True))
         return torch.outer(u, v)
     return drawn(slot.id, param.numel()).view(param.shape)
 
@@ -51,7 +51,7 @@ def test_the_updates_of_k_steps_are_estimated_at_the_same_weights_and_applied_to
     expected = [p.clone() for p in start]
     for step in range(3):
         optimizer.step(rows_of(model), batch=data())
-        seeds, (g,) = optimizer._seeds(step, 0), optimizer.last.g_GQ
+        seeds, (g,) = optimizer.seeds(step, 0), optimizer.last.g_GQ
         assert len(seeds) == len(g)
         for i, param in enumerate(model.parameters()):
             for seed, scalar in zip(seeds, g, strict=True):
@@ -173,8 +173,8 @@ def test_a_low_rank_update_of_many_directions_is_the_sum_of_its_parts():
     for _ in range(4):
         first.step(rows_of(at_once), batch=x)
         second.step(rows_of(apart), batch=x)
-    for moved in second._pending:
-        second.engine.apply(moved, 1)
+    for moved in second.pending:
+        second.engine.writer.apply(moved, 1)
     for a, b in zip(at_once.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zotune import ZeroOrderOptimizer, noise, updates
+from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import Directions
-from zotune.updates import STATE_DTYPES, Adam, Momentum, Rule, Scalars, Sign
+from zotune.record.steps import StepRecord
+from zotune.record.trajectory import shrinkage
+from zotune.updates import STATE_DTYPES, Adam, Momentum, Rule, Sign
+from zotune.updates import rule as rules
 
 pytest.importorskip("triton")
 
@@ -44,10 +47,14 @@ def directions_of(named: list[tuple[str, nn.Parameter]], direction: str) -> Dire
     return Directions([named[:2], named[2:]], direction)
 
 
-def apply(rule: Rule, directions: Directions, by: Scalars, state: dict, tiles: bool) -> None:
+def taken(seeds_Q, g_GQ, lr_G, decay_G) -> StepRecord:
+    return StepRecord(0, seeds_Q, (), g_GQ, lr_G, decay_G)
+
+
+def apply(rule: Rule, directions: Directions, by: StepRecord, state: dict, tiles: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if tiles:
-            patch.setattr(updates, "passes_for", lambda directions: None)
+            patch.setattr(rules, "passes_for", lambda directions: None)
         rule.apply(directions, by, state)
 
 
@@ -72,7 +79,7 @@ def test_a_pass_is_the_rule_tile_by_tile(name, queries, direction, state_dtype, 
     ours_state, theirs_state = ({p: {} for _, p in named} for named in (ours, theirs))
     for step in range(2):
         g_Q = tuple(0.3 * (q + 1) * (-1) ** (q + step) for q in range(queries))
-        by = Scalars(tuple(noise.step_seed(7, step, q) for q in range(queries)), (g_Q, g_Q), (0.01, 0.02), (0.5, 0.0))
+        by = taken(tuple(noise.step_seed(7, step, q) for q in range(queries)), (g_Q, g_Q), (0.01, 0.02), (0.5, 0.0))
         apply(rule, directions_of(ours, direction), by, ours_state, tiles=False)
         apply(rule, directions_of(theirs, direction), by, theirs_state, tiles=True)
     for (_, p), (_, q), w in zip(ours, theirs, before, strict=True):
@@ -104,7 +111,7 @@ def test_a_rule_with_a_move_of_its_own_inherits_no_kernel():
     assert (Renamed().kernel, Renamed().capturable) == ("momentum", True)
     named = made(torch.float32)[:1]
     state = {p: {} for _, p in named}
-    apply(Nesterov(), Directions([named], "gaussian"), Scalars((1,), ((1.0,),), (0.1,), (0.0,)), state, tiles=False)
+    apply(Nesterov(), Directions([named], "gaussian"), taken((1,), ((1.0,),), (0.1,), (0.0,)), state, tiles=False)
     (_, p), (_, w) = named[0], made(torch.float32)[0]
     torch.testing.assert_close(p.data, w - 0.2 * state[p]["m"])
 
@@ -116,7 +123,7 @@ def test_an_lr_of_zero_moves_the_state_alone_and_a_step_that_does_not_go_nothing
     rule = RULES[name](rounding="compensated")
     named = made(torch.bfloat16)
     directions, state = directions_of(named, "gaussian"), {p: {} for _, p in named}
-    by = Scalars((3,), ((0.7,), (0.7,)), (0.0, 0.0), (0.1, 0.1))
+    by = taken((3,), ((0.7,), (0.7,)), (0.0, 0.0), (0.1, 0.1))
     apply(rule, directions, by, state, tiles=False)
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named, made(torch.bfloat16), strict=True))
     assert all(bool(state[p][buffer].any()) for _, p in named if p.numel() for buffer in rule.buffers)
@@ -141,9 +148,9 @@ def test_decay_alone_has_the_bits_of_a_product(dtype):
     directions = directions_of(named, "gaussian")
     table = Momentum().table((0.5, 0.5), (0.31, 0.0), (0, 0)).to(DEVICE)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    fused.Update(updates.DECAY, directions, {}, ()).run(nothing, torch.empty(2, 0, device=DEVICE), table)
+    fused.Update(rules.DECAY, directions, {}, ()).run(nothing, torch.empty(2, 0, device=DEVICE), table)
     for (_, p), w in zip(named[:2], wanted[:2], strict=True):
-        w.mul_(updates.shrinkage(0.5, 0.31))
+        w.mul_(shrinkage(0.5, 0.31))
         # the interpreter truncates to 16 bits where a device rounds
         torch.testing.assert_close(p.data, w, rtol=torch.finfo(dtype).eps if DEVICE == "cpu" else 0, atol=0)
     assert all(torch.equal(p, w) for (_, p), w in zip(named[2:], wanted[2:], strict=True))
@@ -166,7 +173,7 @@ def test_any_tile_moves_as_the_rule_says(n, queries, name, direction, state_dtyp
     rule = RULES[name](state_dtype=state_dtype)
     draw = torch.Generator().manual_seed(n)
     w, *start = (torch.randn(n, generator=draw).to(DEVICE) for _ in range(3))
-    by = Scalars(tuple(range(queries)), ((g,) * queries,), (lr,), (decay,))
+    by = taken(tuple(range(queries)), ((g,) * queries,), (lr,), (decay,))
     found = []
     for tiles in (False, True):
         param = nn.Parameter(w.clone(), requires_grad=False)
@@ -190,7 +197,7 @@ def test_a_masked_pass_is_the_rule_tile_by_tile(sparsity, monkeypatch):
         named = made(torch.float32)[:2]
         with pytest.MonkeyPatch.context() as patch:
             if tiles:
-                patch.setattr(updates, "passes_for", lambda directions: None)
+                patch.setattr(rules, "passes_for", lambda directions: None)
             options = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "sparsity": 0.5} | sparsity
             optimizer = ZeroOrderOptimizer(named, "zo-adam", **options)
             for _ in range(2):

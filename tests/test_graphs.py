@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -17,15 +16,18 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zotune import ZeroOrderOptimizer, updates
+from zotune import ZeroOrderOptimizer
 from zotune.engines.following import capturing
-from zotune.estimators import OneSided, TwoSided
+from zotune.estimators import LeaveOneOut, OneSided, TwoSided
+from zotune.methods import Method
 from zotune.models.schemes import get_scheme
-from zotune.record.trajectory import Record, float32
-from zotune.step import graphs, optimizer
-from zotune.step.graphs import StepGraphs, _Captured, applicable, projected
-from zotune.step.probing import spread, spread_on_device
-from zotune.updates import Adam, Conservative, Momentum, ScalarSign, Sgd, Sign
+from zotune.record.trajectory import Record, coefficient, float32
+from zotune.step import captured as captured_steps
+from zotune.step import graphs
+from zotune.step.arithmetic import Given, applicable, coefficients, projected, weights_of
+from zotune.step.graphs import Shape, StepGraphs, _Captured
+from zotune.updates import Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
+from zotune.updates import rule as rules
 
 CONFIG = tf.LlamaConfig(
     vocab_size=64,
@@ -39,7 +41,7 @@ CONFIG = tf.LlamaConfig(
 
 def steps_apart(plain: ZeroOrderOptimizer, captured: ZeroOrderOptimizer, f, g, batches) -> None:
     """The same steps by both, the first without graphs."""
-    plain._captured_step = lambda *args: None
+    plain.captured.wanted = False
     for batch in batches:
         plain.step(f, batch=batch)
         captured.step(g, batch=batch)
@@ -69,9 +71,9 @@ def test_captured_steps_give_the_weights_of_steps_without(dtype, direction, engi
     first.flush()
     second.flush()
     assert getattr(second.engine, "usable", True)
-    assert second._graphs is not None
-    assert second._graphs.usable
-    assert len(second._graphs._graphs) == 2
+    assert second.captured.graphs is not None
+    assert second.captured.graphs.usable
+    assert len(second.captured.graphs) == 2
     assert first.forward_passes == second.forward_passes == 16
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
@@ -105,12 +107,12 @@ def test_captured_folds_give_the_weights_of_folds_without(dtype, options):
 
     before = copy.deepcopy(plain.state_dict())
     first, second = (ZeroOrderOptimizer(m, lr=1e-3, seed=1, **options) for m in (plain, captured))
-    first._captured_step = lambda *args: None
+    first.captured.wanted = False
     f, g = loss_of(plain), loss_of(captured)
     for _ in range(8):
         first.step(f, batch=batch)
         second.step(g, batch=batch)
-    assert second._graphs.usable
+    assert second.captured.graphs.usable
     assert second.state_bytes == first.state_bytes
     assert not torch.equal(before["lm_head.weight"], captured.state_dict()["lm_head.weight"])
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
@@ -124,7 +126,7 @@ def test_a_loss_that_draws_dropout_is_not_captured_and_still_steps():
     batch = {"x": torch.randn(4, 8, device="cuda")}
     for _ in range(2):
         optimizer.step(lambda batch: model(batch["x"]).square().mean(), batch=batch)
-    assert not optimizer._graphs.usable
+    assert not optimizer.captured.graphs.usable
     assert optimizer.steps == 2
 
 
@@ -164,9 +166,9 @@ def test_steps_of_a_scheme_are_captured(scheme, chosen, dtype, monkeypatch):
     )
     steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
     second.land()
-    assert second._graphs is not None
-    assert second._graphs.usable
-    assert len(second._graphs._graphs) == 2
+    assert second.captured.graphs is not None
+    assert second.captured.graphs.usable
+    assert len(second.captured.graphs) == 2
     assert {*added} == ({True, False} if chosen else {*added})  # adapters are kernels, in graphs and without
     for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-3)
@@ -237,8 +239,8 @@ def pretend(monkeypatch) -> None:
         return True
 
     monkeypatch.setattr(StepGraphs, "_captured", captured)
-    monkeypatch.setattr(optimizer, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
-    for module in (updates, graphs, optimizer):
+    monkeypatch.setattr(captured_steps, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
+    for module in (rules, graphs, captured_steps):
         monkeypatch.setattr(module, "passes_for", lambda directions: import_module("zotune.updates.fused"))
 
 
@@ -252,8 +254,8 @@ def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):
     held = []
     for rows in (3, 5, 2, 4):
         optimizer.step(loss, batch={"x": torch.randn(rows, 192)})
-        held.append(sum(buffer.numel() for buffer in optimizer._graphs._scratch._free))
-    assert len(optimizer._graphs._graphs) == 4
+        held.append(sum(buffer.numel() for buffer in optimizer.captured.graphs._scratch._free))
+    assert len(optimizer.captured.graphs) == 4
     assert held == [held[0]] * 4
     assert held[0] == 4 * 160 * 192
 
@@ -268,7 +270,7 @@ def optimizer_of(model: nn.Module, captured: bool = True, **options) -> ZeroOrde
     ]
     made = ZeroOrderOptimizer(params, **({"eps": 1e-2, "seed": 1} | options))
     if not captured:
-        made._captured_step = lambda *args: None
+        made.captured.wanted = False
     return made
 
 
@@ -276,6 +278,7 @@ def take(made: ZeroOrderOptimizer, loss, batch, step: int):
     for group in made.param_groups:
         group["lr"] = 0.01 / (1 + step)
     made.step(loss, batch=batch)
+    made.land()
     return made.last
 
 
@@ -342,8 +345,8 @@ def test_a_captured_step_is_the_host_s_to_the_bit_and_its_record_gives_it_again(
     for step, batch in enumerate(batches):
         before, saved = copy.deepcopy(captured), copy.deepcopy(second.state_dict()["state"])
         wanted, got = take(first, f, batch, step), take(second, g, batch, step)
-        assert second._graphs is not None
-        assert second._graphs.usable
+        assert second.captured.graphs is not None
+        assert second.captured.graphs.usable
         assert not exact or repr(got) == repr(wanted)
         assert got.skipped == wanted.skipped == (step == 2)
         if got.skipped:
@@ -392,7 +395,7 @@ def test_forward_grad_folds_as_the_host_does(kind, options, monkeypatch):
         assert repr(take(second, captured.losses, batch, step)) == repr(take(first, host.losses, batch, step))
     first.flush()
     second.flush()
-    assert second._graphs.usable
+    assert second.captured.graphs.usable
     assert same(captured, host)
     assert not same(captured, start)
 
@@ -408,7 +411,7 @@ def test_a_redrawn_mask_is_where_the_graphs_look_for_it(kind, mask, monkeypatch)
     captured = copy.deepcopy(host)
     options = {"lr": 1e-2, "eps": 1e-2, "seed": 2**63 + 5, "sparsity": 0.5, "mask": mask, "mask_refresh": 2}
     first, second = (ZeroOrderOptimizer(model, **options) for model in (host, captured))
-    first._captured_step = lambda *args: None
+    first.captured.wanted = False
     f, g = (lambda batch, model=model: model(batch["x"]).square().mean(1) for model in (host, captured))
     places, graphs_seen, masks = set(), set(), []
     for step in range(7):
@@ -418,8 +421,8 @@ def test_a_redrawn_mask_is_where_the_graphs_look_for_it(kind, mask, monkeypatch)
         kept = [state["kept"] for state in second.state.values() if state.get("kept") is not None]
         places.add(tuple(t.data_ptr() for t in kept))
         masks.append([t.clone() for t in kept])
-        graphs_seen.add(id(second._graphs))
-    assert second._graphs.usable
+        graphs_seen.add(id(second.captured.graphs))
+    assert second.captured.graphs.usable
     assert len(places) == len(graphs_seen) == 1
     assert (len(masks[0]) > 0) == (mask != "random")
     if mask != "random":
@@ -449,7 +452,7 @@ def test_a_state_that_is_loaded_is_what_the_next_captured_step_sees(kind, option
         for step in range(3, 6):
             take(made, loss, batches[step], step)
         ends.append(copy.deepcopy(model))
-    assert made._graphs is not None
+    assert made.captured.graphs is not None
     assert same(*ends)
     assert not same(ends[0], weights)
 
@@ -457,10 +460,36 @@ def test_a_state_that_is_loaded_is_what_the_next_captured_step_sees(kind, option
 numbers = st.floats(-1e5, 1e5) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e-300, 3e38])
 
 
+def decided(estimator, rule, losses_CK, eps, lr, most, room, shares, pairs):
+    """What a step decides, in Python's own floats: g, whether it is applied, and coefficients."""
+    columns = [list(column) for column in zip(*losses_CK, strict=True)]
+    d_KQ = []
+    for losses in columns:
+        if isinstance(estimator, TwoSided):
+            d_KQ.append([(losses[2 * q] - losses[2 * q + 1]) / 2 for q in range(estimator.queries)])
+        else:
+            d_KQ.append([loss - losses[0] for loss in losses[1:]])
+    weights = [share * pairs / sum(shares) for share in shares]
+    d_QK = [[d * w for d, w in zip(row, weights, strict=True)] for row in zip(*d_KQ, strict=True)]
+    g_Q = [g for row in d_QK for g in [d / eps for d in row] + [0.0] * (pairs - len(shares))]
+    if most is not None:
+        g_Q = [g if g != g else min(max(g, -most), most) for g in g_Q]
+    signs = [g if g != g else float((g > 0) - (g < 0)) for g in map(float32, g_Q)]
+    kind = type(rule)
+    if kind in (Sgd, Conservative, ScalarSign):
+        reach = [coefficient(lr, g, 1 / len(g_Q)) for g in (signs if kind is ScalarSign else g_Q)]
+    else:
+        reach = [lr * g for g in g_Q] if kind is Momentum else [*g_Q, lr]
+    finite = all(math.isfinite(loss) for losses in losses_CK for loss in losses)
+    return g_Q, finite and all(abs(c) < room for c in reach), reach
+
+
 @settings(max_examples=300)
 @given(
-    losses=st.lists(numbers, min_size=8, max_size=8),
+    losses=st.lists(numbers, min_size=24, max_size=24),
     queries=st.integers(1, 4),
+    shares=st.sampled_from([(1,), (2, 2), (2, 1, 2)]),
+    lacking=st.integers(0, 2),
     estimator=st.sampled_from([TwoSided, OneSided]),
     eps=st.floats(1e-6, 1.0),
     lr=st.floats(0.0, 1e6),
@@ -469,27 +498,30 @@ numbers = st.floats(-1e5, 1e5) | st.sampled_from([math.nan, math.inf, -math.inf,
     rule=st.sampled_from([Sgd(), ScalarSign(), Conservative(), Sign(), Momentum(), Adam()]),
 )
 def test_what_a_step_decides_on_the_device_is_what_the_host_decides(
-    losses, queries, estimator, eps, lr, most, dtype, rule
+    losses, queries, shares, lacking, estimator, eps, lr, most, dtype, rule
 ):
-    more = {} if most is None else {"g_clip": most}
-    host = ZeroOrderOptimizer([nn.Parameter(torch.zeros(1, dtype=dtype))], eps=eps, lr=lr, queries=queries, **more)
-    host.method = replace(host.method, estimator=estimator(queries), rule=rule)
-    losses_P = losses[: len(host.method.estimator.probes)]
-    by = host._scalars((0,) * queries, host.method.estimator.differences(losses_P), *host._settings())
-    held_P, held_eps, held_lr = (torch.tensor(x, dtype=torch.float64) for x in (losses_P, [eps], [lr]))
-    g_GQ = projected(host.method.estimator, held_P, held_eps, (1,), 1, most)
-    torch.testing.assert_close(g_GQ, torch.tensor(by.g_GQ, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
-    goes = applicable(rule, held_P, g_GQ, held_lr, host._room())
-    assert bool(goes) == host._applicable(losses_P, by)
+    """One set of functions serves both; to the bit it is what Python's floats give, as a run's record is made of."""
+    asks, directions = estimator(queries), len(shares)
+    rows = [losses[c * directions : (c + 1) * directions] for c in range(len(asks.probes))]
+    pairs, room = directions + lacking * (directions > 1), torch.finfo(dtype).max / 16
+    weights = weights_of(shares, pairs)
+    given = Given(*(torch.tensor([x], dtype=torch.float64) for x in (eps, lr)), weights, pairs, most, room)
+    losses_CK = torch.tensor(rows, dtype=torch.float64)
+    wanted, goes, coefs = decided(asks, rule, rows, eps, lr, most, room, shares, pairs)
+    g_GQ = projected(asks, rule, losses_CK, given)
+    torch.testing.assert_close(g_GQ[0], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
+    assert bool(applicable(rule, losses_CK, g_GQ, given)) == goes
     if goes and rule.linear:
-        assert rule.coefficients_on_device(g_GQ[0], held_lr[0]).tolist() == rule.coefficients(by.g_GQ[0], lr)
+        assert coefficients(rule, g_GQ, given.lr_G)[0].tolist() == coefs
 
 
 @given(losses=st.lists(st.sampled_from([1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]), min_size=3, max_size=3))
-def test_a_choice_on_the_device_is_the_host_s(losses):
-    choice = int(Conservative().choose_on_device(torch.tensor(losses, dtype=torch.float64)))
-    assert choice == Conservative().choose(losses)
-    assert choice == 0 or losses[choice] < losses[0]
+def test_a_choice_is_the_first_least_loss(losses):
+    choice = int(Conservative().choose(torch.tensor(losses, dtype=torch.float64)))
+    best = 0
+    for other in (1, 2):
+        best = other if losses[other] < losses[best] else best
+    assert choice == best
 
 
 class NoHost(TorchDispatchMode):
@@ -504,45 +536,37 @@ class NoHost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", [Sgd(), ScalarSign(), Conservative(), Sign(), Momentum(), Adam()], ids=repr)
-@pytest.mark.parametrize("estimator", [TwoSided(3), OneSided(3)], ids=repr)
-def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, monkeypatch):
-    """On meta tensors, which have no numbers; kernels left out."""
+RULES = [Sgd(), ScalarSign(), Conservative(), Normalised(), Sign(), Momentum(), Adam()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("estimator", [TwoSided(3), OneSided(3), LeaveOneOut(3)], ids=repr)
+@pytest.mark.parametrize("shares", [(1,), (3, 3, 2)], ids=str)
+def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, shares, monkeypatch):
+    """On meta tensors, which have no numbers; kernels left out. Directions of unequal rows have weights that are not 1."""
     applied = []
-    monkeypatch.setattr(
-        graphs, "passes_for", lambda directions: SimpleNamespace(Update=lambda *args: SimpleNamespace(run=run))
-    )
-    monkeypatch.setattr(
-        graphs, "probe", lambda *args: [torch.zeros((), dtype=torch.float64, device="meta")] * len(probes)
-    )
-    engine = SimpleNamespace(
-        directions=SimpleNamespace(params=[], slots={}),
-        holds=False,
-        loss=lambda closure, at: closure(),
-        apply=lambda by, at_once: applied.append(by.coefs_GQ),
-    )
 
     def run(seeds_Q, g_GQ, numbers_GN, goes):
         applied.append([g_GQ])
 
-    probes = estimator.probes
-    held = StepGraphs(engine, estimator, rule, (1e-3, 1e-2), 1e5, 0.5, {})
-    batch = {"x": torch.ones(4, device="meta")}
-    step = _Captured(held, lambda batch: batch["x"].mean(), [batch], (1,), 1, decays=not isinstance(rule, Conservative))
+    monkeypatch.setattr(
+        graphs, "passes_for", lambda directions: SimpleNamespace(Update=lambda *args: SimpleNamespace(run=run))
+    )
+    writer = SimpleNamespace(
+        directions=SimpleNamespace(params=[], slots={}), holds=False,
+        apply=lambda by, at_once: applied.append(by.coefs_GQ),
+    )  # fmt: skip
+    engine = SimpleNamespace(
+        directions=writer.directions, writer=writer, loss=lambda closure, at: closure(),
+        losses=lambda loss, batch, places: torch.stack([loss(batch)] * len(places.copies)),
+    )  # fmt: skip
+    held = StepGraphs(engine, Method(estimator, rule), (1e-3, 1e-2), 1e5, 0.5, {})
+    batch = {"x": torch.ones(8, device="meta")}
+    decays, pairs = not isinstance(rule, Conservative), len(shares) + (len(shares) > 1)
+    step = _Captured(held, lambda batch: batch["x"] * 1.0, [batch], Shape(shares, pairs, decays, 1))
     with NoHost():
         step.run()
         with pytest.raises(AssertionError, match="host"):
             step.armed.copy_(torch.tensor(1.0))
     assert all(c.dtype == torch.float32 and c.device.type == "meta" for coefs in applied for c in coefs)
     assert applied
-
-
-@pytest.mark.parametrize("shares", [(3, 3, 2), (1, 1), (2, 2, 2, 2)], ids=str)
-def test_directions_of_unequal_rows_need_no_number_from_the_host(shares):
-    """A short last batch, say, has weights that are not 1; the same bits come as from the host's own floats."""
-    losses_P = torch.randn(2 * 2 * len(shares), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    got = spread_on_device(TwoSided(2), losses_P, shares, 4)
-    assert got.tolist() == spread(TwoSided(2), losses_P.tolist(), shares, 4)
-    elsewhere_P = losses_P.to("meta")
-    with NoHost():
-        assert spread_on_device(TwoSided(2), elsewhere_P, shares, 4).shape == (8,)

@@ -105,9 +105,9 @@ def test_whoever_reads_the_weights_finds_an_update_that_was_held_back(tmp_path, 
     held = {"zo": {"engine": "dual", "row_loss": row_loss}, "save_strategy": "steps", "save_steps": 3}
     held |= {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
     ours = train(tmp_path / "ours", **held)
-    assert ours.zo_optimizer.engine.holds
+    assert ours.zo_optimizer.engine.writer.holds
     holding = []
-    monkeypatch.setattr("zotune.engines.dual.DualEngine.holds", property(lambda self: holding.append(1)))
+    monkeypatch.setattr("zotune.engines.waiting.WaitingWriter.holds", property(lambda self: holding.append(1)))
     theirs = train(tmp_path / "theirs", **held)
     watched = Watching()
     train(tmp_path / "watched", zo=held["zo"] | {"callbacks": [watched]})
@@ -122,7 +122,7 @@ def test_whoever_reads_the_weights_finds_an_update_that_was_held_back(tmp_path, 
         assert same(*saved)
     again = Watching()
     trainer = train(tmp_path / "again", zo=held["zo"] | {"callbacks": [again]})
-    assert trainer.zo_optimizer.engine.holds
+    assert trainer.zo_optimizer.engine.writer.holds
     assert len(again.seen) == len(watched.seen) == 8
     for ours_P, theirs_P in zip(again.seen, watched.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours_P, theirs_P, strict=True))
@@ -184,7 +184,7 @@ def test_a_run_that_is_stopped_early_ends_with_all_its_updates(tmp_path, monkeyp
         )  # fmt: skip
         trainer = ZOTrainer(trained, args, train_dataset=ROWS, data_collator=collate, callbacks=[StopsAt(step)])
         trainer.train()
-        assert not trainer.zo_optimizer._pending
+        assert not trainer.zo_optimizer.pending
         return trained
 
     assert same(stopped(4, 4), stopped(4, 8))

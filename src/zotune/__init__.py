@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zotune.api import evaluate, predict, train
     from zotune.errors import InputError, NonFiniteLoss
+    from zotune.methods import Method
     from zotune.step.optimizer import ZeroOrderOptimizer
     from zotune.trainer import ZOTrainer, ZOTrainingArguments
 
 __all__ = [
     "InputError",
+    "Method",
     "NonFiniteLoss",
     "ZOTrainer",
     "ZOTrainingArguments",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "InputError": "zotune.errors",
     "NonFiniteLoss": "zotune.errors",
+    "Method": "zotune.methods",
     "ZeroOrderOptimizer": "zotune.step.optimizer",
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from zotune.errors import InputError
 from zotune.options import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
-from zotune.run.train import Listener
+from zotune.prepare.listener import Listener
 from zotune.tasks.splits import SPLITS
 
 T = TypeVar("T", bound=DataOptions)

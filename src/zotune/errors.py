@@ -10,6 +10,18 @@ class InputError(ValueError):
     """Bad input: the message says what, where, and what to try, in one line. The command line exits with 2."""
 
 
+class OptionError(ValueError):
+    """An option whose value cannot be, or not beside others. option: its name, for who writes `--option` before the message."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class NotFinite(InputError):
+    """What a model computes of rows is NaN or infinite, so that there is nothing to say of them."""
+
+
 class StorageError(OSError):
     """A run's folder cannot be written: a full disk, an I/O error. One line; the command line exits with 1."""
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import pytest
 import yaml
 from standin import Silent, run_here
+
+pytest.importorskip("sqlalchemy", reason="zotune[bench] is not installed")
 
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.plan import Forecast, make_plan

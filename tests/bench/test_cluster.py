@@ -15,6 +15,8 @@ import pytest
 from standin import Silent, run_here
 from test_runner import alive, wait_for
 
+pytest.importorskip("sqlalchemy", reason="zotune[bench] is not installed")
+
 from zotune.bench import cluster
 from zotune.bench.cluster import TOKEN, Job, execute_on_ray, work
 from zotune.bench.plan import make_plan

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,17 +15,15 @@ from torch import nn
 from zotune.bench.probe import _until_free
 from zotune.cli.app import run
 from zotune.errors import InputError
-from zotune.estimates.estimate import (
-    CARDS,
-    METHODS,
-    SCHEMES,
-    Allocations,
-    build,
-    compare,
-    estimate,
-    estimate_for,
-    model_config,
-)
+from zotune.estimates.estimate import compare, estimate, estimate_for, uncounted
+from zotune.estimates.meta import build, model_config
+from zotune.estimates.needs import needs_of
+from zotune.estimates.rates import CARDS
+from zotune.estimates.tally import Allocations
+from zotune.estimators import TwoSided
+from zotune.methods import METHODS, Method, Preset
+from zotune.models.schemes import SCHEMES
+from zotune.updates import Adam
 
 SMALL = {"random": {
     "model_type": "llama", "vocab_size": 20000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
@@ -158,8 +157,96 @@ def test_what_the_estimate_does_not_count_is_left_blank(more):
 
 
 @pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"hybrid": 0.5}, "no estimate of --hybrid 0.5"),
+        ({"blocks": "linear", "groups": "batch"}, "no estimate of --blocks linear, --groups batch"),
+        ({"sparsity": 0.5, "mask": "wanda"}, "no estimate of --mask wanda"),
+        ({"sparsity": 0.5, "mask": "random", "groups": 1}, ""),
+    ],
+)
+def test_what_is_left_blank_has_a_reason(more, said):
+    assert uncounted({"method": "zo-sgd"} | more) == said
+
+
+def test_a_plan_says_of_each_run_that_cannot_be_reckoned_why(suite_file, tmp_path):
+    from zotune.bench.plan import foresee, make_plan
+    from zotune.bench.suite import expand, load_suite
+    from zotune.cli.bench import unknown
+
+    def said(**changes) -> list[str]:
+        plan = make_plan(expand(load_suite(suite_file(**changes))), tmp_path)
+        foresee(plan)
+        return unknown(plan.runs)
+
+    grid = {"model": "tiny", "task": "words", "method": "zo-sgd", "scheme": "full"}
+    blocks = said(grid=grid | {"seed": [0, 1], "blocks": "linear"}, budget={"steps": 2})
+    assert blocks == ["no estimate of --blocks linear (2 runs)"]
+    gone = said(grid=grid | {"model": "gone"}, models={"gone": {"model": str(tmp_path / "gone")}})
+    assert [line.split(": ", 1)[1] for line in gone] == ["no such file or folder (1 run)"]
+    assert said(grid=grid) == []
+
+
+def test_a_method_of_one_s_own_is_estimated_once_it_is_registered(monkeypatch):
+    """By what it says of itself: forwards, state, kind."""
+    own = Preset("own", "", "4q", lambda queries=2: Method(TwoSided(queries), Adam("float32")))
+    monkeypatch.setitem(METHODS, "own", own)
+    made = estimate(model_config(SMALL), method="own", seq_len=16, queries=2, rates=CARDS["h100"], **SHAPE)
+    known = estimate(model_config(SMALL), method="zo-adam", seq_len=16, queries=2, rates=CARDS["h100"], **SHAPE)
+    assert made.forwards == 4
+    assert replace(made, method="zo-adam") == known
+    assert estimate(model_config(SMALL), method="own", seq_len=16, rates=CARDS["h100"], **SHAPE) == made
+    assert needs_of("own").kind == "zeroth-order"
+
+
+def test_every_method_says_what_it_needs():
+    assert {name for name in METHODS if needs_of(name).kind == "first-order"} == {"fo-sgd", "fo-adam"}
+    assert {name for name in METHODS if needs_of(name).kind == "forward-mode"} == {"forward-grad"}
+    assert {name: needs_of(name).state_copies for name in METHODS if needs_of(name).state_copies} == {
+        "zo-sgd-mmt": 1, "zo-adam": 2, "fo-adam": 2,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="did you mean 'zo-sgd'"):
+        needs_of("zo-sdg")
+
+
+def test_the_more_places_a_forward_has_the_more_it_takes_and_the_fewer_there_are():
+    config, common = model_config(SMALL), SHAPE | {"queries": 3, "seq_len": 16, "rates": CARDS["h100"]}
+    two, six, ten = (estimate(config, places=places, **common) for places in (2, 6, 10))
+    assert estimate(config, **common) == two
+    assert six.activations > 1.5 * two.activations
+    assert (six.forwards, six.step_seconds < two.step_seconds) == (two.forwards, True)
+    assert ten.activations == six.activations  # a step of three directions has six
+    one_by_one = estimate(config, estimator="one-sided", **common)
+    assert estimate(config, estimator="one-sided", places=4, **common).activations > one_by_one.activations
+
+
+def test_a_row_beside_that_cannot_be_reckoned_says_why_and_takes_no_other_with_it(monkeypatch):
+    def refuse(model):
+        raise ValueError("no linear maps")
+
+    config = model_config(SMALL)
+    monkeypatch.setitem(SCHEMES, "lora", replace(SCHEMES["lora"], prepare=refuse))
+    left_out = []
+    rows = compare(config, {"method": "zo-sgd-sign", "scheme": "full"}, seq_len=17, left_out=left_out)
+    assert [row.scheme for row in rows] == ["full"] * 5
+    assert len(left_out) == 3
+    assert left_out[0].endswith("a step cannot be counted without weights (no linear maps)")
+
+
+def test_a_model_that_is_not_causal_is_refused_in_a_line():
+    with pytest.raises(InputError, match="t5 is no causal model"):
+        estimate(model_config({"random": {"model_type": "t5"}}), seq_len=16)
+
+
+def test_accumulated_batches_take_as_many_times_a_step():
+    options = SHAPE | {"method": "zo-sgd", "device": "cpu"}
+    one, four = (estimate_for(SMALL, options | {"accumulate": count})["step_seconds"] for count in (1, 4))
+    assert four == pytest.approx(4 * one)
+
+
+@pytest.mark.parametrize(
     ("method", "scheme"),
-    [*((m, "full") for m in METHODS), *((m, s) for m in ("zo-adam", "fo-adam") for s in SCHEMES[1:])],
+    [*((m, "full") for m in METHODS), *((m, s) for m in ("zo-adam", "fo-adam") for s in list(SCHEMES)[1:])],
 )
 def test_every_method_and_scheme_is_estimated_and_costs_more_than_the_weights(method, scheme):
     made = estimate(model_config(SMALL), method=method, scheme=scheme, seq_len=16, rates=CARDS["h100"], **SHAPE)

@@ -8,7 +8,7 @@ import torch
 from zotune.bench.probe import measure
 from zotune.bench.suite import expand, load_suite
 from zotune.errors import InputError
-from zotune.estimates.estimate import build, model_config
+from zotune.estimates.meta import build, model_config
 
 TINY = {"random": {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -13,7 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from zotune.bench.figures import context, spread
+for extra in ("itables", "jinja2", "matplotlib", "sqlalchemy"):
+    pytest.importorskip(extra, reason="zotune[bench] is not installed")
+
+from zotune.bench.figures import context
+from zotune.bench.figures.drawing import spread
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store

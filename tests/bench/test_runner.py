@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from standin import run_here
 
+pytest.importorskip("sqlalchemy", reason="zotune[bench] is not installed")
+
 from zotune.bench.store import Store
 from zotune.cli.app import run
 

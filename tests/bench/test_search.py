@@ -6,9 +6,11 @@ import json
 import math
 from itertools import pairwise
 
-import optuna
 import pytest
 from standin import Silent
+
+optuna = pytest.importorskip("optuna", reason="zotune[bench] is not installed")
+pytest.importorskip("sqlalchemy", reason="zotune[bench] is not installed")
 
 from zotune.bench import search
 from zotune.bench.runner import execute

@@ -17,7 +17,7 @@ from zotune import ZeroOrderOptimizer
 from zotune.directions import Displacement
 from zotune.engines import dual, parts
 from zotune.engines.modules import FusedModules
-from zotune.engines.parts import Values
+from zotune.engines.parts import Parts, Values
 from zotune.models.schemes import get_scheme
 
 pytest.importorskip("triton")
@@ -32,9 +32,8 @@ def dense(values: Values) -> torch.Tensor:
     w = values.w.double()
     if values.u is None:
         return w
-    copies = len(w) // len(values.u)
-    moved = torch.bmm(values.u.double(), values.v.double().transpose(1, 2)).repeat(copies, 1, 1)
-    return w + values.scale.double()[:, None, None] * moved
+    moved = torch.bmm(values.u.double(), values.v.double().transpose(1, 2))
+    return w + values.scale.double()[:, None, None] * moved[values.which.long()]
 
 
 def made(draw, count, groups, shape, factors, dtype) -> Values:
@@ -47,7 +46,8 @@ def made(draw, count, groups, shape, factors, dtype) -> Values:
         return Values(normal(count, *shape))
     u, v = (normal(groups, side, factors) for side in shape)
     scale = torch.randn(count, generator=draw).to(DEVICE) / 3
-    return Values(normal(*shape).expand(count, *shape), u, v, scale)
+    which = torch.randint(0, groups, (count,), generator=draw, dtype=torch.int32).to(DEVICE)
+    return Values(normal(*shape).expand(count, *shape), u, v, scale, which)
 
 
 sizes = st.fixed_dictionaries(
@@ -178,7 +178,7 @@ def test_kernels_give_the_losses_of_peft_s_forward(family, engine, monkeypatch, 
 def test_a_forward_that_raises_leaves_every_module_its_own(counted):
     model = adapted("opt")
     engine, seen, at = optimizer_of(model, engine="dual").engine, [], Displacement((5,), ((1e-2,),))
-    engine.both(rows_of(model), BATCH, at)
+    families.both(engine, rows_of(model), BATCH, at)
 
     def fail(*args):
         seen.append(own_forwards(model))
@@ -186,7 +186,7 @@ def test_a_forward_that_raises_leaves_every_module_its_own(counted):
 
     model.get_output_embeddings().register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):
-        engine.both(rows_of(model), BATCH, at)
+        families.both(engine, rows_of(model), BATCH, at)
     assert seen == [False]
     assert own_forwards(model)
 
@@ -215,7 +215,11 @@ class Map:
         assert fused
         for by in (nullcontext, fused.standing_in):
             torch.manual_seed(1)
-            with torch.no_grad(), engine._reads(Displacement((5,), ((1e-1,),)), (2,), 2) as mode, by(mode):
+            with (
+                torch.no_grad(),
+                engine._reads(Displacement((5,), ((1e-1,),)), Parts((2, 2), (0, 0), (1, -1))) as mode,
+                by(mode),
+            ):
                 found.append(self.layer(x, **more))
         return found
 

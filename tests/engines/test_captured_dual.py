@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 import transformers as tf
@@ -48,7 +49,7 @@ def test_captured_steps_that_hold_updates_back_give_the_bits_of_steps_that_do_no
     models = [opt(dtype) for _ in range(2)]
     chosen = {"lr": 1e-3, "direction": direction, "queries": queries, "seed": 1, "engine": "dual"}
     holds, direct = optimizers = [ZeroOrderOptimizer(m, **chosen) for m in models]
-    direct.engine.may_hold = False
+    direct.engine.writer.may = False
     losses, spoiled = ([Rows(m, factor) for m in models] for factor in (1.0, float("nan")))
     draw = torch.Generator().manual_seed(0)
     for step in range(16):
@@ -60,9 +61,9 @@ def test_captured_steps_that_hold_updates_back_give_the_bits_of_steps_that_do_no
         if step in (2, 7, 10):
             holds.settle()
             assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
-    assert holds.engine.holds
-    assert holds._graphs.usable
-    assert len(holds._graphs._graphs) == 6
+    assert holds.engine.writer.holds
+    assert holds.captured.graphs.usable
+    assert len(holds.captured.graphs) == 6
     assert holds.skipped_steps == direct.skipped_steps == 2
     assert not all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     holds.flush()
@@ -97,6 +98,6 @@ def test_a_bias_within_the_product_is_the_bias_after_it(monkeypatch, dtype):
     for within in (True, False):
         monkeypatch.setattr(dual_engine, "BIAS_IN_PRODUCT", within)
         engine = ZeroOrderOptimizer(model, engine="dual").engine
-        found.append(torch.stack(engine.both(Rows(model), batch, at)))
+        found.append(families.both(engine, Rows(model), batch, at))
         assert engine.usable
     torch.testing.assert_close(*found, rtol=8 * torch.finfo(dtype).eps, atol=0)

@@ -16,6 +16,7 @@ from zotune import ZeroOrderOptimizer
 from zotune.engines import dual as dual_engine
 from zotune.record.trajectory import Record
 from zotune.step import graphs
+from zotune.step.captured import CapturedSteps
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 READS = ["llama", "opt", "gpt2", "deberta"]  # tied heads, biases, weights that no linear map reads, whole tables
@@ -52,8 +53,8 @@ def pair(name="llama", dtype=torch.float32, **options):
     models = [build(name).to(dtype) for _ in range(2)]
     options = {"lr": 1e-2, "eps": 1e-2, "seed": 3, "engine": "dual"} | options
     holds, direct = (ZeroOrderOptimizer(model, **options) for model in models)
-    assert holds.engine.holds
-    direct.engine.may_hold = False
+    assert holds.engine.writer.holds
+    direct.engine.writer.may = False
     return models, (holds, direct)
 
 
@@ -281,9 +282,9 @@ def replayed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(graphs.StepGraphs, "_captured", captured)
-    step = ZeroOrderOptimizer._captured_step
+    step = CapturedSteps.step
 
-    def as_on_cuda(self, loss_of, batches, shares):
+    def as_on_cuda(self, *given):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             graph_step = graphs.StepGraphs.step
@@ -293,16 +294,16 @@ def replayed(monkeypatch):
                 return graph_step(*args)
 
             patch.setattr(graphs.StepGraphs, "step", without)
-            return step(self, loss_of, batches, shares)
+            return step(self, *given)
 
-    monkeypatch.setattr(ZeroOrderOptimizer, "_captured_step", as_on_cuda)
+    monkeypatch.setattr(CapturedSteps, "step", as_on_cuda)
 
 
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_of_several_shapes_share_what_waits(replayed, dtype, queries):
     models, optimizers = pair("opt", dtype, queries=queries)
-    optimizers[1]._captured_step = lambda *args: None
+    optimizers[1].captured.wanted = False
     losses = [RowLoss(model) for model in models]
     spoiled = [RowLoss(model, lambda losses: losses * float("inf")) for model in models]
     for step in range(14):
@@ -314,7 +315,7 @@ def test_graphs_of_several_shapes_share_what_waits(replayed, dtype, queries):
         if step in (2, 7):
             optimizers[0].settle()
             assert same(*models)
-    assert len(optimizers[0]._graphs._graphs) > 3
+    assert len(optimizers[0].captured.graphs) > 3
     assert optimizers[0].skipped_steps == 2
     assert not same(*models)
     optimizers[0].flush()

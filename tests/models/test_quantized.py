@@ -20,8 +20,8 @@ from zotune.models import quantized
 from zotune.models.loading import load_model
 from zotune.models.quantized import inner_tensors, is_changed, is_quantized, weight_bytes
 from zotune.models.schemes import get_scheme, trainable_parameters
-from zotune.record.replay import fingerprint
-from zotune.run.train import Listener
+from zotune.prepare.listener import Listener
+from zotune.record.fingerprints import fingerprint
 
 pytest.importorskip("bitsandbytes", reason="zotune[quant] is not installed")
 pytest.importorskip("torchao", reason="zotune[quant] is not installed")
@@ -138,10 +138,10 @@ def check_engines(model: torch.nn.Module, ids: torch.Tensor) -> None:
     batch, at = {"input_ids": ids}, Displacement((77,), ((1e-2,),))
     for engine in ("sequential", "dual", "lowrank"):
         optimizer = ZeroOrderOptimizer(model, lr=0.0, engine=engine)
-        ours = optimizer.engine.both(loss, batch, at, *(() if engine != "lowrank" else ((len(ids),),)))
+        ours = families.both(optimizer.engine, loss, batch, at)
         assert getattr(optimizer.engine, "usable", True), optimizer.engine.why
         for found, by in zip(ours, (at, at.negated()), strict=True):
-            optimizer.engine.apply(by)
+            optimizer.engine.writer.apply(by)
             with torch.no_grad():
                 torch.testing.assert_close(found, loss(batch), rtol=1e-5, atol=2e-6)
                 assert not torch.equal(found, ours[0]) or by is at
@@ -149,11 +149,11 @@ def check_engines(model: torch.nn.Module, ids: torch.Tensor) -> None:
                     p.copy_(w)
     seeds = tuple(range(3, 3 + len(ids)))  # a direction per row
     engine = ZeroOrderOptimizer(model, lr=0.0, engine="lowrank", groups="batch").engine
-    rows = engine.both(loss, batch, Displacement(seeds, ((1e-2,) * len(ids),)), (1,) * len(ids))
+    rows = families.both(engine, loss, batch, Displacement(seeds, ((1e-2,) * len(ids),)), (1,) * len(ids))
     assert engine.usable
     for i, seed in enumerate(seeds):
         for found, sign in zip(rows, (1, -1), strict=True):
-            engine.apply(Displacement((seed,), ((sign * 1e-2,),)))
+            engine.writer.apply(Displacement((seed,), ((sign * 1e-2,),)))
             with torch.no_grad():
                 torch.testing.assert_close(found[i], loss(batch)[i], rtol=1e-5, atol=2e-6)
                 for (_, p), w in zip(named, start, strict=True):
@@ -363,5 +363,7 @@ def test_engines_on_cuda_see_displaced_copies(material, bits):
         optimizer = ZeroOrderOptimizer(copy.deepcopy(model), lr=0.0, engine=engine)
         adapted = optimizer.engine
         at, batch = Displacement((77,), ((1e-2,),)), {"input_ids": ids_of().cuda()}
-        losses[engine] = torch.stack(adapted.both(lambda b: logits(model, b["input_ids"])[:, :, 7].mean(1), batch, at))
+        losses[engine] = torch.stack(
+            families.both(adapted, lambda b: logits(model, b["input_ids"])[:, :, 7].mean(1), batch, at)
+        )
     torch.testing.assert_close(losses["dual"], losses["sequential"], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune import ZeroOrderOptimizer
 from zotune.errors import InputError
-from zotune.estimates.estimate import Allocations
+from zotune.estimates.tally import Allocations
 from zotune.models.kinds import kind_of
 from zotune.models.schemes import PREFIX_TOKENS, PROMPT_TOKENS, get_scheme, trainable_parameters
 from zotune.tasks.encoding import Collator, Encoded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import random
 import shutil
 import signal
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +90,7 @@ class Calls:
     def _inside(self, path: Any) -> str | None:
         """The path, if it is of the folder."""
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
+            path = _opened(path)
         full = os.path.abspath(os.fsdecode(path))
         return full if full == self.root or full.startswith(self.root + os.sep) else None
 
@@ -116,7 +118,7 @@ class Calls:
             def wrapped(*args: Any, **named: Any) -> Any:
                 path, at = args[target], named.get("dir_fd")
                 if at is not None:
-                    path = os.path.join(os.readlink(f"/proc/self/fd/{at}"), path)
+                    path = os.path.join(_opened(at), path)
                 path = self._inside(path)
                 nothing = (name == "open" and not args[1] & os.O_CREAT) or (
                     name == "mkdir" and os.path.isdir(path or "")
@@ -230,6 +232,13 @@ class Disk:
             elif kind == "torn":
                 kept += behind[: draw.randint(0, len(behind))]
         return kept
+
+
+def _opened(descriptor: int) -> str:
+    """The path that was opened."""
+    if sys.platform == "darwin":
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def _write(path: str, tree: Any) -> None:

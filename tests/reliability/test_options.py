@@ -16,8 +16,11 @@ from processes import outcome
 from zotune.cli.app import run
 from zotune.errors import InputError
 from zotune.options import TrainConfig, resolve
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared
 from zotune.record.trajectory import TrajectoryWriter
 from zotune.run import train as runs
+from zotune.run.trainer import TaskTrainer
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -32,7 +35,7 @@ def test_checkpoints_are_written_every_so_often_and_the_newest_and_the_best_are_
         return next(found) if what == "validation" else 0.0
 
     found = iter(scores.values())
-    monkeypatch.setattr(runs.Prepared, "score", score)
+    monkeypatch.setattr(Prepared, "score", score)
     keep = runs.RunFolder.keep_checkpoints
     monkeypatch.setattr(
         runs.RunFolder, "keep_checkpoints", lambda self, *n: (saved.append(steps_saved(self.path)), keep(self, *n))
@@ -85,9 +88,9 @@ def test_the_trajectory_goes_to_the_disk_every_so_many_steps(flags, tmp_path, mo
 
 def test_a_deterministic_run_asks_torch_for_it_and_gives_the_same_bits_on_the_cpu(flags, tmp_path, monkeypatch):
     asked = []
-    step = runs._TaskTrainer.training_step
+    step = TaskTrainer.training_step
     monkeypatch.setattr(
-        runs._TaskTrainer,
+        TaskTrainer,
         "training_step",
         lambda *args, **kw: (asked.append(torch.are_deterministic_algorithms_enabled()), step(*args, **kw))[1],
     )
@@ -100,10 +103,8 @@ def test_a_deterministic_run_asks_torch_for_it_and_gives_the_same_bits_on_the_cp
 
 
 def test_tf32_is_asked_for_while_a_run_lasts(flags, tmp_path, monkeypatch):
-    asked, matmul, step = [], torch.backends.cuda.matmul, runs._TaskTrainer.training_step
-    monkeypatch.setattr(
-        runs._TaskTrainer, "training_step", lambda *args: (asked.append(matmul.allow_tf32), step(*args))[1]
-    )
+    asked, matmul, step = [], torch.backends.cuda.matmul, TaskTrainer.training_step
+    monkeypatch.setattr(TaskTrainer, "training_step", lambda *args: (asked.append(matmul.allow_tf32), step(*args))[1])
     for name, extra in (("a", []), ("b", ["--tf32"])):
         assert run([*flags(steps=2), *extra, "--output", str(tmp_path / name)]) == 0
     assert asked == [False] * 2 + [True] * 2
@@ -111,7 +112,7 @@ def test_tf32_is_asked_for_while_a_run_lasts(flags, tmp_path, monkeypatch):
 
 
 def test_an_operation_that_has_no_deterministic_algorithm_is_named_in_a_line(flags, tmp_path):
-    class Chance(runs.Listener):
+    class Chance(Listener):
         def begin(self, what: str, total: int) -> None:
             torch.zeros(4).put_(torch.tensor([0]), torch.tensor([1.0]))
 

@@ -14,6 +14,7 @@ from zotune.cli.app import run
 from zotune.errors import InputError
 from zotune.record.trajectory import read_file as read_trajectory
 from zotune.run import train as runs
+from zotune.run.recorder import Recorder
 from zotune.tasks.rows import BadRows, read_file
 from zotune.tasks.splits import Source, find_source, training_splits
 from zotune.tasks.task import Task
@@ -161,15 +162,15 @@ def test_an_interrupted_run_stops_early_where_a_whole_one_does(model, tmp_path, 
     changes = {"eval_every": 3, "lr": 1e-4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(stopping(model, data, whole, **changes)) == 0
-    step_end = runs._Recorder.on_step_end
+    step_end = Recorder.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == stop_at:
-            self.run.stop = 15
+            self.state.stop = 15
         step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._Recorder, "on_step_end", interrupted)
+        patch.setattr(Recorder, "on_step_end", interrupted)
         assert run(stopping(model, data, cut, **changes)) == 143
     assert run([*stopping(model, data, cut, **changes), "--resume"]) == 0
     same(whole, cut)
@@ -182,11 +183,11 @@ def test_a_run_that_is_killed_after_its_last_step_takes_no_further_one(model, tm
     changes = {"early_stop": early_stop, "steps": 14, "lr": 1e-4}
     assert run(stopping(model, data, whole, **changes)) == 0
 
-    def killed(self, trainer):
+    def killed(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._Run, "_finish", killed)
+        patch.setattr(runs, "finish", killed)
         assert run(stopping(model, data, cut, **changes)) == 130
     assert run([*stopping(model, data, cut, **changes), "--resume"]) == 0
     same(whole, cut)

@@ -10,7 +10,7 @@ import torch
 
 from zotune.cli.app import run
 from zotune.errors import InputError
-from zotune.run.train import check_kind
+from zotune.prepare.model import check_kind
 from zotune.tasks import get_task
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.metrics import text_f1
@@ -27,6 +27,20 @@ def test_the_error_rate_is_that_of_the_scores():
     wanted = [float(max(range(2), key=s.__getitem__) != row.label) for s, row in zip(scores, ROWS, strict=True)]
     assert asked.row_loss(model, asked.collate(ROWS)).tolist() == wanted
     assert not asked.differentiable
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
+def test_what_is_no_number_is_no_loss_either(name):
+    """The largest of scores, and the likeliest token, would hide a NaN."""
+    model = tiny.causal_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = float("nan")  # the first row has this token
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num())
+    rows = [Encoded(row.prompt, row.candidates, row.label, golds=("film",)) for row in ROWS]
+    asked = objective(name, get_task("sst2" if name == "accuracy" else "squad"), tiny.tokenizer(), 1)
+    with torch.no_grad():
+        losses = asked.row_loss(model, asked.collate(rows))
+    assert losses.isnan().tolist() == [True, False, False]
 
 
 def test_generated_answers_are_scored_one_a_row():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 
@@ -146,3 +147,96 @@ def test_a_validation_split_may_be_called_as_others_call_it(tmp_path, name):
     write(tmp_path / "extra.jsonl", "{}\n")
     write(tmp_path / "README.md", "")
     assert other_files(tmp_path) == ["extra.jsonl"]
+
+
+FILM = [{"text": '"Fine" it is', "label": "1"}, {"text": "so", "label": "0"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(FILM)),
+        ("a.json", json.dumps(FILM, indent=1)),
+        ("a.json", "\n".join(map(json.dumps, FILM))),
+        ("a.jsonl", json.dumps(FILM, indent=1)),
+        ("a.tsv", 'text\tlabel\n"Fine" it is\t1\nso\t0\n'),
+        ("a.tsv", 'text\tlabel\n"""Fine"" it is"\t1\nso\t0\n'),
+        ("a.tsv", '"text"\t"label"\n"""Fine"" it is"\t"1"\n"so"\t"0"\n'),
+        ("a.csv", 'text,label,,\n"""Fine"" it is",1,,\nso,0,,\n'),
+        ("a.csv", ',text,label\n0,"""Fine"" it is",1\n1,so,0\n'),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_rows_as_each_format_s_users_write_them(tmp_path, name, text, packed):
+    path = write(tmp_path / (name + ".gz" * packed), gzip.compress(text.encode()) if packed else text)
+    assert [row.fields for row in read_file(path)] == FILM
+
+
+def test_in_tables_with_tabs_a_quote_that_begins_a_line_is_text_and_takes_no_further_row(tmp_path):
+    texts = ['"Great" film', '"unclosed', "plain", '"and', 'closed here"', '"whole"']
+    lines = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts))
+    for name in ("a.tsv", "a.csv"):
+        rows = read_file(write(tmp_path / name, "text\tlabel\n" + lines))
+        assert [row["text"] for row in rows] == texts
+        assert [row["label"] for row in rows] == list("010101")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text,label\n,1\nx,1\n"),
+        ("a.tsv", "text\tlabel\n\t1\nx\t1\n"),
+        ("a.jsonl", '{"text": null, "label": 1}\n{"text": "x", "label": 1}\n'),
+        ("a.json", '[{"text": null, "label": 1}, {"text": "x", "label": 1}]'),
+    ],
+)
+def test_no_value_means_the_same_in_all_formats(tmp_path, name, text):
+    first, second = read_file(write(tmp_path / name, text))
+    assert TASK.example(second).label == 1
+    with pytest.raises(InputError, match="field 'text' has no value"):
+        TASK.example(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl:2: the object names 'a' twice"),
+        ("a.json", '[{"a": 1},\n oops]', "a.json:2: not a list in JSON"),
+        (
+            "a.json",
+            '{\n"data": [{"a": 1}]\n}',
+            "a.json: one JSON object (with 'data') where a list of them was expected",
+        ),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a whole gzip file"),
+        ("a.csv.gz", gzip.compress(b"a\n1\n")[:-9], "a.csv.gz: not a whole gzip file"),
+        ("a.parquet.gz", b"", "a.parquet.gz: not a .jsonl"),
+        ("a.tsv", "a\tb\n1\t2\t3\n", "a.tsv:2: more values than the header has names; a field cannot hold a tab here"),
+    ],
+)
+def test_what_no_format_means_is_refused_in_one_line(tmp_path, name, text, said):
+    assert said in refusal(write(tmp_path / name, text))
+
+
+def test_a_column_that_parquet_has_twice_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["x"]), pyarrow.array([1]), pyarrow.array([0])], ["t", "label", "label"]
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet: two columns are named 'label'" in refusal(tmp_path / "a.parquet")
+
+
+def test_a_split_s_file_may_be_packed(tmp_path):
+    path = write(tmp_path / "Train.jsonl.gz", gzip.compress(b"{}"))
+    write(tmp_path / "more.json", "[]")
+    write(tmp_path / "dataset_info.json", "{}")
+    assert split_file(tmp_path, "train") == path
+    assert other_files(tmp_path) == ["more.json"]
+
+
+def test_a_field_may_be_longer_than_csv_s_own_limit(tmp_path):
+    (row,) = read_file(write(tmp_path / "a.csv", "text,label\n" + "x" * 200_000 + ",1\n"))
+    assert len(row["text"]) == 200_000
+    assert csv.field_size_limit() == 131072

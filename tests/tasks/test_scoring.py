@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from zotune.estimates.estimate import Allocations
+from zotune.estimates.tally import Allocations
 from zotune.models.schemes import get_scheme
 from zotune.tasks import scoring
 from zotune.tasks.encoding import Collator, Encoded

@@ -1,15 +1,13 @@
 """The benchmark: a suite → its runs → a store → a report. Light to import; what needs the extra asks for it first.
 
 suite.py     YAML → cells of a grid → the options of each run
-cost.py      forward passes a step, and the steps that a budget pays for
 plan.py      runs with their keys, what is done, what the rest will take
 choice.py    which lr and eps: validation decides
 store.py     results in SQLite
 runner.py    a process a run
 warm.py      processes that begin with the libraries loaded
 search.py    lr and eps by grid or Optuna
-estimate.py  memory and time from a model's config alone
-probe.py     the same, measured
+probe.py     memory and time of a step, measured
 report.py    tables (tables.py) and figures (figures/) as a page
 """
 
@@ -19,6 +17,8 @@ from importlib.util import find_spec
 
 from zotune.errors import InputError
 
+FINAL = ("done", "failed", "oom")  # a run in one of these is not started again unasked
+DATABASE = "results.sqlite"
 EXTRA = ("sqlalchemy", "jinja2", "itables", "matplotlib", "optuna", "pandas")
 
 

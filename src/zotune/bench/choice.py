@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zotune.bench.store import Record
 from zotune.methods import has_eps
 from zotune.tasks.task import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    from zotune.bench.store import Record
 
 
 def goodness(record: Record) -> float:

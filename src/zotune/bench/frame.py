@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from zotune.bench.store import Record
 from zotune.bench.suite import _text
 from zotune.methods import METHODS, has_eps
 from zotune.models.schemes import SCHEMES
 from zotune.tasks.task import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    from zotune.bench.store import Record
 
 GROUP = ["kind", "model", "task", "method", "scheme", "variant"]  # what names a configuration, seeds and lr, eps aside
 SEARCHED = ("lr", "eps")  # among several values of these the best on validation is taken

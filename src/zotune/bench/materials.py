@@ -46,7 +46,9 @@ def make_texts(folder: Path, sizes: Mapping[str, int]) -> Path:
         for i in range(int(sizes.get(split, 100))):
             words = [draw.choice(FILLER) for _ in range(draw.randrange(2, 7))]
             rows.append({"text": " ".join([*words, DECIDING[i % 2]]), "label": i % 2})
-        (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (partial / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"
+        )
     os.replace(partial, folder)
     return folder
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zotune
+from zotune.bench import FINAL
 from zotune.bench.choice import outcome
-from zotune.bench.store import FINAL, Record, Store
 from zotune.bench.suite import Cell, Expanded
 from zotune.errors import InputError
+
+if TYPE_CHECKING:
+    from zotune.bench.store import Record, Store
 
 # Options that name no part of what is computed. A training run is the same experiment on every device.
 FREE = ("report_to", "log_every", "device")
@@ -240,20 +243,24 @@ def foresee(plan: Plan, store: Store | None = None) -> Forecast:
             guesses[key] = _guess(run)
         run.planned |= {"peak_bytes": guesses[key].get("peak_bytes"), "step_seconds": guesses[key].get("step_seconds")}
         run.planned |= {"seconds": forecast.of(run), "forward_passes": run.cell.forward_passes}
+        if why := guesses[key].get("why"):
+            run.planned["why"] = why
     return forecast
 
 
 def _guess(run: Run) -> dict[str, Any]:
-    """Memory, and seconds a step, from the model's config; nothing where it cannot be had."""
-    from zotune.estimates.estimate import estimate_for
+    """Memory, and seconds a step, from the model's config; or why they cannot be had."""
+    from zotune.estimates.estimate import estimate_for, uncounted
 
+    if why := uncounted(run.options):
+        return {"why": why}
     definition = run.cell.made.get("model")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return estimate_for({"random": definition} if definition else run.options["model"], run.options)
-    except InputError:
-        return {}
+    except InputError as error:
+        return {"why": str(error)}
 
 
 def _likes(model: str, task: str, method: str, scheme: str) -> list[tuple[str, ...]]:

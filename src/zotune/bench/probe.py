@@ -20,8 +20,8 @@ from filelock import FileLock
 from torch import nn
 
 from zotune.bench.suite import PROBE_STEP, probe_config
-from zotune.estimates.estimate import model_config, without_dropout
 from zotune.estimates.memory import M_MMAP_THRESHOLD, peak_bytes, reset_peak, set_malloc
+from zotune.estimates.meta import model_config, without_dropout
 from zotune.models.loading import DTYPES, pick_device
 from zotune.models.schemes import get_scheme
 from zotune.tasks.scoring import ROW_LOSSES

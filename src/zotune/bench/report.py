@@ -18,6 +18,7 @@ from PIL import Image
 
 import zotune
 from zotune.bench import figures, quoted, tables
+from zotune.bench.figures import drawing
 from zotune.bench.frame import groups_frame, metric_of, percentage, runs_frame
 from zotune.bench.store import Record, Store
 from zotune.errors import InputError
@@ -103,7 +104,7 @@ def _environment() -> jinja2.Environment:
 def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bool) -> list[dict[str, Any]]:
     drawn, metric = [], metric_of(runs)
     for module in figures.modules():
-        with figures.style():
+        with drawing.style():
             figure = module.draw(runs, groups)
             if figure is None:
                 continue
@@ -113,10 +114,10 @@ def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bo
                 with Image.open(png) as image:
                     image.convert("RGB").quantize(32).save(png, optimize=True)
             else:
-                (folder / f"{module.NAME}.svg").write_text(figures.plain_svg(figure, module.NAME), encoding="utf-8")
+                (folder / f"{module.NAME}.svg").write_text(drawing.plain_svg(figure, module.NAME), encoding="utf-8")
             title = module.TITLE.replace("Accuracy", metric[0].upper() + metric[1:])
             about = module.ABOUT.replace("accuracy", metric)
-            svg = figures.as_svg(figure, module.NAME, title)
+            svg = drawing.as_svg(figure, module.NAME, title)
         drawn.append({"name": module.NAME, "title": title, "about": about, "svg": Markup(svg)})
     return drawn
 

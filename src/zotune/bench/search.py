@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zotune.bench.choice import goodness, outcome
 from zotune.bench.plan import Plan, Run, foresee, make_plan
-from zotune.bench.store import Store
 from zotune.bench.suite import Suite, expand
 from zotune.errors import InputError
 from zotune.methods import has_eps
 from zotune.options import SweepConfig
+
+if TYPE_CHECKING:
+    from zotune.bench.store import Store
 
 __all__ = ["by_optuna", "outcome", "plan_of", "suite_of", "values"]
 

@@ -12,10 +12,8 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from zotune.bench import DATABASE, FINAL
 from zotune.errors import InputError
-
-FINAL = ("done", "failed", "oom")  # a run in one of these is not started again unasked
-DATABASE = "results.sqlite"
 
 
 class Base(DeclarativeBase):

@@ -18,7 +18,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from zotune.errors import InputError, nearest
 from zotune.estimates.cost import forwards_a_step, forwards_of, steps_for
-from zotune.options import STEP_OPTIONS, Options, Positive, TrainConfig, load_yaml, resolve
+from zotune.files.checked import Options, Positive
+from zotune.files.reading import load_yaml
+from zotune.options import STEP_OPTIONS, TrainConfig, resolve
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
 PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run

@@ -192,9 +192,8 @@ def do(job: Mapping[str, Any]) -> int:
     os.environ.update(job["environment"])
     sys.argv = ["zotune", *job["arguments"]]
     sys.modules["__main__"].__package__ = ""  # by these two a usage error names the program
-    from zotune.cli.app import run
-
-    return run(job["arguments"])
+    code: int = importlib.import_module("zotune.cli.app").run(job["arguments"])  # as `python -m zotune` would
+    return code
 
 
 def load() -> bool:

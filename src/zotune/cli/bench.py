@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 from zotune.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from zotune.bench.plan import Plan
+    from zotune.bench.plan import Plan, Run
     from zotune.bench.runner import Active, State
 
 app = typer.Typer(
@@ -65,7 +67,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    from zotune.bench import need_extra
+    from zotune.bench import DATABASE, need_extra
 
     need_extra()
     if executor not in EXECUTORS:
@@ -83,7 +85,7 @@ def run(
     began = time.monotonic()
     from zotune.bench.plan import foresee, make_plan
     from zotune.bench.runner import Waiting, execute, sole_runner
-    from zotune.bench.store import DATABASE, Store
+    from zotune.bench.store import Store
     from zotune.bench.suite import expand, load_suite, together
 
     given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
@@ -160,7 +162,7 @@ def probe(options: str, output: Annotated[str, typer.Option("--output")]) -> Non
     (folder / "config.yaml").write_text(options + "\n", encoding="utf-8")  # JSON is YAML
     from zotune.run.folder import write_atomically
 
-    write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2) + "\n")
+    write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2, allow_nan=False) + "\n")
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def parse_changes(changes: list[str]) -> dict[str, Any]:
 
 def check_folder(folder: Path) -> None:
     """Refuse a file, and a folder of somebody's own."""
-    from zotune.bench.store import DATABASE
+    from zotune.bench import DATABASE
 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
@@ -205,7 +207,7 @@ def show_plan(plan: Plan) -> None:
     from rich.table import Table
 
     console = Console()
-    from zotune.bench.store import FINAL
+    from zotune.bench import FINAL
 
     suite, to_do = plan.expanded.suite, {run.key for run in plan.to_do}
     runs_all = [*plan.runs, *plan.held]
@@ -247,7 +249,7 @@ def show_plan(plan: Plan) -> None:
     console.print(table, highlight=False)
     for line in left_out(plan.expanded.left_out):
         console.print(line, highlight=False, markup=False)
-    for line in searches(plan):
+    for line in [*searches(plan), *unknown(runs_all)]:
         console.print(line, highlight=False, markup=False)
     waiting = [*plan.to_do, *plan.held]
     expected = duration([run.planned.get("seconds") for run in waiting])
@@ -257,6 +259,12 @@ def show_plan(plan: Plan) -> None:
         f"{len(waiting)} to do, about {expected} one after the other",
         highlight=False,
     )
+
+
+def unknown(runs: Sequence[Run]) -> list[str]:
+    """Why memory, and time where no run like it has told it, are not known beforehand: a line a reason."""
+    reasons = Counter(str(run.planned["why"]) for run in runs if run.planned.get("why"))
+    return [f"{why} ({count} run{'s' * (count > 1)})" for why, count in reasons.items()]
 
 
 def searches(plan: Plan) -> list[str]:

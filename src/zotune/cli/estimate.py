@@ -21,13 +21,17 @@ def estimate(options: EstimateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zotune.estimates.estimate import CARDS, compare, model_config, rates_here
+    from zotune.estimates.estimate import compare
+    from zotune.estimates.meta import model_config
+    from zotune.estimates.needs import needs_of
+    from zotune.estimates.rates import CARDS, rates_here
     from zotune.inference import output_file
     from zotune.methods import METHODS
 
     if options.card is not None and options.card not in CARDS:
         raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
-    if options.queries > 1 and options.method in METHODS and "queries" not in METHODS[options.method].options:
+    needs = needs_of(options.method)
+    if options.queries > 1 and "queries" not in needs.options:
         raise InputError(f"--queries {options.queries}: method {options.method!r} draws no directions")
     path = output_file(options.output) if options.output else None
     config = model_config(options.model, options.trust_remote_code)
@@ -36,20 +40,20 @@ def estimate(options: EstimateConfig) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = options.seq_len or min(SEQ_LEN, limit if isinstance(limit, int) else SEQ_LEN)
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
-    if options.checkpointing and options.method in METHODS and not options.method.startswith("fo-"):
-        raise InputError(
-            f"--checkpointing: method {options.method!r} keeps no activations; it is for fo-sgd and fo-adam"
-        )
+    if options.checkpointing and needs.kind != "first-order":
+        able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")
+        raise InputError(f"--checkpointing: method {options.method!r} keeps no activations; it is for {able}")
     if options.state_dtype:
-        if options.method in METHODS and "state_dtype" not in METHODS[options.method].options:
+        if "state_dtype" not in needs.options:
             raise InputError(f"--state-dtype: method {options.method!r} keeps no state")
         chosen["state_dtype"] = options.state_dtype
     if options.checkpointing:
         chosen["checkpointing"] = True
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
+        left_out: list[str] = []
         rows = compare(
-            config, chosen, batch_size=options.batch_size, seq_len=seq_len, dtype=options.dtype,
+            config, chosen, left_out=left_out, batch_size=options.batch_size, seq_len=seq_len, dtype=options.dtype,
             queries=options.queries, answer_tokens=options.answer_tokens, rates=rates, tf32=options.tf32,
         )  # fmt: skip
     first = rows[0]
@@ -57,6 +61,7 @@ def estimate(options: EstimateConfig) -> None:
     console.print(
         f"{options.model}: {first.method}, {first.scheme}, {options.batch_size} × {seq_len} tokens",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 1, 0, 0))
     unit = "GiB" if min(row.peak for row in rows) >= 0.1 * 2**30 else "MiB"
@@ -70,6 +75,8 @@ def estimate(options: EstimateConfig) -> None:
         name = f"{row.method} {row.scheme} {row.variant}".strip()
         table.add_row(name, *figures, f"{1000 * (row.step_seconds or 0):.0f}", fits, style="bold" if i == 0 else "")
     console.print(table, highlight=False)
+    for line in left_out:
+        console.print(f"not here: {line}", highlight=False, markup=False, soft_wrap=True)
     where = options.card or "this machine"
     console.print(
         f"memory: within a tenth of measured peaks; time: rough, on {where}; logits at {options.answer_tokens} "
@@ -78,4 +85,4 @@ def estimate(options: EstimateConfig) -> None:
     )
     console.print("fo-adam below the first row: its moments in the weights' dtype, as torch's are", highlight=False)
     if path is not None:
-        write_atomically(path, json.dumps([vars(row) for row in rows], indent=2) + "\n")
+        write_atomically(path, json.dumps([vars(row) for row in rows], indent=2, allow_nan=False) + "\n")

@@ -10,9 +10,10 @@ from zotune.cli.replay import rebuilt
 from zotune.models.heads import label_names, outputs_of
 from zotune.models.kinds import kind_of
 from zotune.options import EvalConfig, PredictConfig
-from zotune.run.train import check_kind, load
+from zotune.prepare.model import check_kind, load
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
+from zotune.tasks.splits import some_of
 from zotune.tasks.task import METRICS
 
 
@@ -24,7 +25,8 @@ def evaluate(options: EvalConfig) -> None:
     shown += [(name, value) for name, value in figures.items() if name in (*METRICS, "loss")]
     cut = f", {figures['cut_rows']} of them cut" if "cut_rows" in figures else ""
     said = "  ".join(f"{name} {figure(name, value)}" for name, value in shown)
-    print(f"{figures['task']}  {said}  ({figures['n']} rows of {figures['split']}{cut})")
+    rows = some_of(figures["n"], figures.get("rows_given", 0))
+    print(f"{figures['task']}  {said}  ({rows} rows of {figures['split']}{cut})")
     if path is not None:
         inference.write_figures(figures, path)
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from zotune.estimates.memory import readable
-from zotune.run.train import LENGTHS, Prepared
+from zotune.prepare.prepared import LENGTHS, Prepared
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a run: bytes at the peak of a step, and seconds from first to last. 0: not known."""
+    """Of a run: bytes at the peak of a step, and seconds from first to last. 0: not known, and why."""
 
     peak_bytes: int = 0
     seconds: float = 0.0
+    why: str = ""
 
     def __str__(self) -> str:
+        if not self.peak_bytes:
+            return f"not known ({self.why})"
         return f"{readable(self.peak_bytes)} at the peak, about {time_of(self.seconds)}"
 
 
@@ -36,25 +39,21 @@ def time_of(seconds: float) -> str:
 def expected(ready: Prepared) -> Expected:
     """By `zotune.estimates.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
 
-    Nothing for what that does not know: blocks, hybrid training, kept masks, quantised weights, several directions, masked
-    models, classifiers, answers that are generated, losses without a gradient.
+    What that does not know has a reason instead: blocks, hybrid training, kept masks, quantised weights, several directions,
+    masked models, classifiers, answers that are generated, losses without a gradient.
     """
-    from zotune.estimates.estimate import (
-        METHODS,
-        PROCESS_BYTES,
-        SCHEMES,
-        counted,
-        estimate,
-        forward_seconds,
-        rates_here,
-    )
+    from zotune.estimates.estimate import PROCESS_BYTES, estimate, uncounted
+    from zotune.estimates.rates import forward_seconds, rates_here
     from zotune.models.kinds import kind_of
 
     config = ready.config
-    known = config.method in METHODS and config.scheme in SCHEMES and kind_of(ready.model) == "causal"
-    known = known and config.loss in ("answer", "candidates") and not ready.task.generates
-    if not known or not counted(config.model_dump(include={"blocks", "hybrid", "mask", "quantize", "groups"})):
-        return Expected()
+    why = uncounted(config.model_dump(include={"blocks", "hybrid", "mask", "quantize", "groups"}))
+    if (kind := kind_of(ready.model)) != "causal":
+        why = f"no estimate of {kind} models"
+    elif config.loss not in ("answer", "candidates") or ready.task.generates:
+        why = "no estimate of generated answers" if ready.task.generates else f"no estimate of --loss {config.loss}"
+    if why:
+        return Expected(why=why)
     on_cpu, size = ready.device.type == "cpu", config.batch_size
     first = ready.train[0]
     several = config.loss == "candidates" and any(len(ids) > 1 for ids in first.candidates)
@@ -76,8 +75,8 @@ def expected(ready: Prepared) -> Expected:
             base = copy.deepcopy(getattr(ready.model, "config"))  # noqa: B009
             largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **common)
             step = estimate(base, seq_len=_padded(round(sum(usual) / len(usual)), on_cpu), **common)
-    except Exception:  # an estimate is no reason for a run to fail
-        return Expected()
+    except Exception as error:  # an estimate is no reason for a run to fail
+        return Expected(why=(str(error).splitlines() or [type(error).__name__])[0])
     evaluations = -(-config.steps // config.evaluates_every)
     scored = 2 * len(ready.test) + evaluations * len(ready.validation)
     seconds = config.steps * config.accumulate * (step.step_seconds or 0.0)

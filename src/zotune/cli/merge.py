@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from zotune.errors import InputError
 from zotune.models.adapters import put_adapter, save
+from zotune.models.kinds import kind_of
+from zotune.models.loading import load_model
+from zotune.models.merging import merged, seen
+from zotune.models.partial import refuse_untrained
 from zotune.options import MergeConfig
+from zotune.prepare.model import load
 from zotune.run.folder import check_model_folder, model_folder
-from zotune.run.train import load
+from zotune.tasks import ends
 
 
 def merge(options: MergeConfig) -> None:
@@ -25,7 +31,14 @@ def merge(options: MergeConfig) -> None:
         raise InputError(
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
-    merged = adapted.merge_and_unload()
+    refuse_untrained(adapted, f"--model {options.model}")
+    ends.take_from_adapter(adapted, options.adapter)
+    before, kind = seen(adapted), kind_of(adapted)
+    device = before.ids.device
+    whole = merged(adapted, f"--adapter {options.adapter}")
     with model_folder(output) as path:
-        save(merged, tokenizer, path)
+        save(whole, tokenizer, path)
+        del model, adapted, whole  # one of them at a time
+        read: dict[str, Any] = {"kind": kind, "device": device, "trust_remote_code": options.trust_remote_code}
+        before.check(load_model(str(path), **read), f"--adapter {options.adapter}")
     print(f"merged model: {output}")

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zotune.models.loading import find_kind, limit_of, load_tokenizer
+from zotune.models.loading import check_architecture, find_kind, limit_of, load_config, load_tokenizer
 from zotune.models.schemes import get_scheme
 from zotune.options import PreviewConfig
-from zotune.run.train import check_kind
+from zotune.prepare.model import check_kind
 from zotune.tasks import Example
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.own import data_of, encoded
@@ -45,12 +45,16 @@ def preview(options: PreviewConfig) -> None:
         extra: Any = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
         kind, _ = find_kind(options.model, options.model_kind, **extra)
         check_kind(kind, task)
+        check_architecture(options.model, kind, **extra)
         tokenizer = load_tokenizer(options.model, **extra)
         if shots:
             examples = after_shots(examples, shots, tokenizer.mask_token)
         limit = limit_of(options.model, kind, **extra)
         limit = limit - taken if limit is not None else None
-        examples, ids = encoded(Encoder(tokenizer, limit, options.max_length, kind), source, examples)
+        config = load_config(options.model, **extra).get_text_config()
+        rows_of = getattr(config, "vocab_size", None)
+        encode = Encoder(tokenizer, limit, options.max_length, kind, vocabulary=rows_of)
+        examples, ids = encoded(encode, source, examples)
         for example, row in list(zip(examples, ids, strict=True))[: options.rows]:
             show_row(console, example, row, tokenizer)
         lengths = sorted(row.tokens for row in ids)
@@ -69,6 +73,8 @@ def show_text(console: Console, example: Example) -> None:
     right = example.candidates[example.label or 0]
     line = Text.assemble((f"{example.where}  ", "dim"), _plain(example.prompt))
     line.append(_counted(console, _plain(right)))
+    if example.end is not None:  # the tokenizer's is known with --model
+        line.append(_counted(console, _plain(example.end) or "the tokenizer's end", end=True))
     console.print(line)
     _others(console, example)
 
@@ -81,11 +87,19 @@ def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -
     else:
         answer = ids.candidates[ids.label]
         counted = set(ids.counted or range(len(answer)))
-        for counts, places in groupby(
-            range(len(answer)), counted.__contains__
-        ):  # a conversation has questions in between
-            text = _plain(tokenizer.decode([answer[place] for place in places]))
-            line.append(_counted(console, text) if counts else Text(text))
+        whole = str(tokenizer.decode(list(answer)))
+        if (
+            ids.ended and example.end and whole.endswith(example.end)
+        ):  # it may share a token with the answer, or take several
+            line.append(_counted(console, _plain(whole.removesuffix(example.end))))
+            line.append(_counted(console, _plain(example.end), end=True))
+        else:
+            last = len(answer) - ids.ended
+            for counts, places in groupby(range(last), counted.__contains__):  # a conversation has questions in between
+                text = _plain(tokenizer.decode([answer[place] for place in places]))
+                line.append(_counted(console, text) if counts else Text(text))
+            if ids.ended:
+                line.append(_counted(console, _plain(tokenizer.decode([answer[-1]])), end=True))
         line.append(_plain(tokenizer.decode(list(ids.tail))))
     line.append(f"   {ids.tokens} tokens", style="dim")
     if ids.cut:
@@ -94,8 +108,13 @@ def show_row(console: Console, example: Example, ids: Encoded, tokenizer: Any) -
     _others(console, example)
 
 
-def _counted(console: Console, text: str) -> Text:
-    return Text(text, style="bold reverse") if console.is_terminal else Text(f"{MARKS[0]}{text}{MARKS[1]}")
+def _counted(console: Console, text: str, end: bool = False) -> Text:
+    """end: of the end of an answer, which stands apart from it."""
+    return (
+        Text(text, style="dim reverse" if end else "bold reverse")
+        if console.is_terminal
+        else Text(f"{MARKS[0]}{text}{MARKS[1]}")
+    )
 
 
 def _others(console: Console, example: Example) -> None:

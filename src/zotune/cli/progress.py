@@ -16,7 +16,8 @@ from rich.progress import (
 )
 
 from zotune.cli.expected import Expected, expected
-from zotune.run.train import Listener, Prepared
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared
 
 
 class Bars(Listener):
@@ -52,8 +53,7 @@ class Bars(Listener):
     def prepared(self, ready: Prepared) -> None:
         """What the run is expected to take, from its model's config and its rows alone."""
         self.expected = expected(ready)
-        if self.expected.peak_bytes:
-            self.say(f"expected: {self.expected}")
+        self.say(f"expected: {self.expected}")
 
     def begin(self, what: str, total: int) -> None:
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")

@@ -19,8 +19,12 @@ from zotune.estimates.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared, prepare, resolved
 from zotune.run import train as run
+from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.folder import RunFolder
+from zotune.run.result import device_name
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
 
@@ -71,11 +75,11 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
 
 def dry_run(config: TrainConfig) -> None:
     """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
-    run.check_reporters(config.report_to)
+    check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
-    ready = run.prepare(config)
-    ready.config = config = run.resolved(config, ready.model)
+    ready = prepare(config)
+    ready.config = config = resolved(config, ready.model)
     console = Console()
     console.print(Text("configuration", style="bold"))
     console.print(
@@ -95,10 +99,7 @@ def dry_run(config: TrainConfig) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row(
-        "rows",
-        f"{len(ready.train)} train, {len(ready.validation)} validation, {len(ready.test)} {ready.splits.test_split}",
-    )
+    table.add_row("rows", ready.splits.described().removeprefix("rows: "))
     if ready.cut_rows:
         table.add_row("cut rows", f"{ready.cut_rows}   longer than --max-length")
     if ready.bad.said:
@@ -117,18 +118,18 @@ def dry_run(config: TrainConfig) -> None:
     )
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
-    table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {run.device_name(ready.device)}")
+    table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")
     console.print(table)
     if ready.unread:
         console.print(Text(ready.unread))
     console.print("nothing was written")
 
 
-def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
+def _time(ready: Prepared) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
     config = ready.config
     ready.model.eval()
-    optimizer = run.optimizer_for(ready)
+    optimizer = optimizer_for(ready)
     rows = (ready.train * config.batch_size)[: config.batch_size]
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
     batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
@@ -140,7 +141,7 @@ def _time(ready: run.Prepared) -> tuple[float, float, int, str]:
         seconds = _now(ready.device) - began
     began = _now(ready.device)
     scored = ready.validation[: 2 * config.batch_size]
-    ready.score(scored, run.Listener(), "timing")
+    ready.score(scored, Listener(), "timing")
     row_seconds = (_now(ready.device) - began) / len(scored)
     return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
 

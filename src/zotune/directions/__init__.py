@@ -64,18 +64,17 @@ class Displacement:
     def times(self, factor: float) -> Displacement:
         return Displacement(self.seeds_Q, tuple(tuple(factor * c for c in coefs_Q) for coefs_Q in self.coefs_GQ))
 
-    def by_part(
-        self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Each direction under each sign as a part of its own: seeds (P, 1) and coefficients (groups, P, 1).
-
-        together: all of them as one part's, (1, P) and (groups, 1, P).
-        """
-        key = (signs, together, device)
-        if key not in self._held:
+    def on_parts(self, device: torch.device, parts: PartsOf, groups: int) -> tuple[Tensor, Tensor]:
+        """The direction of each part, with its sign: seeds (P, 1) and coefficients (groups, P, 1)."""
+        if parts not in self._held:
             held = [self.on(g, device) for g in range(groups)]
-            self._held[key] = _by_part(held[0][0], [coefs_Q for _, coefs_Q in held], signs, together)
-        return self._held[key]
+            self._held[parts] = _on_parts(held[0][0], [coefs_Q for _, coefs_Q in held], parts)
+        return self._held[parts]
+
+    def together(self, device: torch.device, groups: int) -> tuple[Tensor, Tensor]:
+        """All directions as one part's: seeds (1, Q) and coefficients (groups, 1, Q)."""
+        held = [self.on(g, device) for g in range(groups)]
+        return held[0][0][None], torch.stack([coefs_Q for _, coefs_Q in held])[:, None]
 
 
 def joined(moves: Sequence[Displacement]) -> Displacement:
@@ -110,18 +109,38 @@ class HeldDisplacement:
     def times(self, factor: float) -> HeldDisplacement:
         return HeldDisplacement(self.seeds_Q, [factor * coefs_Q for coefs_Q in self.coefs_GQ])
 
-    def by_part(
-        self, device: torch.device, signs: tuple[int, ...], groups: int, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return _by_part(self.seeds_Q, self.coefs_GQ, signs, together)
+    def on_parts(self, device: torch.device, parts: PartsOf, groups: int) -> tuple[Tensor, Tensor]:
+        return _on_parts(self.seeds_Q, self.coefs_GQ, parts)
+
+    def together(self, device: torch.device, groups: int) -> tuple[Tensor, Tensor]:
+        return self.seeds_Q[None], torch.stack(list(self.coefs_GQ))[:, None]
 
 
-def _by_part(
-    seeds_Q: Tensor, coefs_GQ: Sequence[Tensor], signs: Sequence[int], together: bool
-) -> tuple[Tensor, Tensor]:
-    coefs_GP = torch.stack([torch.cat([sign * coefs_Q for sign in signs]) for coefs_Q in coefs_GQ])
-    seeds_P, along = seeds_Q.repeat(len(signs)), 0 if together else 1
-    return seeds_P.unsqueeze(along).contiguous(), coefs_GP.unsqueeze(1 + along).contiguous()
+class PartsOf:
+    """Which of a displacement's directions each of P parts takes, and with which sign (−1, 0 or +1).
+
+    Its tables stay on a device as long as it lives, so that a captured graph finds them.
+    """
+
+    def __init__(self, direction_P: Sequence[int], sign_P: Sequence[int]) -> None:
+        self.direction_P, self.sign_P = tuple(direction_P), tuple(sign_P)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.direction_P)
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(P,) int32 directions and (P,) float32 signs."""
+        if device not in self._tables:
+            directions = torch.tensor(self.direction_P, dtype=torch.int32, device=device)
+            self._tables[device] = directions, torch.tensor(self.sign_P, dtype=torch.float32, device=device)
+        return self._tables[device]
+
+
+def _on_parts(seeds_Q: Tensor, coefs_GQ: Sequence[Tensor], parts: PartsOf) -> tuple[Tensor, Tensor]:
+    which_P, sign_P = parts.tables(seeds_Q.device)
+    coefs_GP = torch.stack([sign_P * coefs_Q[which_P] for coefs_Q in coefs_GQ])
+    return seeds_Q[which_P][:, None].contiguous(), coefs_GP[:, :, None].contiguous()
 
 
 def signed(seed: int) -> int:
@@ -251,7 +270,8 @@ class Directions:
         some = [p for p in params if not by.is_zero(self.slots[id(p)].group)]
         few = [p for p in some if p.is_cuda and p.numel() <= FEW and p.is_contiguous()]
         if few:
-            self._many(few).draw(*by.by_part(few[0].device, (1,), self.groups, together=True))
+            seeds_1Q, coefs_G1Q = by.together(few[0].device, self.groups)
+            self._many(few).draw(seeds_1Q.contiguous(), coefs_G1Q.contiguous())
         together = {id(p) for p in few}
         for param in some:
             if id(param) not in together:

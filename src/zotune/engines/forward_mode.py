@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions import Displacement, HeldDisplacement
-from zotune.engines.sequential import SequentialEngine, _PerturbedReads, leaves
+from zotune.engines.reads import leaves
+from zotune.engines.sequential import PerturbedReads, SequentialEngine
 from zotune.errors import InputError
 
 
@@ -62,7 +63,7 @@ def _layer_norm(
     return (out if bias is None else out + bias.float()).to(input.dtype)
 
 
-class _DualReads(_PerturbedReads):
+class _DualReads(PerturbedReads):
     def __init__(self, engine: ForwardModeEngine, along: Displacement | HeldDisplacement) -> None:
         super().__init__(engine, along)
         self.read = set(engine.directions.slots)

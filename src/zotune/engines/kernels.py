@@ -2,8 +2,8 @@
 """What parts with weights of their own need beside a shared product, on CUDA, in one pass each: low-rank terms, adapters, scales
 and shifts, and the fold of low-rank updates into the weights."""
 
-# P parts, M rows a part, D inputs, N outputs, R rank, G directions (part p has direction p % G). Beside an adapter, whose own
-# rank is R, K is the directions'.
+# P parts, M rows a part, D inputs, N outputs, R rank, Q directions (part p has direction which[p]). Beside an adapter, whose own
+# rank is R, F is the directions'.
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zotune.engines.parts import Values
 
 @triton.jit
 def _inner_kernel(
-    t, x, a0, a1, a2, scale, P, M, D, G, stride_p, stride_m,
+    t, x, a0, a1, a2, which, scale, P, M, D, stride_p, stride_m,
     S: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """t (S, P, M, R) float32 ← scale·x·A_s: x is read once for the S ≤ 3 weights that take it."""
@@ -28,7 +28,7 @@ def _inner_kernel(
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
     in_M = m_B < M
     x_at = x + part.to(tl.int64) * stride_p + m_B.to(tl.int64)[:, None] * stride_m
-    of_part = (part % G).to(tl.int64) * D * R
+    of_part = tl.load(which + part).to(tl.int64) * D * R
     own = tl.load(scale + part)
     for r in tl.static_range(R):
         total0_BB = tl.zeros(
@@ -58,7 +58,7 @@ def _inner_kernel(
 
 @triton.jit
 def _outer_kernel(
-    y, t, b, bias, M, N, G, bias_p,
+    y, t, b, which, bias, M, N, bias_p,
     HAS_BIAS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """y (P, M, N) ← t·Bᵀ + bias, rounded once."""
@@ -66,10 +66,11 @@ def _outer_kernel(
     m_B = tl.program_id(1) * BM + tl.arange(0, BM)
     n_B = tl.program_id(2) * BN + tl.arange(0, BN)
     inside = (m_B < M)[:, None] & (n_B < N)[None, :]
+    own = tl.load(which + part).to(tl.int64)
     total_BB = tl.zeros((BM, BN), dtype=tl.float32)
     for r in tl.static_range(R):
         t_B = tl.load(t + (part * M + m_B) * R + r, mask=m_B < M, other=0.0)
-        b_B = tl.load(b + ((part % G).to(tl.int64) * N + n_B) * R + r, mask=n_B < N, other=0.0).to(tl.float32)
+        b_B = tl.load(b + (own * N + n_B) * R + r, mask=n_B < N, other=0.0).to(tl.float32)
         total_BB += t_B[:, None] * b_B[None, :]
     if HAS_BIAS:
         total_BB += tl.load(bias + part.to(tl.int64) * bias_p + n_B, mask=n_B < N, other=0.0).to(tl.float32)[None, :]
@@ -169,46 +170,48 @@ FEW_ROWS, INNER_FEW, INNER_MANY = 4096, (2, 1024, 4), (8, 256, 4)
 MOST_READERS = 3  # weights that take one x: attention's q, k and v
 
 
-def low_rank_inner(x_PMD: Tensor, in_SGDR: Sequence[Tensor], scale_P: Tensor) -> Tensor:
-    """(S, P, M, R) float32: scale·x·A for each of up to MOST_READERS A (G, D, R); x's last dimension and A are contiguous."""
+def low_rank_inner(x_PMD: Tensor, in_SQDR: Sequence[Tensor], which_P: Tensor, scale_P: Tensor) -> Tensor:
+    """(S, P, M, R) float32: scale·x·A for each of up to MOST_READERS A (Q, D, R); x's last dimension and A are contiguous."""
     parts, rows, wide = x_PMD.shape
-    (groups, _, rank), count = in_SGDR[0].shape, len(in_SGDR)
+    rank, count = in_SQDR[0].shape[2], len(in_SQDR)
     t = torch.empty(count, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
     at_once, span, warps = INNER_FEW if parts * rows < FEW_ROWS else INNER_MANY
     _inner_kernel[(parts, triton.cdiv(rows, at_once))](
-        t, x_PMD, in_SGDR[0], in_SGDR[min(1, count - 1)], in_SGDR[min(2, count - 1)], scale_P, parts, rows, wide, groups,
+        t, x_PMD, in_SQDR[0], in_SQDR[min(1, count - 1)], in_SQDR[min(2, count - 1)], which_P, scale_P, parts, rows, wide,
         x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=at_once, BD=span, num_warps=warps,
     )  # fmt: skip
     return t
 
 
-def low_rank_outer(t_PMR: Tensor, out_GNR: Tensor, bias_PN: Tensor | None, dtype: torch.dtype) -> Tensor:
+def low_rank_outer(
+    t_PMR: Tensor, out_QNR: Tensor, which_P: Tensor, bias_PN: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """(P, M, N): t·Bᵀ + bias, what a product with the shared weight is added to. A bias (N,) serves all parts."""
-    (parts, rows, rank), (groups, out, _) = t_PMR.shape, out_GNR.shape
+    (parts, rows, rank), out = t_PMR.shape, out_QNR.shape[1]
     y = torch.empty(parts, rows, out, dtype=dtype, device=t_PMR.device)
     many = _rows_at_once(parts, rows)
     _outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 256))](
-        y, t_PMR, out_GNR, bias_PN, rows, out, groups, 0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
+        y, t_PMR, out_QNR, which_P, bias_PN, rows, out, 0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
         HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=256,
     )  # fmt: skip
     return y
 
 
 @triton.jit
-def _values(n_B, d_B, w, u, v, own, N, D, K: tl.constexpr):
-    """A tile of W + own·U·Vᵀ, float32: W (N, D), U (N, K), V (D, K); K 0: W alone."""
+def _values(n_B, d_B, w, u, v, own, N, D, F: tl.constexpr):
+    """A tile of W + own·U·Vᵀ, float32: W (N, D), U (N, F), V (D, F); F 0: W alone."""
     in_N, in_D = n_B < N, d_B < D
     at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
     w_BB = tl.load(at, mask=in_N[:, None] & in_D[None, :], other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        u_B = tl.load(u + n_B * K + k, mask=in_N, other=0.0).to(tl.float32) * own
-        w_BB += u_B[:, None] * tl.load(v + d_B * K + k, mask=in_D, other=0.0).to(tl.float32)[None, :]
+    for f in tl.static_range(F):
+        u_B = tl.load(u + n_B * F + f, mask=in_N, other=0.0).to(tl.float32) * own
+        w_BB += u_B[:, None] * tl.load(v + d_B * F + f, mask=in_D, other=0.0).to(tl.float32)[None, :]
     return w_BB
 
 
 @triton.jit
 def _adapter_inner_kernel(
-    t, x, a, u, v, scale, P, M, D, G, EACH, stride_p, stride_m, a_p, R: tl.constexpr, K: tl.constexpr,
+    t, x, a, u, v, which, scale, P, M, D, EACH, stride_p, stride_m, a_p, R: tl.constexpr, F: tl.constexpr,
     EXACT: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """t (S, P, M, R) float32 ← x·A_pᵀ over each of S slices of D, EACH long; A_p = A + scale_p·U·Vᵀ. x is read once."""
@@ -219,15 +222,16 @@ def _adapter_inner_kernel(
     x_at = x + part * stride_p + m_B.to(tl.int64)[:, None] * stride_m
     a += part * a_p
     own = 0.0
-    if K > 0:
+    if F > 0:
         own = tl.load(scale + part)
-        u += part % G * R * K
-        v += part % G * D * K
+        direction = tl.load(which + part).to(tl.int64)
+        u += direction * R * F
+        v += direction * D * F
     total_BB = tl.zeros((BM, BR), dtype=tl.float32)
     for first in range(0, EACH, BD):
         d_B = tl.program_id(2) * EACH + first + tl.arange(0, BD)
         x_BB = tl.load(x_at + d_B[None, :], mask=in_M[:, None] & (d_B < D)[None, :], other=0.0)
-        a_BB = tl.trans(_values(r_B, d_B, a, u, v, own, R, D, K))
+        a_BB = tl.trans(_values(r_B, d_B, a, u, v, own, R, D, F))
         if EXACT:
             total_BB += tl.dot(x_BB, a_BB, input_precision="ieee")
         else:  # x is narrow itself, A the sum of two such: 16 bits of it in bfloat16
@@ -244,7 +248,7 @@ def _adapter_inner_kernel(
 
 @triton.jit(do_not_specialize=["scaling"])
 def _adapter_outer_kernel(
-    y, t, b, u, v, scale, scaling, P, M, N, G, b_p, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+    y, t, b, u, v, which, scale, scaling, P, M, N, b_p, R: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y (P, M, N) += scaling·t·B_pᵀ, rounded once; t is the sum of its S slices, B_p = B + scale_p·U·Vᵀ."""
@@ -261,11 +265,12 @@ def _adapter_outer_kernel(
         t_BB += tl.load(t_at, mask=(m_B < M)[:, None] & (r_B < R)[None, :], other=0.0)
     b += part * b_p
     own = 0.0
-    if K > 0:
+    if F > 0:
         own = tl.load(scale + part)
-        u += part % G * N * K
-        v += part % G * R * K
-    b_BB = tl.trans(_values(n_B, r_B, b, u, v, own, N, R, K))
+        direction = tl.load(which + part).to(tl.int64)
+        u += direction * N * F
+        v += direction * R * F
+    b_BB = tl.trans(_values(n_B, r_B, b, u, v, own, N, R, F))
     # three products of 11 bits each: float32 but for its last bits
     total_BB = y_BB.to(tl.float32) + tl.dot(t_BB, b_BB, input_precision="tf32x3") * scaling
     tl.store(at, total_BB.to(y_BB.dtype), mask=inside)
@@ -287,8 +292,8 @@ def adapter_inner(x_PMD: Tensor, a: Values) -> Tensor:
     each = triton.cdiv(steps, slices) * ADAPTER_WIDE
     t = torch.empty(slices, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
     _adapter_inner_kernel[(parts, triton.cdiv(rows, many), slices)](
-        t, x_PMD, a.w, a.u, a.v, a.scale, parts, rows, wide, _groups(a), each, x_PMD.stride(0), x_PMD.stride(1),
-        a.w.stride(0), R=rank, K=_rank(a), EXACT=x_PMD.dtype == torch.float32,
+        t, x_PMD, a.w, a.u, a.v, a.which, a.scale, parts, rows, wide, each, x_PMD.stride(0), x_PMD.stride(1),
+        a.w.stride(0), R=rank, F=_rank(a), EXACT=x_PMD.dtype == torch.float32,
         SPLIT=a.w.dtype != x_PMD.dtype or a.u is not None, WIDE=INTERPRETED, BM=many, BR=tall, BD=ADAPTER_WIDE, num_warps=4,
     )  # fmt: skip
     return t
@@ -299,13 +304,9 @@ def adapter_outer(y_PMN: Tensor, t_SPMR: Tensor, b: Values, scaling: float) -> N
     (slices, parts, rows, rank), out = t_SPMR.shape, y_PMN.shape[2]
     many = _rows_at_once(parts, rows)
     _adapter_outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 128))](
-        y_PMN, t_SPMR, b.w, b.u, b.v, b.scale, float(scaling), parts, rows, out, _groups(b), b.w.stride(0),
-        R=rank, K=_rank(b), S=slices, BM=many, BN=128, BR=max(16, triton.next_power_of_2(rank)), num_warps=4,
+        y_PMN, t_SPMR, b.w, b.u, b.v, b.which, b.scale, float(scaling), parts, rows, out, b.w.stride(0),
+        R=rank, F=_rank(b), S=slices, BM=many, BN=128, BR=max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
-
-
-def _groups(values: Values) -> int:
-    return 1 if values.u is None else values.u.shape[0]
 
 
 def _rank(values: Values) -> int:
@@ -314,10 +315,10 @@ def _rank(values: Values) -> int:
 
 @triton.jit
 def _products(
-    n_B, d_B, u, v, scales, N, D, GR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    n_B, d_B, u, v, scales, N, D, QR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of Σ_g scales[g]·U_g·V_gᵀ, float32, and how many scales are not 0; k runs over directions and ranks.
+    """A tile of Σ_q scales[q]·U_q·V_qᵀ, float32, and how many scales are not 0; k runs over directions and ranks.
 
     TERMS: directions times rank, where they are added one by one; 0: by products, whose tile lies otherwise than the weights'.
     """
@@ -331,18 +332,18 @@ def _products(
             v_B = tl.load(v + (k // R * D + d_B) * R + k % R, mask=d_B < D, other=0.0).to(tl.float32)
             total_BB += u_B[:, None] * v_B[None, :]
     else:
-        for first in range(0, GR, BK):
+        for first in range(0, QR, BK):
             k_K = first + tl.arange(0, BK)
             group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
-            scale_K = tl.load(scales + group_K, mask=k_K < GR, other=0.0)
+            scale_K = tl.load(scales + group_K, mask=k_K < QR, other=0.0)
             nonzero += tl.sum((scale_K != 0).to(tl.int32), axis=0)
             u_at = u + (group_K[None, :] * N + n_B[:, None]) * R + rank_K[None, :]
             u_BK = (
-                tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < GR)[None, :], other=0.0).to(tl.float32)
+                tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < QR)[None, :], other=0.0).to(tl.float32)
                 * scale_K[None, :]
             )
             v_at = v + (group_K[:, None] * D + d_B[None, :]) * R + rank_K[:, None]
-            v_KB = tl.load(v_at, mask=(k_K < GR)[:, None] & (d_B < D)[None, :], other=0.0)
+            v_KB = tl.load(v_at, mask=(k_K < QR)[:, None] & (d_B < D)[None, :], other=0.0)
             if SPLIT:  # v is bfloat16 itself, scale·u the sum of two: 16 bits of it
                 high_BK = u_BK.to(tl.bfloat16)
                 low_BK = (u_BK - high_BK.to(tl.float32)).to(tl.bfloat16)
@@ -359,7 +360,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["S"])
 def _fold_kernel(
-    w, lost, u, v, scales, S, N, D, G, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+    w, lost, u, v, scales, S, N, D, Q, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     COMPENSATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """W (N, D) takes S folds one after the other, each rounded; lost, where there is one, keeps what that took."""
@@ -372,7 +373,7 @@ def _fold_kernel(
     if COMPENSATED:
         lost_BB = tl.load(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], mask=inside, other=0.0)
     for _ in range(S):
-        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, G * R, R, SPLIT, WIDE, EXACT, BN, BD, BK, TERMS)
+        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, Q * R, R, SPLIT, WIDE, EXACT, BN, BD, BK, TERMS)
         total_BB += w_BB.to(tl.float32)
         if COMPENSATED:
             total_BB += lost_BB.to(tl.float32)
@@ -381,9 +382,9 @@ def _fold_kernel(
             rest_BB = (total_BB - moved_BB.to(tl.float32)).to(w_BB.dtype)
             lost_BB = tl.where(nonzero != 0, rest_BB, lost_BB)
         w_BB = tl.where(nonzero != 0, moved_BB, w_BB)
-        u += G * N * R
-        v += G * D * R
-        scales += G
+        u += Q * N * R
+        v += Q * D * R
+        scales += Q
     if COMPENSATED:
         tl.store(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], lost_BB, mask=inside)
     tl.store(at, w_BB, mask=inside)
@@ -394,20 +395,20 @@ FOLD_FEW, FOLD_MANY = (32, 128, 4), (64, 128, 4)  # a tile, and its warps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
-def fold(matrix_ND: Tensor, u_GNR: Tensor, v_GDR: Tensor, scales_G: Tensor, lost_ND: Tensor | None = None) -> None:
-    """W += Σ_g scales_g·U_g·V_gᵀ in place, one pass over W. lost: added first, then what rounding took."""
-    folds(matrix_ND, u_GNR, v_GDR, scales_G[None], lost_ND)
+def fold(matrix_ND: Tensor, u_QNR: Tensor, v_QDR: Tensor, scales_Q: Tensor, lost_ND: Tensor | None = None) -> None:
+    """W += Σ_q scales_q·U_q·V_qᵀ in place, one pass over W. lost: added first, then what rounding took."""
+    folds(matrix_ND, u_QNR, v_QDR, scales_Q[None], lost_ND)
 
 
-def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SG: Tensor, lost_ND: Tensor | None = None) -> None:
-    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·G, …), fold by fold."""
-    (out, wide), (steps, groups), rank = matrix_ND.shape, scales_SG.shape, u_SNR.shape[2]
+def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SQ: Tensor, lost_ND: Tensor | None = None) -> None:
+    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·Q, …), fold by fold."""
+    (out, wide), (steps, count), rank = matrix_ND.shape, scales_SQ.shape, u_SNR.shape[2]
     # float16 takes tf32: 11 bits of each factor, as many as its weights keep
     split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
-    terms = groups * rank if groups * rank <= FEW_TERMS else 0
+    terms = count * rank if count * rank <= FEW_TERMS else 0
     side, across, warps = FOLD_FEW if terms else FOLD_MANY
     _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, across))](
-        matrix_ND, lost_ND, u_SNR, v_SDR, scales_SG, steps, out, wide, groups, R=rank, SPLIT=split, WIDE=INTERPRETED,
-        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=16 if groups * rank <= 16 else 32, TERMS=terms,
+        matrix_ND, lost_ND, u_SNR, v_SDR, scales_SQ, steps, out, wide, count, R=rank, SPLIT=split, WIDE=INTERPRETED,
+        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=16 if count * rank <= 16 else 32, TERMS=terms,
         num_warps=warps,
     )  # fmt: skip

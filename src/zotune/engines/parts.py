@@ -5,7 +5,7 @@ The first dimension of what a model computes counts rows (or rows × tokens, whe
 parameters alone (`1 + weight`, a look-up of positions) is kept once a part until it meets the batch.
 """
 
-# P parts, n the size of a first dimension, D and O widths.
+# P parts, Q directions of F factors, n the size of a first dimension, D and O widths.
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zotune.engines.sequential import leaves, reads_no_values
+from zotune.directions import PartsOf
+from zotune.engines.reads import leaves, reads_no_values
 
 
 class Unfollowed(Exception):
     """The forward does something that cannot be split by parts; it says what."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """How many rows of the batch each part has, in order."""
+class Parts(PartsOf):
+    """A batch whose rows belong to parts, one after the other: how many rows each has, and which direction and sign.
 
-    rows_P: tuple[int, ...]
+    What was made for them (tables on a device, places of a graph) is found by the object: engines keep one a shape.
+    """
+
+    def __init__(self, rows_P: Sequence[int], direction_P: Sequence[int], sign_P: Sequence[int]) -> None:
+        super().__init__(direction_P, sign_P)
+        self.rows_P = tuple(rows_P)
+        self.total = sum(self.rows_P)
+        self.equal = len({*self.rows_P}) == 1
 
     @property
-    def total(self) -> int:
-        return sum(self.rows_P)
-
-    @property
-    def equal(self) -> bool:
-        return len({*self.rows_P}) == 1
+    def directions(self) -> int:
+        """How many of the displacement's directions they take: the first so many."""
+        return max(self.direction_P) + 1
 
     def fits(self, n: int) -> bool:
         """Whether a first dimension of n can be the batch's."""
@@ -78,15 +82,16 @@ class Parted:
 
 @dataclass(frozen=True)
 class Values:
-    """What the parts' values of a matrix are made of: w[p] + scale[p]·u[p % G]·v[p % G]ᵀ, or w[p] alone.
+    """What the parts' values of a matrix are made of: w[p] + scale[p]·u[which[p]]·v[which[p]]ᵀ, or w[p] alone.
 
-    w: (P, O, D), of stride 0 over parts where they share it. u: (G, O, K). v: (G, D, K). scale: (P,) float32.
+    w: (P, O, D), of stride 0 over parts where they share it. u: (Q, O, F). v: (Q, D, F). scale: (P,) float32. which: (P,) int32.
     """
 
     w: Tensor
     u: Tensor | None = None
     v: Tensor | None = None
     scale: Tensor | None = None
+    which: Tensor | None = None
 
 
 _IN_PLACE = ("add", "sub", "mul", "div")

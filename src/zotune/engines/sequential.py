@@ -1,4 +1,4 @@
-"""One forward a probe; every read of a trainable parameter sees a perturbed copy.
+"""One forward a place; every read of a trainable parameter sees a perturbed copy.
 
 The weights themselves are never perturbed. While the loss runs, a `TorchFunctionMode` hands each torch function
 that reads a trainable parameter a copy in reused scratch, θ + εz, drawn as it is needed and given up when the function
@@ -9,8 +9,9 @@ returns. Following the reads instead of the modules makes tied weights, weights 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,30 +20,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.places import Copy, Places, as_losses
+from zotune.engines.reads import leaves, reads_no_values, same_draws, tensors_in
 from zotune.engines.scratch import Scratch
+from zotune.engines.writing import Writer
 
 logger = logging.getLogger(__name__)
 
 # A weight over this is read in tiles of its rows where the function allows it.
 TILE_BYTES = 16 << 20
 
-# Properties of a tensor that give its values. The others (shape, dtype, device, …) say nothing of them.
-_VALUES = {"data", "T", "mT", "H", "mH", "real"}
-_NO_VALUES = {
-    "__set__",
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_contiguous",
-    "element_size",
-    "is_floating_point",
-    "nelement",
-}
-
 
 class SequentialEngine:
-    """L(θ + displacement) for any closure and any module.
+    """The loss at any place, for any closure and any module, by a forward of its own: an `Engine` (see `zotune.engines`).
 
     Scratch: the largest parameter that a single function reads. An embedding look-up draws only the rows it uses, a linear
     map over `TILE_BYTES` goes by tiles of its rows.
@@ -52,6 +42,7 @@ class SequentialEngine:
 
     def __init__(self, directions: Directions) -> None:
         self.directions = directions
+        self.writer = Writer(directions)
         self.scratch = Scratch()
         self.forwards = 0
         self._seen: set[int] = set()
@@ -62,6 +53,7 @@ class SequentialEngine:
 
         The weights are as they were whether or not the closure raises.
         """
+        self.writer.settle()
         with torch.no_grad():
             if len(at.seeds_Q) == 0:
                 return self._run(closure)
@@ -81,76 +73,33 @@ class SequentialEngine:
                     result = self._displaced_loss(closure, at)
             return result
 
-    def both(
-        self,
-        loss: Callable[[Any], Any],
-        batch: Any,
-        at: Displacement | HeldDisplacement,
-        shares: tuple[int, ...] | None = None,
-    ) -> tuple[Any, Any]:
-        """What loss(batch) is at θ + displacement and at θ − displacement. Dropout draws the same masks in both.
-
-        shares: where the displacement has several directions, how many of the batch's rows each has.
-        """
-        return self._separate(loss, batch, at, shares)
-
-    def _separate(
-        self,
-        loss: Callable[[Any], Any],
-        batch: Any,
-        at: Displacement | HeldDisplacement,
-        shares: tuple[int, ...] | None = None,
-    ) -> tuple[Any, Any]:
-        assert shares is None
-        redraw = same_draws(self.directions.params)
-        plus = self.loss(lambda: loss(batch), at)
-        redraw()
-        return plus, self.loss(lambda: loss(batch), at.negated())
-
-    def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
-        """θ ← θ + displacement. at_once: as `lowrank` has it."""
-        self.directions.apply(by)
-
-    def apply_compensated(
-        self,
-        by: Displacement | HeldDisplacement,
-        residuals: Sequence[Tensor],
-        factors: Sequence[float | Tensor] = (),
-        at_once: int = 1,
-    ) -> None:
-        """θ + r ← factor·(θ + r) + displacement, see `Directions.apply_compensated`."""
-        self.directions.apply_compensated(by, residuals, factors)
-
-    def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
-        """`apply` of one after the other, to the bit, with fewer passes over the weights."""
-        self.directions.apply_each(moves)
-
-    # Updates that wait for the next read of the weights, where an engine has such.
-
-    holds = False
-
-    def hold(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
-        """`apply`, at the latest when the weights are next read by this engine, or by `settle`."""
-        self.apply(by, at_once)
-
-    def settle(self) -> None:
-        """Apply what `hold` left."""
-
-    def arm(self, count: int) -> None:
-        """Before a captured step, which takes what `hold` left of `count` directions from where it is on the device."""
-
-    def drop(self) -> None:
-        """Give up what `hold` or `arm` left."""
+    def losses(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> Tensor:
+        """A forward a copy of the batch: see `zotune.engines.Engine`."""
+        return self._apart(loss, batch, places)
 
     def replayed(self) -> None:
         """A captured step was replayed: what it wrote into buffers is not what the host left there."""
+
+    def _apart(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> Tensor:
+        redraw = same_draws(self.directions.params)
+        found: list[Tensor] = []
+        for copy in places.copies:
+            if found:
+                redraw()
+            found.append(as_losses(self._copy_loss(partial(loss, batch), places, copy)))
+        return torch.stack(found)
+
+    def _copy_loss(self, closure: Callable[[], Any], places: Places, copy: Copy) -> Any:
+        """What the loss of the whole batch is where its rows have the directions of one copy."""
+        assert len(places.shares) == 1
+        return self.loss(closure, places.displacement(copy))
 
     def _run(self, closure: Callable[[], Any]) -> Any:
         self.forwards += 1
         return closure()
 
     def _displaced_loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
-        with self._stand_ins(at), _PerturbedReads(self, at):
+        with self._stand_ins(at), PerturbedReads(self, at):
             return self._run(closure)
 
     @contextmanager
@@ -168,23 +117,7 @@ class SequentialEngine:
                 param.data = own
 
 
-class Through:
-    """Directions whose displacements are applied by an engine, which may have a faster way, or directions of its own."""
-
-    def __init__(self, engine: SequentialEngine, pairs: int, hold: bool = False) -> None:
-        self.engine, self.pairs, self.hold = engine, pairs, hold
-        self.params, self.slots = engine.directions.params, engine.directions.slots
-
-    def apply(self, by: Displacement | HeldDisplacement) -> None:
-        (self.engine.hold if self.hold else self.engine.apply)(by, self.pairs)
-
-    def apply_compensated(
-        self, by: Displacement | HeldDisplacement, residuals: Sequence[Tensor], factors: Sequence[Any] = ()
-    ) -> None:
-        self.engine.apply_compensated(by, residuals, factors, self.pairs)
-
-
-class _PerturbedReads(TorchFunctionMode):
+class PerturbedReads(TorchFunctionMode):
     def __init__(self, engine: SequentialEngine, at: Displacement | HeldDisplacement) -> None:
         super().__init__()
         self.engine, self.at = engine, at
@@ -228,7 +161,7 @@ class _PerturbedReads(TorchFunctionMode):
             return arg
 
         result = func(*(leaves(a, substitute) for a in args), **{k: leaves(v, substitute) for k, v in kwargs.items()})
-        alive = {t.untyped_storage().data_ptr() for t in _tensors(result)}
+        alive = {t.untyped_storage().data_ptr() for t in tensors_in(result)}
         for copy in copies.values():
             if copy.untyped_storage().data_ptr() in alive:
                 scratch.forget(copy)  # a view of the copy goes on: its memory is no longer ours to reuse
@@ -274,54 +207,3 @@ class _PerturbedReads(TorchFunctionMode):
         out = torch.empty((rows_K.numel(), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
         self.engine.directions.displaced_rows(weight, rows_K.long(), self.at, out)  # type: ignore[arg-type]
         return out.view(*input.shape, *weight.shape[1:])
-
-
-def leaves(value: Any, substitute: Callable[[Any], Any]) -> Any:
-    """The value with `substitute` of each leaf of its lists and tuples.
-
-    A function of its own: a closure that calls itself is a reference cycle, and what it holds, copies of weights here, would stay
-    until the garbage collector comes.
-    """
-    if type(value) in (list, tuple):
-        return type(value)(leaves(inner, substitute) for inner in value)
-    return substitute(value)
-
-
-def reads_no_values(func: Any) -> bool:
-    """Whether a torch function asks a tensor for its shape and the like alone."""
-    name = getattr(func, "__name__", "")
-    return name in _NO_VALUES or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES)
-
-
-class same_draws:
-    """Called before each probe but the first: torch's generators go back to where they were when this was made."""
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._cpu: Tensor | None = None  # while a graph is captured there is nothing to look at
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
-        self._cpu = torch.get_rng_state()
-        self._cuda = {
-            i: torch.cuda.get_rng_state(i) for i in sorted({p.device.index or 0 for p in params if p.is_cuda})
-        }
-
-    def __call__(self) -> None:
-        if self._cpu is not None:
-            torch.set_rng_state(self._cpu)
-            for i, state in self._cuda.items():
-                torch.cuda.set_rng_state(state, i)
-
-    def needed(self) -> bool:
-        """Whether somebody has drawn since."""
-        return self._cpu is not None and not (
-            torch.equal(self._cpu, torch.get_rng_state())
-            and all(torch.equal(state, torch.cuda.get_rng_state(i)) for i, state in self._cuda.items())
-        )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors(inner)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.directions import Directions, Displacement, HeldDisplacement, PartsOf
 
 SMALL_BYTES = 128 << 10  # parameters up to this are drawn so
 
@@ -25,14 +25,13 @@ class Stacks:
         self._moves: noise.Many | None = None
         self._where: list[int] = []
 
-    def draw(self, at: Displacement | HeldDisplacement, signs: tuple[int, ...]) -> None:
-        """Part p ← w + signs[p // G]·Σ c·z of the p % G-th direction, G = P/len(signs) directions."""
+    def draw(self, at: Displacement | HeldDisplacement, parts: PartsOf) -> None:
+        """Part p ← w + sign_p·(the term c·z of p's direction)."""
         if not self.params:
             return
         self._locate()
-        seeds_PQ, coefs_GPQ = at.by_part(self.params[0].device, signs, self.directions.groups)
         assert self._many is not None
-        self._many.draw(seeds_PQ, coefs_GPQ)
+        self._many.draw(*at.on_parts(self.params[0].device, parts, self.directions.groups))
 
     def move(self, by: Displacement | HeldDisplacement) -> None:
         """The parameters themselves, which are contiguous: w ← w + Σ c·z."""
@@ -40,7 +39,8 @@ class Stacks:
             return
         self._locate()
         assert self._moves is not None
-        self._moves.draw(*by.by_part(self.params[0].device, (1,), self.directions.groups, together=True))
+        seeds_1Q, coefs_G1Q = by.together(self.params[0].device, self.directions.groups)
+        self._moves.draw(seeds_1Q.contiguous(), coefs_G1Q.contiguous())
 
     def _locate(self) -> None:
         """The launches know addresses: anew where a parameter has moved in memory."""

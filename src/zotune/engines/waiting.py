@@ -13,6 +13,7 @@ import torch
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
 from zotune.engines.stacks import Stacks
+from zotune.engines.writing import Writer
 
 
 class Waiting:
@@ -110,3 +111,43 @@ class Waiting:
             return
         for param in self.directions.params:
             self.take(param)
+
+
+class WaitingWriter(Writer):
+    """Leaves an update to the next forward, while it may, and writes it before anything else is written."""
+
+    def __init__(self, waiting: Waiting, may: bool) -> None:
+        super().__init__(waiting.directions)
+        self.waiting, self.may = waiting, may
+
+    @property
+    def holds(self) -> bool:
+        return self.may
+
+    def hold(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        self.settle()
+        if self.holds:
+            self.waiting.hold(by)
+        else:
+            self.apply(by, at_once)
+
+    def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
+        self.settle()
+        super().apply(by, at_once)
+
+    def apply_compensated(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super().apply_compensated(*args, **kwargs)
+
+    def apply_each(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super().apply_each(*args, **kwargs)
+
+    def settle(self) -> None:
+        self.waiting.settle()
+
+    def arm(self, count: int) -> None:
+        self.waiting.arm(count)
+
+    def drop(self) -> None:
+        self.waiting.drop()

@@ -26,12 +26,11 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
     >>> forwards_a_step({"method": "zo-sgd", "estimator": "one-sided", "queries": 3, "accumulate": 2})
     8
     """
-    from zotune.methods import METHODS, make_method
+    from zotune.estimates.needs import needs_of
 
-    name = str(options.get("method", "zo-sgd"))
-    given = {"queries": int(options.get("queries") or 1), "estimator": options.get("estimator") or "two-sided"}
-    method = make_method(name, **{key: value for key, value in given.items() if key in METHODS[name].options})
-    step = method.forwards * _blocks(options) + (options.get("hybrid") is not None)
+    queries = int(options["queries"]) if options.get("queries") else None
+    needs = needs_of(str(options.get("method", "zo-sgd")), queries, options.get("estimator"))
+    step = needs.forwards * _blocks(options) + (options.get("hybrid") is not None)
     return step * int(options.get("accumulate") or 1)
 
 
@@ -47,8 +46,8 @@ def _blocks_of(model: str, scheme: str, kind: str) -> int:
     """model: as JSON, a name or `{random: config}`."""
     import torch
 
-    from zotune.estimates.estimate import build, model_config, with_scheme
-    from zotune.step.enhancements import partition
+    from zotune.estimates.meta import build, model_config, with_scheme
+    from zotune.step.blocks import partition
 
     made, _ = with_scheme(build(model_config(json.loads(model)), torch.float32), scheme)
     try:

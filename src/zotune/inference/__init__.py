@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
 from zotune.models.adapters import put_adapter
+from zotune.models.ids import pad_id
+from zotune.models.partial import refuse_untrained
 from zotune.options import EvalConfig, PredictConfig
+from zotune.prepare.listener import Listener
+from zotune.prepare.model import encoder_for, load
 from zotune.run.folder import write_atomically
-from zotune.run.train import Listener, encoder_for, load, pad_id
-from zotune.tasks import Example, Task
+from zotune.tasks import Example, Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome
 from zotune.tasks.own import data_of, encoded
-from zotune.tasks.splits import Source, after_shots, demonstrations, scored_rows
+from zotune.tasks.splits import (
+    BETWEEN_SHOTS,
+    Source,
+    after_shots,
+    demonstrations,
+    given_rows,
+    scored_rows,
+    some_of,
+)
 
 Loader = Callable[[EvalConfig | PredictConfig, Task], tuple[Any, Any]]
 
@@ -31,6 +43,7 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
     if split == "validation":
         listener.say("no test split here: these are validation's figures")
     _, scored, found = _outcome(options, task, source, examples, listener, loader, shots=shots)
+    given = given_rows(source, split)
     cut = sum(bool(row.cut) for row in scored)
     return {
         "task": task.name,
@@ -40,7 +53,9 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
         "split": split,
         **({"shots": options.shots} if options.shots else {}),
         **{name: found.metric(name, scored) for name in also(task)},
+        **({"rows_given": given} if given != len(scored) else {}),
         **({"cut_rows": cut} if cut else {}),
+        **({"unended_answers": found.unended} if found.unended else {}),
         **({"bad_rows": len(source.bad.said)} if source.bad.said else {}),
     }
 
@@ -58,13 +73,22 @@ def output_file(name: str, overwrite: bool = True) -> Path:
 
 
 def write_figures(figures: Mapping[str, Any], path: Path) -> None:
-    """As one JSON object."""
-    write_atomically(path, json.dumps(figures, indent=2) + "\n")
+    """As one JSON object. Raises InputError for a number that JSON has none of."""
+    write_atomically(path, _json(figures, path, indent=2) + "\n")
 
 
 def write_lines(told: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """A JSON object a line."""
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told))
+    """A JSON object a line. Raises InputError for a number that JSON has none of."""
+    write_atomically(path, "".join(_json(line, path, ensure_ascii=False) + "\n" for line in told))
+
+
+def _json(value: Mapping[str, Any], path: Path, **how: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        raise InputError(
+            f"{path}: not written, for a figure is not a finite number, which JSON has none of: {value!r:.200}; try --dtype float32"
+        ) from None
 
 
 def predictions(
@@ -77,6 +101,8 @@ def predictions(
     task, source = data_of(options, labelled=False)
     rows, split = scored_rows(source, options.eval_size, in_order=True)
     examples = [task.example(row, labelled=False) for row in rows]
+    if len(rows) < (given := given_rows(source, split)):
+        listener.say(f"rows: {some_of(len(rows), given)} of {split} (--eval-size {options.eval_size})")
     examples, _, found = _outcome(options, task, source, examples, listener, loader, replies=True)
     told = [*_told(task, examples, found)]
     if options.skip_bad_rows:
@@ -87,7 +113,7 @@ def predictions(
 def _told(task: Task, examples: Sequence[Example], found: Outcome) -> Iterator[dict[str, Any]]:
     """Of each row the best label and the scores, the answer, or how well the text is predicted."""
     for loss in found.losses:
-        yield {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        yield {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # beyond it is no number
     for answer in found.answers:
         yield {"answer": answer}
     for example, scores in zip(examples if found.scores else [], found.scores, strict=True):
@@ -114,8 +140,13 @@ def _outcome(
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
+        ends.take_from_adapter(model, options.adapter)
+    if not getattr(options, "trajectory", None):  # whose steps have trained what its run drew
+        refuse_untrained(model, f"--model {options.model}")
     if shots:
         examples = after_shots(examples, shots, tokenizer.mask_token)
+        if task.generates:  # an answer ends as those that are shown do
+            task = replace(task, end=task.end or BETWEEN_SHOTS)
     examples, rows = encoded(encoder_for(model, tokenizer, options, task), source, examples)
     if source.unread:
         listener.say(source.unread)
@@ -128,11 +159,16 @@ def _outcome(
         task,
         rows,
         batch_size=2 * options.batch_size,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, model),
         replies=replies,
         advance=lambda n: listener.advance("rows", n),
     )
     listener.end("rows")
+    if found.unended:
+        listener.say(
+            f"{found.unended} of {len(rows)} answers do not end within the tokens that they may have, and are cut there "
+            "(--max-new-tokens)"
+        )
     return examples, rows, found
 
 

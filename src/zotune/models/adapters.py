@@ -1,23 +1,39 @@
-"""Saved models and PEFT adapters."""
+"""Saved models and PEFT adapters: written with what they were trained on, and put on nothing else."""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zotune.errors import InputError
+from zotune.models.border import reading
 from zotune.models.kinds import kind_of, without_adapter
+from zotune.models.partial import some
+from zotune.models.quantized import base_dtype, inner_tensors
+
+NAME = "default"  # PEFT's, of an adapter that was given none
+BASE = "base_weights.json"  # beside an adapter: some values of each weight that it was trained on
+VALUES = 4  # of a weight
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """As `from_pretrained` (or PEFT) loads it. An adapter of another kind than causal says so in a config.json of its model."""
+    """As `from_pretrained` (or PEFT) loads it. An adapter of another kind than causal says so in a config.json of its model, and
+    every adapter which base it is for."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     base = without_adapter(model)
-    if base is not model and kind_of(model) != "causal":
+    if base is model:
+        return
+    dtype = str(base_dtype(base)).removeprefix("torch.")
+    known = {"dtype": dtype, "values": {name: _values(p) for name, p in _base_weights(base)}}
+    (folder / BASE).write_text(json.dumps(known, allow_nan=False) + "\n", encoding="utf-8")
+    if kind_of(model) != "causal":
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
         if hasattr(config, "quantization_config"):  # of the base as it was loaded, not of a checkpoint
@@ -26,22 +42,88 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def put_adapter(model: nn.Module, folder: str, allow_pickle: bool = False) -> Any:
-    """The model with the adapter of a folder on it, for inference. Raises InputError where there is none that fits."""
+    """The model with the adapter of a folder on it, for inference.
+
+    Raises InputError where there is none that fits: all of its weights have a place, all places weights, and the model's own are
+    those that it was trained on, where its folder tells.
+    """
     import peft
 
-    path = Path(folder).expanduser()
+    path, where = Path(folder).expanduser(), f"--adapter {folder}"
     if not (path / "adapter_config.json").is_file():
-        raise InputError(f"--adapter {folder}: no adapter_config.json in it")
+        raise InputError(f"{where}: no adapter_config.json in it")
     if not (path / "adapter_model.safetensors").is_file():
         if not (path / "adapter_model.bin").is_file():
-            raise InputError(f"--adapter {folder}: no adapter_model.safetensors in it")
+            raise InputError(f"{where}: no adapter_model.safetensors in it")
         if not allow_pickle:
             raise InputError(
-                f"--adapter {folder}: no adapter_model.safetensors in it, and a pickled adapter can hold code; "
+                f"{where}: no adapter_model.safetensors in it, and a pickled adapter can hold code; "
                 "--allow-pickle reads it (tensors alone, by torch's weights_only)"
             )
-    try:
-        return peft.PeftModel.from_pretrained(model, str(path)).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--adapter {folder}: does not fit the model ({first})") from error
+    _refuse_other_base(model, path, where)
+    with reading(where, path, said="does not fit the model: "):
+        adapted = peft.PeftModel.from_pretrained(model, str(path)).eval()
+        # PEFT only warns of what is missing, and says nothing of what has no place
+        held = peft.load_peft_weights(str(path), device="cpu")
+        found: Any = peft.set_peft_model_state_dict(adapted, held, adapter_name=NAME)
+    if adapted.active_peft_config.is_prompt_learning:
+        return adapted  # whose one table PEFT takes whole, or not at all
+    own = dict(adapted.named_parameters(remove_duplicate=False))
+    missing = {name for name in found.missing_keys if NAME in name.split(".")}
+    there = {id(param) for name, param in own.items() if name not in missing}  # of tied ones one is saved
+    lacks = [name for name in missing if name not in own or id(own[name]) not in there]
+    if lacks or found.unexpected_keys:
+        told = [f"no weights for {some(lacks)} in it"] * bool(lacks)
+        told += [f"no place in the model for its {some(found.unexpected_keys)}"] * bool(found.unexpected_keys)
+        raise InputError(f"{where}: does not fit the model: {'; '.join(told)}; {_made_for(path)}")
+    return adapted
+
+
+def _made_for(path: Path) -> str:
+    """What to try, by what the adapter says of itself."""
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    kinds = {"SEQ_CLS": "--model-kind classifier, ", "CAUSAL_LM": "--model-kind causal, "}
+    base = config.get("base_model_name_or_path")
+    kind = kinds.get(str(config.get("task_type")), "")
+    return f"it was made for {kind}--model {base}" if base else f"it was made for {kind}a base that it does not name"
+
+
+def _base_weights(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights under an adapter, or of a model without one, by the model's own names; none that the adapter brings or replaces."""
+    for name, param in base.named_parameters():
+        parts = name.split(".")
+        if NAME in parts or "original_module" in parts or not param.is_floating_point():
+            continue
+        if len(inner_tensors(param)) == 1 and inner_tensors(param)[0].dtype == param.dtype:
+            yield ".".join(part for part in parts if part != "base_layer"), param
+
+
+@torch.no_grad()
+def _values(param: Tensor) -> list[float]:
+    """Some elements, evenly spaced."""
+    count = min(VALUES, param.numel())
+    at = torch.linspace(0, param.numel() - 1, count, dtype=torch.float64).long().to(param.device)
+    return [float(v) for v in param.detach()[torch.unravel_index(at, param.shape)].tolist()] if count else []
+
+
+def _refuse_other_base(model: nn.Module, path: Path, where: str) -> None:
+    """Raises InputError where the adapter's folder tells of other weights than the model has. In another dtype they are rounded."""
+    if not (path / BASE).is_file():
+        return
+    with reading(where, path / BASE):
+        known = json.loads((path / BASE).read_text(encoding="utf-8"))
+        values: dict[str, list[float]] = {name: [float(v) for v in few] for name, few in known["values"].items()}
+        dtype = str(known["dtype"])
+    for name, param in _base_weights(model):
+        if name in values and not _same(values[name], param, exact=f"torch.{dtype}" == str(param.dtype)):
+            raise InputError(
+                f"{where}: it was trained on other weights than the model's, {name} differs; {_made_for(path)} (or delete its "
+                f"{BASE} to put it on this one all the same)"
+            )
+
+
+def _same(values: list[float], param: Tensor, exact: bool) -> bool:
+    found = _values(param)
+    if exact or len(found) != len(values):
+        return found == values
+    return all(abs(a - b) <= 2**-7 * abs(b) + 1e-7 for a, b in zip(found, values, strict=True))  # bfloat16's last bit

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from zotune.errors import InputError
+
 KINDS = ("causal", "masked", "classifier")
 _ENDINGS = {"ForCausalLM": "causal", "ForMaskedLM": "masked", "ForSequenceClassification": "classifier"}
 
@@ -35,6 +37,33 @@ def kind_of_config(config: Any) -> str:
     if not is_encoder(config):
         return "causal"
     return "classifier" if named in auto.MODEL_MAPPING_NAMES.values() else "masked"
+
+
+def refuse_other(config: Any, kind: str, name: str) -> None:
+    """Raises InputError where no model of the kind can be made of a checkpoint: which option serves instead, or that none does."""
+    named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if fits(config, kind):
+        return
+    wanted = "sequence classifier" if kind == "classifier" else f"{kind} language model"
+    others = [other for other in KINDS if other != kind and fits(config, other)]
+    reads = {
+        "causal": "reads it as one",
+        "masked": "reads it as one whose answers stand at masks",
+        "classifier": "trains a head over label words on it",
+    }
+    serves = " or ".join(f"--model-kind {other} {reads[other]}" for other in others)
+    none = "no option makes one of it: name a causal or masked language model, or a sequence classifier of texts"
+    raise InputError(f"--model {name}: a {named} is no {wanted}; {serves or none}")
+
+
+def fits(config: Any, kind: str) -> bool:
+    """Whether transformers, or the checkpoint's own code, has a class of the kind; a decoder alone is not an encoder-decoder."""
+    auto, named = auto_class(kind), (getattr(config, "architectures", None) or [""])[0]
+    if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return True
+    if kind == "causal" and getattr(config, "is_encoder_decoder", False) and _kind_of_class(named) != "causal":
+        return False
+    return type(config) in auto._model_mapping
 
 
 def names_classifier(config: Any) -> bool:

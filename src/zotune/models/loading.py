@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,13 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
+from zotune.models.border import damaged, reading
 from zotune.models.heads import check_count, head_names, label_names
-from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, without_adapter
+from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, refuse_other, without_adapter
+from zotune.models.partial import heads_of_others, refuse_partial, some
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
 
+TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.py")  # files of which a tokenizer has one at least
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,14 +85,17 @@ def load_model(
                 config = load_config(name, trust_remote_code=trust_remote_code)
                 whole = head_modules(auto_class(kind).from_config(config, trust_remote_code=trust_remote_code))
             kwargs["quantization_config"] = quantization(quantize, whole)
-        model, missing = _pretrained(kind, name, seed, kwargs)
+        model, missing, unexpected = _pretrained(kind, name, seed, kwargs)
         if quantize is not None and missing and kind == "classifier":  # so do other modules that the checkpoint lacks
             whole += sorted({key.rpartition(".")[0] for key in missing})
             kwargs["quantization_config"] = quantization(quantize, whole)
-            model, missing = _pretrained(kind, name, seed, kwargs)
-    if missing and kind != "classifier":
+            model, missing, unexpected = _pretrained(kind, name, seed, kwargs)
+    refuse_partial(model, name, missing, unexpected)
+    if kind == "classifier":
+        missing |= heads_of_others(model)
+    elif missing:
         raise InputError(
-            f"--model {name}: the checkpoint has no weights for {_some(missing)}, which a {kind} language model needs; "
+            f"--model {name}: the checkpoint has no weights for {some(missing)}, which a {kind} language model needs; "
             "give --model-kind classifier for a fresh head over label words"
         )
     if kind == "causal" and is_encoder(model.config) and _looks_ahead(model):
@@ -99,6 +104,10 @@ def load_model(
             "--model-kind masked or classifier"
         )
     model.fresh_parameters = missing  # type: ignore[assignment]  # no module and no tensor
+    if (
+        found := damaged(Path(name).expanduser() / "generation_config.json")
+    ) is not None:  # transformers goes on without
+        raise InputError(f"--model {name}: {found}")
     if not is_quantized(model):
         return model.to(device).eval()
     if model.device.type != torch.device(device).type:  # 8-bit weights of some libraries cannot be moved
@@ -123,6 +132,12 @@ def find_kind(
     if asked == "auto":
         asked = "causal" if gguf_file else kind_of_config(load_config(name, trust_remote_code=trust_remote_code))
     return asked, []
+
+
+def check_architecture(name: str, kind: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raises InputError where the checkpoint's architecture is none that a model of the kind is made of."""
+    if not gguf_file:
+        refuse_other(load_config(name, trust_remote_code=trust_remote_code), kind, name)
 
 
 def _refuse_adapter(name: str) -> None:
@@ -161,23 +176,52 @@ def limit_of(name: str, kind: str, *, gguf_file: str | None = None, trust_remote
 def load_tokenizer(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     import transformers
 
-    with _said_as_one_line(name, gguf_file):
+    with _said_as_one_line(name, gguf_file, "its tokenizer cannot be read: "):
         extra = {"gguf_file": gguf_file} if gguf_file else {}
+        if (
+            gguf_file is None
+            and (path := Path(name).expanduser()).is_dir()
+            and not any(any(path.glob(like)) for like in TOKENIZERS)
+        ):
+            raise InputError(f"--model {name}: no tokenizer in it, such as tokenizer.json; put there that of its model")
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **extra)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> bool:
-    """Copy a saved model's tensors into the model's own, one at a time. False where the folder holds no whole model."""
+    """Copy a saved model's tensors into the model's own, one at a time. False where the folder holds no whole model.
+
+    Raises InputError where its tensors are not the model's: then nothing was copied.
+    """
     from safetensors import safe_open
 
     files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        return False
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for file in files:
-        with safe_open(file, framework="pt") as saved:
-            for name in saved.keys():  # noqa: SIM118  # not a dict
-                own[name].copy_(saved.get_tensor(name))
-    return bool(files)
+    with reading(str(folder), folder):
+        held = {name: file for file in files for name in _names_in(file)}
+    saved_once = {id(own[name]) for name in held if name in own}  # of tied ones one is saved
+    lacks = [name for name in model.state_dict() if id(own[name]) not in saved_once]
+    more = [name for name in held if name not in own]
+    if lacks or more:
+        raise InputError(
+            f"{folder}: not a checkpoint of this model: "
+            + "; ".join([f"no weights for {some(lacks)}"] * bool(lacks) + [f"no place for {some(more)}"] * bool(more))
+        )
+    with reading(str(folder), folder):
+        for file in files:
+            with safe_open(file, framework="pt") as saved:
+                for name in saved.keys():  # noqa: SIM118  # not a dict
+                    own[name].copy_(saved.get_tensor(name))
+    return True
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as saved:
+        return list(saved.keys())
 
 
 def length_limit(model: nn.Module) -> int | None:
@@ -210,18 +254,13 @@ def _looks_ahead(model: nn.Module) -> bool:
     return not torch.equal(one, other)
 
 
-def _some(names: set[str]) -> str:
-    first = sorted(names)[:2]
-    return ", ".join(first) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _pretrained(kind: str, name: str, seed: int, kwargs: dict[str, Any]) -> tuple[nn.Module, set[str]]:
-    """The model, and the parameters that its checkpoint lacks, drawn by the seed."""
+def _pretrained(kind: str, name: str, seed: int, kwargs: dict[str, Any]) -> tuple[nn.Module, set[str], set[str]]:
+    """The model, the parameters that its checkpoint lacks, drawn by the seed, and what of it fits nowhere."""
     import transformers
 
     transformers.set_seed(seed)
     model, info = auto_class(kind).from_pretrained(name, output_loading_info=True, **kwargs)
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
 
 
 def _quantized(model: nn.Module, name: str, quantize: str | None) -> nn.Module:
@@ -238,8 +277,12 @@ def _from_gguf(name: str, gguf_file: str, kwargs: dict[str, Any]) -> nn.Module:
     """transformers takes a model from a GGUF file for a quantised one and refuses to cast it: build it once more."""
     import transformers
 
-    read = transformers.AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=torch.float32, **kwargs)
+    auto: Any = transformers.AutoModelForCausalLM
+    told = {"gguf_file": gguf_file, "dtype": torch.float32, "output_loading_info": True}
+    read, info = auto.from_pretrained(name, **told, **kwargs)
     config = read.config
+    if lacks := set(info["missing_keys"]):
+        raise InputError(f"--gguf-file {gguf_file}: loads in part: it has no weights for {some(lacks)}")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
@@ -267,7 +310,7 @@ def _pickled_refused(name: str, allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
+def _said_as_one_line(name: str, gguf_file: str | None, said: str = "") -> Iterator[None]:
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
@@ -276,21 +319,25 @@ def _said_as_one_line(name: str, gguf_file: str | None) -> Iterator[None]:
     if gguf_file and path.is_dir() and not (path / gguf_file).is_file():
         here = sorted(p.name for p in path.glob("*.gguf"))
         raise InputError(f"--gguf-file {gguf_file}: not in {name} (it has {', '.join(here) or 'no .gguf file'})")
-    try:
-        yield
-    except InputError:
-        raise
-    except pickle.UnpicklingError:
-        raise InputError(f"--model {name}: its pickled weights hold more than tensors, which is not read") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"--model {name}: it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
-            ) from None
-        if "ignore_mismatched_sizes" in str(error):  # transformers' words name an argument that nobody here can give
-            raise InputError(
-                f"--model {name}: its weights have other shapes than its config.json, or a head of the task's labels, asks for; "
-                "fetch it again, or start from a model without a head"
-            ) from None
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise InputError(f"--model {name}: {lines[0].strip()}") from error
+    where = path / gguf_file if gguf_file and path.is_dir() else name
+    with reading(f"--model {name}", where, said):
+        try:
+            yield
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:
+            if (line := _told(str(error))) is None:
+                raise
+            raise InputError(f"--model {name}: {line}") from error
+
+
+def _told(words: str) -> str | None:
+    """What to do where transformers' words name an argument that nobody here can give."""
+    if "trust_remote_code" in words:
+        return "it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
+    if "ignore_mismatched_sizes" in words:
+        return (
+            "its weights have other shapes than its config.json, or a head of the task's labels, asks for; "
+            "fetch it again, or start from a model without a head"
+        )
+    return None

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import platform
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import transformers
 from torch import nn
 
 from zotune import noise
-from zotune.directions import joined
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError, plain
 from zotune.methods import METHODS
 from zotune.models import schemes
 from zotune.models.loading import DTYPES
-from zotune.models.quantized import inner_tensors, is_quantized, library_versions
+from zotune.models.quantized import is_quantized, library_versions
+from zotune.record.fingerprints import fingerprint, machine, start
 from zotune.record.trajectory import Header, Record, Trajectory, read_file
 from zotune.run.folder import CALIBRATION
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer import parameter_groups
-from zotune.updates import Linear, Scalars
 
 AT_ONCE = 1024  # steps in one pass over the weights
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and persistent buffers, in order of their names."""
-    return _digest(model.state_dict().items())
-
-
-def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for inner in inner_tensors(tensor.detach()):
-            flat = inner.contiguous().view(-1).view(torch.uint8)
-            for first in range(0, flat.numel(), 1 << 26):
-                digest.update(flat[first : first + (1 << 26)].cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What the bits of a run may depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name} | {package: metadata.version(package) for package in ("zotune", "torch")}
-
-
-@cache
-def _processor() -> str:
-    """The processor's name, and the instructions that torch's kernels and libraries choose by it."""
-    name = platform.processor() or platform.machine()
-    try:
-        info = Path("/proc/cpuinfo").read_text(errors="replace")
-        name = next(
-            (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), name
-        )
-    except OSError:
-        pass
-    return f"cpu {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
@@ -84,14 +41,24 @@ def open_trajectory(path: str, until: str | None) -> tuple[Trajectory, int]:
     return whole, whole.chosen_step
 
 
-def check(header: Header, path: str) -> None:
-    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's."""
+def check(header: Header, path: str, method: str | None = None) -> None:
+    """Refuse what this version cannot apply, and a header whose parts are of the wrong kind: it may be a stranger's.
+
+    method: what the user named again. A method that is none of zotune's is code, and a file has no code imported.
+    """
     if header.noise_version != noise.NOISE_VERSION:
         raise InputError(
             f"{path}: its directions are of noise definition {header.noise_version}, this version draws "
             f"{noise.NOISE_VERSION}; use the zotune that wrote it ({header.versions.get('zotune', 'unknown')!s:.40})"
         )
-    if header.method not in METHODS:
+    if method not in (None, header.method):
+        raise InputError(f"--method {method}: the run's was {plain(header.method):.80}")
+    if header.method not in METHODS and ":" in header.method and method is None:
+        raise InputError(
+            f"{path}: its method is none of zotune's; where you know that module, name it again, to `zotune replay`: "
+            f"--method {plain(header.method):.80}"
+        )
+    if header.method not in METHODS and method is None:
         raise InputError(f"{path}: method {header.method!r:.80} is not known here; update zotune")
     base, queries = header.base, header.method_options.get("queries", 1)
     texts = [header.dtype, *(base.get(key) or "" for key in ("name", "scheme", "kind", "sha256", "start"))]
@@ -118,14 +85,15 @@ def rebuild(
     path: str,
     until: str | None = None,
     advance: Callable[[int], None] = lambda steps: None,
+    method: str | None = None,
 ) -> tuple[nn.Module, Trajectory, int, list[str]]:
     """The model with the weights of a step, the trajectory, the step, and why they may differ in the last bits (if at all).
 
-    load: dtype → the base model in it. Raises InputError for another base model, and for damage before the step.
+    load: dtype → the base model in it. method: see `check`. Raises InputError for another base, and for damage before the step.
     """
     trajectory, steps = open_trajectory(path, until)
     header = trajectory.header
-    check(header, path)
+    check(header, path, method)
     try:
         model = load(header.dtype or None)
         named = [f"{key} {header.base[key]}" for key in ("revision", "gguf_file") if header.base.get(key)]
@@ -155,11 +123,6 @@ def rebuild(
     return model, trajectory, steps, differ
 
 
-def start(model: nn.Module) -> str:
-    """`fingerprint` of what trains, of which a scheme may have made the first values."""
-    return _digest((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
 def _compare(expected: str | None, found: str, path: str, what: str) -> None:
     if expected and expected != found:
         raise InputError(f"{path}: the model is not the one that {what}: its weights differ")
@@ -179,48 +142,19 @@ def optimizer_of(model: nn.Module, header: Header) -> ZeroOrderOptimizer:
     )
     if len(optimizer.param_groups) != header.groups:
         raise ValueError(f"the header has {header.groups} parameter groups, this model {len(optimizer.param_groups)}")
-    optimizer.pairs = header.pairs // (optimizer.method.estimator.queries * len(optimizer.blocks))
+    optimizer.pairs = header.pairs // (optimizer.method.queries * len(optimizer.blocks))
+    optimizer.folds_by_query = "forward_tokens" not in header.method_options  # as it was before places shared a forward
     return optimizer
 
 
-@torch.no_grad()
 def apply(
     optimizer: ZeroOrderOptimizer, records: Sequence[Record], advance: Callable[[int], None] = lambda steps: None
 ) -> None:
     """Do to the weights what the recorded steps did, in order; many steps in a pass where a step is a list of coefficients."""
-    optimizer.land()
     for first in range(0, len(records), AT_ONCE):
         some = records[first : first + AT_ONCE]
-        if not _together(optimizer, some):
-            for record in some:
-                optimizer.apply_record(record)
-                if record.folded:
-                    optimizer.flush()
+        optimizer.apply_records(some)
         advance(len(some))
-
-
-def _together(optimizer: ZeroOrderOptimizer, records: Sequence[Record]) -> bool:
-    """Many steps, tensor by tensor, each rounded, or folded, as the run did. False where a step is more than Σ c·z."""
-    rule, engine = optimizer.method.rule, optimizer.engine
-    if not isinstance(rule, Linear) or len(optimizer.blocks) > 1 or rule.rounding != "nearest":
-        return False
-    if optimizer.enhancements.sequential or any(any(record.decay) for record in records):
-        return False
-    moves, waiting = [], optimizer._pending
-    for record in records:
-        if not record.skipped and not any(map(math.isnan, record.g)):
-            optimizer.pairs = len(record.g) // optimizer.method.estimator.queries
-            g_GQ = (record.g,) * engine.directions.groups
-            by = Scalars(optimizer._seeds(record.step, 0), g_GQ, record.lr, record.decay, record.choice)
-            waiting.append(rule.displacement(by))
-        if ((record.step + 1) % optimizer.fold_every == 0 or record.folded) and waiting:
-            moves.append(joined(waiting))
-            waiting.clear()
-    for group in optimizer.param_groups:
-        group["step"] += len(records)
-    at_once = max((len(by.seeds_Q) for by in moves), default=1) if optimizer.fold_every > 1 else optimizer.pairs
-    engine.apply_each(moves, at_once)
-    return True
 
 
 def described(trajectory: Trajectory, steps: int, differ: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from zotune.errors import InputError, StorageError
-from zotune.options import load_yaml
+from zotune.files.reading import load_yaml
 
 CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
@@ -65,9 +66,9 @@ class RunFolder:
         if not resume:
             raise InputError(f"--output {self.path}: holds a run; go on with --resume, or start anew with --overwrite")
         old = self._config()
-        changed = [k for k in config if k not in FREE and old.get(k) != config[k]]
+        changed = [change for k in config if k not in FREE for change in _changes(k, old.get(k), config[k])]
         if changed:
-            said = ", ".join(f"{k} was {old.get(k)!r:.80}, is {config[k]!r:.80}" for k in changed)
+            said = ", ".join(f"{k} was {was!r:.80}, is {now!r:.80}" for k, was, now in changed)
             raise InputError(f"--output {self.path}: holds a run of other options ({said}); --resume changes none")
 
     def _config(self) -> dict[str, Any]:
@@ -197,7 +198,18 @@ class RunFolder:
         return value if isinstance(value, dict) else {}
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomically(self / name, json.dumps(value, indent=2) + "\n")
+        write_atomically(self / name, as_json(value, indent=2) + "\n")
+
+
+def _changes(name: str, was: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """What differs, of two mappings key by key."""
+    if was == now:
+        return []
+    if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+        return [(name, was, now)]
+    return [change for k in {**was, **now} for change in _changes(f"{name}.{k}", was.get(k), now.get(k))] or [
+        (name, was, now)
+    ]
 
 
 def check_model_folder(path: Path, overwrite: bool) -> None:
@@ -224,10 +236,30 @@ def model_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(place)
         os.replace(temporary, place)
         sync(place.parent)
+    except InputError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(f"--output {path}: cannot be written ({said})") from error
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A number that is not finite is null: JSON has none.
+
+    >>> as_json({"loss": float("nan"), "g": [1.0, float("inf")]})
+    '{"loss": null, "g": [1.0, null]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

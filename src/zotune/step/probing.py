@@ -1,151 +1,158 @@
-"""The losses that an estimator asks for, from whichever engine, of one batch or several."""
+"""The losses that a method asks for, from whichever engine, of one batch or several."""
 
-# Q queries, G directions over the rows of a step, B rows, P probes.
+# C copies of a batch, K directions over the rows of a step, B rows, Q directions of a step (queries × pairs), G parameter groups.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement
-from zotune.engines.sequential import SequentialEngine, same_draws
-from zotune.estimators import Estimator, TwoSided
+from zotune.engines import Engine
+from zotune.engines.forward_mode import ForwardModeEngine
+from zotune.engines.places import Copy, Places, as_losses, rows_in
+from zotune.engines.reads import same_draws
+from zotune.step.arithmetic import Given, clipped, projected
 
-Where = Callable[[int, int], "Displacement | HeldDisplacement"]
+if TYPE_CHECKING:
+    from zotune.methods import Method
+    from zotune.updates import Conservative
+
+Loss = Callable[[Any], Any]
 
 
-def probe(
-    engine: SequentialEngine,
-    estimator: Estimator,
-    loss: Callable[[Any], Any],
+def look(
+    engine: Engine,
+    method: Method,
+    loss: Loss,
     batches: Sequence[Any],
-    at: Where,
-    shares_G: Sequence[int] = (1,),
-) -> list[Any]:
-    """Losses (a 0-d float64 tensor, or whatever number the loss gave) in the order of the estimator's probes.
+    at: Displacement | HeldDisplacement,
+    given: Given,
+    shares_K: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Losses (C, K) float64 and projected gradients (G, Q): what the method sees of these batches.
 
-    at: (query, sign) → the displacement, of one direction or of G. shares_G: with several directions, how many of the
-    step's rows, which run on over its batches, each has; losses then come direction by direction within a query.
+    at: the step's directions, each with its eps; with 1 for directional derivatives.
     """
-    if not isinstance(estimator, TwoSided):
-        return _one_by_one(engine, estimator, loss, batches, at)
-    found: list[Any] = []
-    for query in range(estimator.queries):
-        pairs: list[tuple[Any, Any]] = []
-        first = 0
-        for batch in batches:
-            where = at(query, +1)
-            if len(shares_G) > 1:
-                directions, shares = _window(shares_G, first, _rows(batch, shares_G))
-                first += sum(shares)
-                pairs.append(engine.both(loss, batch, where.some(*directions), shares))
-            else:
-                pairs.append(engine.both(loss, batch, where.some(0, 1)))
-        plus, minus = (_joined([pair[side] for pair in pairs]) for side in range(2))
-        if len(shares_G) == 1:
-            found += [_mean(plus), _mean(minus)]
-            continue
-        for side in (plus, minus):
-            if not isinstance(side, Tensor) or side.numel() != sum(shares_G):
-                size = side.numel() if isinstance(side, Tensor) else 1
-                raise ValueError(
-                    f"groups: the loss gives {size} numbers for {sum(shares_G)} rows; return one a row, in their order"
-                )
-        means = [_means(side.view(-1).double(), shares_G) for side in (plus, minus)]
-        found += [loss for both in zip(*means, strict=True) for loss in both]
-    return found
+    if method.estimator is None:
+        return derivatives(engine, loss, batches, at, given)
+    losses_CK = losses_at(engine, method, loss, batches, at, shares_K, given.pairs)
+    if not isinstance(at, HeldDisplacement):  # the host's own numbers follow: one wait for the device
+        losses_CK = losses_CK.cpu()
+    return losses_CK, projected(method.estimator, method.rule, losses_CK, given)
 
 
-def _one_by_one(
-    engine: SequentialEngine, estimator: Estimator, loss: Callable[[Any], Any], batches: Sequence[Any], at: Where
-) -> list[Any]:
-    found: list[Any] = []
+def losses_at(
+    engine: Engine,
+    method: Method,
+    loss: Loss,
+    batches: Sequence[Any],
+    at: Displacement | HeldDisplacement,
+    shares_K: Sequence[int],
+    pairs: int,
+) -> Tensor:
+    """(C, K) float64: the mean over the rows of each place. The rows of a step run on over its batches."""
+    assert method.estimator is not None
+    probes, first = method.estimator.probes, 0
+    found = []
+    for batch in batches:
+        start, shares = 0, tuple[int, ...]((1,))
+        if len(shares_K) > 1:
+            rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)
+            start, shares = window(shares_K, first, rows)
+            first += rows
+        copies = tuple(Copy(probe.sign, probe.query * pairs + start if probe.sign else 0) for probe in probes)
+        found.append(engine.losses(loss, batch, Places(at, copies, shares)))
+    losses_CB = (found[0] if len(found) == 1 else torch.cat([some.double() for some in found], 1)).double()
+    if len(shares_K) == 1:
+        return losses_CB.mean(1, keepdim=True)
+    if losses_CB.shape[1] != sum(shares_K):
+        raise ValueError(
+            f"groups: the loss gives {losses_CB.shape[1]} numbers for {sum(shares_K)} rows; return one a row, in their order"
+        )
+    if len({*shares_K}) == 1:
+        return losses_CB.unflatten(1, (len(shares_K), -1)).mean(2)
+    return torch.stack([part.mean(1) for part in losses_CB.split(list(shares_K), 1)], 1)
+
+
+def derivatives(
+    engine: Engine, loss: Loss, batches: Sequence[Any], along: Displacement | HeldDisplacement, given: Given
+) -> tuple[Tensor, Tensor]:
+    """L(θ) of each direction's forward (Q, 1), and the derivatives along the directions (G, Q), alike for all groups."""
+    assert isinstance(engine, ForwardModeEngine)
     redraw = same_draws(engine.directions.params)
-    for asked in estimator.probes:
-        if found:
-            redraw()
-        where = at(asked.query, asked.sign)
-        found.append(loss_at(engine, loss, batches, where))
-    return found
+    found = []
+    for q in range(len(along.seeds_Q)):
+        redraw()
+        found.append(engine.derivative(lambda: whole(loss, batches), along.some(q, q + 1)))
+    losses_Q, d_Q = (torch.stack(numbers).double() for numbers in zip(*found, strict=True))
+    if not isinstance(along, HeldDisplacement):
+        losses_Q, d_Q = torch.stack([losses_Q, d_Q]).cpu().unbind()
+    return losses_Q[:, None], clipped(d_Q.expand(len(given.eps_G), -1), given.most)
 
 
-def loss_at(
-    engine: SequentialEngine, loss: Callable[[Any], Any], batches: Sequence[Any], at: Displacement | HeldDisplacement
-) -> Any:
-    """The loss over the batches at θ + displacement."""
-    return _mean(_joined([engine.loss(partial(loss, batch), at) for batch in batches]))
+def best_of_three(
+    engine: Engine,
+    rule: Conservative,
+    loss: Loss,
+    batches: Sequence[Any],
+    losses_CK: Tensor,
+    signs: Sequence[int],
+    move: Displacement | HeldDisplacement,
+) -> Tensor:
+    """0-d: which of θ, θ + move and θ − move has the least loss on the step's batches: 0, 1 or 2."""
+    redraw = same_draws(engine.directions.params)
+    here = [losses_CK[c, 0] for c, sign in enumerate(signs) if sign == 0][:1]
+    places: list[Displacement | HeldDisplacement] = [Displacement(), move, move.negated()]
+    found = []
+    for at in places[len(here) :]:
+        redraw()
+        found.append(loss_at(engine, loss, batches, at))
+    return rule.choose(torch.stack([*here, *(one.to(losses_CK.device) for one in found)]))
 
 
-def whole(loss: Callable[[Any], Any], batches: Sequence[Any]) -> Any:
+def loss_at(engine: Engine, loss: Loss, batches: Sequence[Any], at: Displacement | HeldDisplacement) -> Tensor:
+    """0-d float64: the loss over the batches at θ + displacement."""
+    found = [as_losses(engine.loss(partial(loss, batch), at)) for batch in batches]
+    return (found[0] if len(found) == 1 else torch.cat(found)).double().mean()
+
+
+def whole(loss: Loss, batches: Sequence[Any]) -> Any:
     """The losses of all batches as the loss gives them, for differentiation."""
-    return _joined([loss(batch) for batch in batches])
-
-
-def _joined(losses: list[Any]) -> Any:
-    for loss in losses:
-        if not (isinstance(loss, Tensor) and loss.numel()):
-            _refuse_no_loss(loss)
+    losses = [loss(batch) for batch in batches]
+    for one in losses:
+        if not (isinstance(one, Tensor) and one.numel()):
+            as_losses(one)  # what is no loss raises
     if len(losses) == 1:
         return losses[0]
-    if all(isinstance(loss, Tensor) for loss in losses):
-        return torch.cat([loss.view(-1) for loss in losses])
-    return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+    if all(isinstance(one, Tensor) for one in losses):
+        return torch.cat([one.view(-1) for one in losses])
+    return torch.tensor([float(one) for one in losses], dtype=torch.float64)
 
 
-def _refuse_no_loss(loss: Any) -> None:
-    """Raises TypeError or ValueError, which name the closure, for what is no loss. The mean of no number would be a NaN, and
-    a step with one is skipped: nobody would hear of it.
+def window(shares_K: Sequence[int], first: int, rows: int) -> tuple[int, tuple[int, ...]]:
+    """The first direction of the rows first … first + rows − 1, and how many of these rows it and each further one has.
+
+    >>> window((2, 3, 2), 3, 3)
+    (1, (2, 1))
     """
-    if loss is None:
-        raise TypeError("the closure returned None; it has to return the loss")
-    if isinstance(loss, (int, float)):
-        return
-    try:
-        numbers = torch.as_tensor(loss, dtype=torch.float64).numel()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"the closure returned a {type(loss).__name__}; it has to return the loss, a number or a tensor"
-        ) from None
-    if not numbers:
-        raise ValueError("the closure returned an empty tensor; it has to return the loss, of at least one row")
-
-
-def _means(losses_B: Tensor, shares_G: Sequence[int]) -> list[Tensor]:
-    """The mean over each direction's rows."""
-    if len({*shares_G}) == 1:
-        return list(losses_B.view(len(shares_G), -1).mean(1).unbind())
-    return [part.mean() for part in losses_B.split(list(shares_G))]
-
-
-def _mean(loss: Any) -> Any:
-    return loss.detach().double().mean() if isinstance(loss, Tensor) else loss
-
-
-def _rows(batch: Any, shares_G: Sequence[int]) -> int:
-    from zotune.engines.following import rows_in
-
-    return rows_in(batch) if isinstance(batch, dict) else sum(shares_G)
-
-
-def _window(shares_G: Sequence[int], first: int, rows: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """The directions (from, to) of the rows first … first + rows − 1, and how many of these rows each has."""
     inside, start, chosen = [], 0, []
-    for g, share in enumerate(shares_G):
+    for k, share in enumerate(shares_K):
         own = min(start + share, first + rows) - max(start, first)
         if own > 0:
-            chosen.append(g)
+            chosen.append(k)
             inside.append(own)
         start += share
-    return (chosen[0], chosen[-1] + 1), tuple(inside)
+    return chosen[0], tuple(inside)
 
 
 def shares(rows: int, groups: int) -> tuple[int, ...]:
-    """How many of the rows each of G directions gets: row i under direction i·G // rows.
+    """How many of the rows each of so many directions gets: row i under direction i·K // rows.
 
     >>> shares(10, 4)
     (3, 2, 3, 2)
@@ -156,50 +163,12 @@ def shares(rows: int, groups: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(bounds))
 
 
-def spread(estimator: Estimator, losses_P: Sequence[Any], shares_G: Sequence[int], pairs: int) -> list[Any]:
-    """d of each of the step's directions (queries × pairs), to be divided by eps: g = d/eps.
+def sides(signs: Sequence[int], losses_P: Sequence[float], directions: int = 1) -> tuple[list[float], list[float]]:
+    """The losses at θ + εz, and the others, in order. signs: of the copies. directions: over the rows of each, see `StepRecord`.
 
-    With G of them over the rows each is weighted by n_k·pairs/B, so that −lr·g/pairs is −lr·(n_k/B)·g_k; a short batch
-    has zeros for the directions that it lacks.
+    >>> sides((1, -1), (1.0, 2.0, 3.0, 4.0), directions=2)
+    ([1.0, 2.0], [3.0, 4.0])
     """
-    if len(shares_G) == 1 and pairs == 1:
-        return estimator.differences(losses_P)
-    directions, rows = len(shares_G), sum(shares_G)
-    d_Q = TwoSided(len(losses_P) // 2).differences(losses_P)
-    weights = [share * pairs / rows for share in shares_G]
-    found: list[Any] = []
-    for query in range(len(d_Q) // directions):
-        own = d_Q[query * directions : (query + 1) * directions]
-        found += [d if weight == 1 else d * weight for d, weight in zip(own, weights, strict=True)]
-        found += [own[0] * 0.0] * (pairs - directions)
-    return found
-
-
-def spread_on_device(estimator: Estimator, losses_P: Tensor, shares_G: Sequence[int], pairs: int) -> Tensor:
-    """`spread`, to the bit, as a tensor: a few operations for any number of directions."""
-    if len(shares_G) == 1 and pairs == 1:
-        return torch.stack(spread(estimator, list(losses_P), shares_G, pairs))
-    rows = sum(shares_G)
-    weights = [share * pairs / rows for share in shares_G]
-    plus_QG, minus_QG = losses_P.view(-1, len(shares_G), 2).unbind(-1)
-    d_QG = (plus_QG - minus_QG) / 2
-    if any(weight != 1 for weight in weights):
-        # by floats, one a direction: a tensor of weights would be a copy from the host, which a capture refuses
-        d_QG = torch.stack([d_Q * weight for d_Q, weight in zip(d_QG.unbind(1), weights, strict=True)], 1)
-    return torch.nn.functional.pad(d_QG, (0, pairs - len(shares_G))).flatten()
-
-
-def sides(estimator: Estimator, losses_P: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The losses at θ + εz, and the others, of any number of directions."""
-    signs = [asked.sign for asked in estimator.probes] * (len(losses_P) // len(estimator.probes))
-    plus = [loss for loss, sign in zip(losses_P, signs, strict=True) if sign > 0]
-    return plus, [loss for loss, sign in zip(losses_P, signs, strict=True) if sign <= 0]
-
-
-def centre(estimator: Estimator, losses_P: Sequence[float], shares_G: Sequence[int]) -> float:
-    """L(θ) as far as the probes tell it: with several directions, the mean over the rows."""
-    if len(shares_G) == 1:
-        return estimator.centre(losses_P)
-    queries = len(losses_P) // (2 * len(shares_G))
-    means = [(losses_P[2 * k] + losses_P[2 * k + 1]) / 2 for k in range(len(losses_P) // 2)]
-    return sum(share * m for share, m in zip(list(shares_G) * queries, means, strict=True)) / (queries * sum(shares_G))
+    signs_P = [sign for sign in signs for _ in range(directions)] * (len(losses_P) // (len(signs) * directions))
+    plus = [loss for loss, sign in zip(losses_P, signs_P, strict=True) if sign > 0]
+    return plus, [loss for loss, sign in zip(losses_P, signs_P, strict=True) if sign <= 0]

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zotune.errors import InputError
+from zotune.tasks.conversations import is_learned
+from zotune.tasks.ends import marks
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+Said = Mapping[str, Any]  # what a row tells the template besides, such as `tools`
 
 
 def check_template(tokenizer: Any) -> None:
@@ -23,26 +26,55 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def question_ids(tokenizer: Any, messages: Messages, where: str) -> list[int]:
+def check_honoured(tokenizer: Any, messages: Messages, where: str, said: Said) -> None:
+    """Raises InputError where the template writes neither the tools nor the calls of them that the messages come with."""
+    whole = _written(tokenizer, messages, where, False, said)
+    without = {key: value for key, value in said.items() if key != "tools"}
+    bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    told = "; take a model whose template does, or rows without"
+    if "tools" in said and _written(tokenizer, messages, where, False, without) == whole:
+        raise InputError(f"{where}: field 'tools': the chat template of --model writes no tools{told}")
+    if bare != list(messages) and _written(tokenizer, bare, where, False, said) == whole:
+        raise InputError(f"{where}: 'tool_calls': the chat template of --model writes none{told}")
+
+
+def end_marks(tokenizer: Any) -> set[int]:
+    """The token that the template writes behind a reply, if it is one that may end an answer."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, _ = conversation_ids(tokenizer, talk, 0, "")
+    except InputError:  # a template that wants other messages
+        return set()
+    return {ids[-1]} & marks(tokenizer)
+
+
+def question_ids(tokenizer: Any, messages: Messages, where: str, said: Said = {}) -> list[int]:  # noqa: B006  # it is only read
     """The conversation up to where the assistant's next turn begins."""
-    text = _written(tokenizer, messages, where, True)
+    text = _written(tokenizer, messages, where, True, said)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def conversation_ids(tokenizer: Any, messages: Messages, learned: int, where: str) -> tuple[list[int], list[int]]:
+def conversation_ids(
+    tokenizer: Any,
+    messages: Messages,
+    learned: int,
+    where: str,
+    said: Said = {},  # noqa: B006
+) -> tuple[list[int], list[int]]:
     """Ids of the whole conversation, up to the last that counts, and the places in it that do.
 
-    What counts is what the template writes for an assistant's turn (from message `learned` on) behind the words that ask for
-    one: the reply and the mark of its end. A turn that the template writes otherwise once others follow it does not
-    count, except as the last (Qwen3 drops the thoughts of earlier turns). Raises InputError where no turn is found.
+    What counts is what the template writes for an assistant's turn (from message `learned` on, but those of weight 0) behind the
+    words that ask for one: the reply and the mark of its end. Where it writes none, the tokenizer's end stands behind the last
+    reply. A turn that the template writes otherwise once others follow it does not count, except as the last (Qwen3 drops the
+    thoughts of earlier turns). Raises InputError where no turn is found.
     """
-    whole = _written(tokenizer, messages, where, False)
+    whole = _written(tokenizer, messages, where, False, said)
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < learned:
+        if not is_learned(message) or i < learned:
             continue
-        before = _written(tokenizer, messages[:i], where, True)
-        through = _written(tokenizer, messages[: i + 1], where, False).rstrip()
+        before = _written(tokenizer, messages[:i], where, True, said)
+        through = _written(tokenizer, messages[: i + 1], where, False, said).rstrip()
         if len(before) < len(through) and through.startswith(before) and whole.startswith(through):
             spans.append((len(before), len(through)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -53,7 +85,11 @@ def conversation_ids(tokenizer: Any, messages: Messages, learned: int, where: st
     ]
     if not places:
         raise InputError(f"{where}: the assistant's turns are not found in what the chat template writes")
-    return list(encoded["input_ids"])[: places[-1] + 1], places
+    ids = list(encoded["input_ids"])[: places[-1] + 1]
+    if ids[-1] not in marks(tokenizer) and spans[-1][1] >= len(whole.rstrip()) and tokenizer.eos_token_id is not None:
+        places.append(len(ids))
+        ids.append(tokenizer.eos_token_id)
+    return ids, places
 
 
 def remaining(messages: Messages, learned: int) -> Iterator[tuple[Messages, int]]:
@@ -68,9 +104,9 @@ def remaining(messages: Messages, learned: int) -> Iterator[tuple[Messages, int]
             yield [*messages[:head], *messages[i:]], max(0, learned - (i - head))
 
 
-def question_places(tokenizer: Any, messages: Messages, where: str, asks: bool) -> list[int]:
+def question_places(tokenizer: Any, messages: Messages, where: str, asks: bool, said: Said = {}) -> list[int]:  # noqa: B006
     """Places of the tokens of the longest message that is not the assistant's; none where the template changes it."""
-    text = _written(tokenizer, messages, where, asks)
+    text = _written(tokenizer, messages, where, asks, said)
     content = max((m["content"].strip() for m in messages if m["role"] != "assistant"), key=len)
     start = text.find(content) if content else -1
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -86,10 +122,11 @@ def places_within(text: str, offsets: Sequence[tuple[int, int]], start: int, end
     ]
 
 
-def _written(tokenizer: Any, messages: Messages, where: str, asks: bool) -> str:
+def _written(tokenizer: Any, messages: Messages, where: str, asks: bool, said: Said) -> str:
     import jinja2
 
+    bare = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
-    except jinja2.TemplateError as error:
+        return str(tokenizer.apply_chat_template(bare, tokenize=False, add_generation_prompt=asks, **said))
+    except (jinja2.TemplateError, TypeError) as error:
         raise InputError(f"{where}: the tokenizer's chat template refuses these messages ({error})") from None

@@ -6,14 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.errors import InputError
-from zotune.tasks.chat import conversation_ids, places_within, question_ids, question_places, remaining
+from zotune.models.ids import refuse_beyond
+from zotune.tasks.chat import (
+    check_honoured,
+    conversation_ids,
+    places_within,
+    question_ids,
+    question_places,
+    remaining,
+)
+from zotune.tasks.ends import marks
 from zotune.tasks.task import MASK, Example
 
 
@@ -24,6 +33,7 @@ class Encoded:
     counted: the places in the one candidate whose tokens count, where not all do.
     mask, tail: of a masked model, the token that stands in the answer's place, once for each of its tokens, and what follows it.
     A classifier's candidates add nothing: they are its outputs. outputs: which of them is each candidate's; (): they are in order.
+    ended: whether the answer's last token is its end.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +46,7 @@ class Encoded:
     mask: int | None = None
     tail: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    ended: bool = False
 
     @property
     def learned(self) -> int:
@@ -63,12 +74,15 @@ class Encoder:
     """Turns examples into ids, refusing what the model cannot take.
 
     The answer's tokens are what the tokenizer makes of it when prompt and answer are encoded as one text, so that the model
-    sees the tokens that it was trained on. max_length: prompt and answer together; None refuses whatever is longer
-    than the model takes, a number cuts longer prompts; see `_fit`.
+    sees the tokens that it was trained on. An answer to generate ends in the token that the row writes for it, else in the task's
+    end, else in the tokenizer's; a text in one that it writes, else in the tokenizer's.
+
+    max_length: prompt and answer together; None refuses whatever is longer than the model takes, a number cuts longer prompts; see
+    `_fit`.
 
     kind "causal": the answer follows the prompt. "masked": the answer stands where the prompt has `<mask>` (or the tokenizer's own
     mask), else at its end, before a full stop; an answer of k tokens is k masks. "classifier": the prompt alone.
-    outputs: of a classifier, the output of each of the task's labels.
+    outputs: of a classifier, the output of each of the task's labels. vocabulary: ids that the model has a row for.
     """
 
     def __init__(
@@ -78,6 +92,7 @@ class Encoder:
         max_length: int | None = None,
         kind: str = "causal",
         outputs: Sequence[int] = (),
+        vocabulary: int | None = None,
     ) -> None:
         self.outputs = () if list(outputs) == [*range(len(outputs))] else tuple(outputs)
         if max_length is not None and model_takes is not None and max_length > model_takes:
@@ -88,8 +103,19 @@ class Encoder:
             )
             raise InputError(f"--model-kind masked: the model's tokenizer {lacks}")
         self.tokenizer, self.model_takes, self.max_length, self.kind = tokenizer, model_takes, max_length, kind
+        self.vocabulary = vocabulary
+        self.marks = marks(tokenizer)
+        self.marks_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.marks)))
+        self.before, self.behind = _around(tokenizer)
 
     def __call__(self, example: Example) -> Encoded:
+        row = self._row(example)
+        mask = [] if row.mask is None else [row.mask]
+        ids = [*row.prompt, *chain(*row.candidates), *mask, *row.tail]
+        refuse_beyond(ids, self.vocabulary, self.tokenizer, example.where)
+        return row
+
+    def _row(self, example: Example) -> Encoded:
         if self.kind == "causal":
             return self._continued(example)
         if example.messages or not example.prompt:
@@ -98,7 +124,7 @@ class Encoder:
             )
         label = -1 if example.label is None else example.label
         if self.kind == "classifier":
-            ids = tuple(self.tokenizer(example.prompt, verbose=False)["input_ids"])
+            ids = tuple(self._encoded(example.prompt)[0])
             kept, cut = self._fit(ids, 0, example, "the prompt is")
             return Encoded(kept, ((),) * len(example.candidates), label, cut, outputs=self.outputs)
         prompt, answers, tail = self._filled(example)
@@ -115,7 +141,10 @@ class Encoder:
         if example.candidates == ("",):  # nothing to train on: an answer is to be generated
             kept, cut = self._fit(tuple(prompt), 0, example, "the prompt is")
             return Encoded(kept, ((),), -1, cut, example.golds)
-        whole = [self._ids(example.prompt + text) for text in example.candidates]
+        if example.end is None:
+            whole = [self._ids(example.prompt + text) for text in example.candidates]
+        else:
+            whole = [self._ended(example.prompt, text, example.end, example.where) for text in example.candidates]
         shared = min(_common_prefix(prompt, ids) for ids in whole)
         if shared == 0:
             raise InputError(f"{example.where}: the prompt has no token of its own before the answer")
@@ -125,12 +154,13 @@ class Encoder:
                 raise InputError(f"{example.where}: the answer {text!r} adds no token to the prompt")
         kept, cut = self._fit(tuple(prompt[:shared]), max(map(len, answers)), example, "prompt and answer are")
         label = -1 if example.label is None else example.label
-        return Encoded(kept, answers, label, cut, example.golds, example.names)
+        return Encoded(kept, answers, label, cut, example.golds, example.names, ended=example.end is not None)
 
     def _text(self, example: Example) -> Encoded:
         """Plain text: every token but the first counts, and the end of the text. What is too long loses its end."""
-        ids, limit = self._ids(example.candidates[0]), self.max_length or self.model_takes
-        if self.tokenizer.eos_token_id is not None:
+        limit = self.max_length or self.model_takes
+        ids = self._marked(example.candidates[0]) or self._ids(example.candidates[0])
+        if ids[-1] not in self.marks and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
         cut = max(0, len(ids) - limit) if limit is not None else 0
         if cut and self.max_length is None:
@@ -141,18 +171,20 @@ class Encoder:
         ids = ids[: len(ids) - cut]
         if len(ids) < 2:
             raise InputError(f"{example.where}: a text of one token has nothing to predict")
-        return Encoded(tuple(ids[:1]), (tuple(ids[1:]),), 0, cut)
+        return Encoded(tuple(ids[:1]), (tuple(ids[1:]),), 0, cut, ended=ids[-1] in self.marks)
 
     def _conversation(self, example: Example) -> Encoded:
         """The chat template's words; assistant turns count. What is too long loses its oldest turns, then the question's start."""
         asks, limit, longest = example.label is None, self.max_length or self.model_takes, 0
         ids: list[int] = []
         places: list[int] = []  # of what counts
+        if "tools" in example.template or any("tool_calls" in message for message in example.messages):
+            check_honoured(self.tokenizer, example.messages, example.where, example.template)
         for messages, learned in remaining(example.messages, example.learned):
             if asks:
-                ids, places = question_ids(self.tokenizer, messages, example.where), []
+                ids, places = question_ids(self.tokenizer, messages, example.where, example.template), []
             else:
-                ids, places = conversation_ids(self.tokenizer, messages, learned, example.where)
+                ids, places = conversation_ids(self.tokenizer, messages, learned, example.where, example.template)
             longest = longest or len(ids)
             if limit is None or len(ids) <= limit:
                 break
@@ -162,7 +194,7 @@ class Encoder:
                     f"start with --max-length {limit}"
                 )
         if limit is not None and (more := len(ids) - limit) > 0:
-            question = question_places(self.tokenizer, messages, example.where, asks)
+            question = question_places(self.tokenizer, messages, example.where, asks, example.template)
             if len(question) <= more:
                 raise InputError(f"{example.where}: --max-length {limit} leaves no room for the question")
             ids = ids[: question[0]] + ids[question[0] + more :]
@@ -175,7 +207,8 @@ class Encoder:
         answer = tuple(ids[first:])
         if len(counted) == len(answer):
             counted = ()
-        return Encoded(tuple(ids[:first]), (answer,), 0, cut, example.golds, (), counted)
+        ended = answer[-1] in self.marks
+        return Encoded(tuple(ids[:first]), (answer,), 0, cut, example.golds, (), counted, ended=ended)
 
     def _filled(self, example: Example) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...]]:
         """The ids before the answer, those of each candidate in its place, and the ids behind it."""
@@ -187,8 +220,8 @@ class Encoder:
         answers = []
         for candidate in example.candidates:
             word = candidate.strip() if len(parts) == 2 else candidate
-            encoded = self.tokenizer(before + word + after, return_offsets_mapping=True, verbose=False)
-            ids, spans = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+            made, spans = self._encoded(before + word + after, spans=True)
+            ids = tuple(made)
             text, end = before + word, len(before) + len(word)
             start = end - len(word.lstrip())
             start -= text[:start].endswith(
@@ -228,26 +261,59 @@ class Encoder:
         """Places in the prompt's ids of the tokens of the longest field that is within them."""
         if not example.fields or not self.tokenizer.is_fast:
             return []
-        encoded = self.tokenizer(example.prompt, return_offsets_mapping=True, verbose=False)
+        ids, spans = self._encoded(example.prompt, spans=True)
         found: list[int] = []
         for start, end in example.fields:
-            places = places_within(example.prompt, encoded["offset_mapping"], start, end)
+            places = places_within(example.prompt, spans, start, end)
             places = [place for place in places if place < len(prompt)]
-            if places and tuple(encoded["input_ids"][: places[-1] + 1]) == prompt[: places[-1] + 1]:
+            if places and tuple(ids[: places[-1] + 1]) == prompt[: places[-1] + 1]:
                 found = max(found, places, key=len)
         return found
 
     def _ids(self, text: str) -> list[int]:
-        """Ids with the tokenizer's own start (BOS, CLS), without its end (EOS, SEP): the answer follows."""
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None}
-        while len(ids) > 1 and ids[-1] in ends:
-            ids.pop()
-        return ids
+        """Ids with the tokenizer's own start (BOS, CLS), without the end that it adds (EOS, SEP): the answer follows."""
+        ids, _ = self._encoded(text)
+        return ids[: len(ids) - self.behind]
+
+    def _encoded(self, text: str, spans: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids with all that the tokenizer adds, and their places in the text. A text that begins with the tokenizer's start itself,
+        as templates of chats do, gets no second one."""
+        made = self.tokenizer(text, verbose=False, **({"return_offsets_mapping": True} if spans else {}))
+        ids, places = list(made["input_ids"]), list(made["offset_mapping"]) if spans else []
+        n = self.before
+        twice = n > 0 and ids[:n] == ids[n : 2 * n]
+        return ids[n * twice :], places[n * twice :]
+
+    def _marked(self, text: str) -> list[int] | None:
+        """The ids of a text that ends itself, by a special token; white space behind that is left out."""
+        if not (text := text.rstrip()).endswith(self.marks_texts):
+            return None
+        ids = self._ids(text)
+        return ids if ids and ids[-1] in self.marks else None
+
+    def _ended(self, prompt: str, answer: str, end: str, where: str) -> list[int]:
+        """Ids of prompt and answer and its end."""
+        if (marked := self._marked(prompt + answer)) is not None:
+            return marked
+        if end:
+            return self._ids(prompt + answer + ("" if answer.endswith(end) else end))
+        if self.tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{where}: nothing ends the answer, since the tokenizer of --model has no end token; give the rows one of its "
+                'special tokens behind their answers, or a task\'s file a line `end: "\\n"`'
+            )
+        return [*self._ids(prompt + answer), self.tokenizer.eos_token_id]
 
     def _special_head(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         starts = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} - {None}
         return ids[:1] if ids[0] in starts else ()
+
+
+def _around(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens the tokenizer adds before a text, and behind it."""
+    mask = tokenizer("a", return_special_tokens_mask=True, verbose=False)["special_tokens_mask"]
+    before = next((i for i, added in enumerate(mask) if not added), len(mask))
+    return before, next((i for i, added in enumerate(reversed(mask[before:])) if not added), 0)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

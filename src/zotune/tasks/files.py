@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from zotune.errors import InputError, nearest
-from zotune.options import Options, fault_line, read_yaml
+from zotune.files.checked import Options, Positive, fault_line
+from zotune.files.reading import read_yaml
 from zotune.tasks.task import MADE_BY_ASK, METRICS, Hub, Task
 
 SUFFIXES = (".yaml", ".yml")
@@ -41,6 +42,8 @@ class Definition(Options):
     messages_field: str | None = None
     ask: str | None = None
     generates: bool = False
+    end: str | None = None
+    max_new_tokens: Positive | None = None
     metric: str | None = None
     validation_size: int | None = None
 

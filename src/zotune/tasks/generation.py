@@ -1,22 +1,25 @@
-"""Answers that a model writes: greedy, in batches, up to the end of the line, or of the reply."""
+"""Answers that a model writes: greedy, in batches, up to their end."""
 
-# B rows, T tokens.
+# B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import LogitsProcessor
 
 from zotune.errors import InputError
-from zotune.models.kinds import without_adapter
+from zotune.models.finite import refuse_rows
 from zotune.models.loading import length_limit
+from zotune.tasks import ends
+from zotune.tasks.chat import end_marks
 from zotune.tasks.encoding import Encoded
 
+LINE = "\n"  # ends an answer where the task names no other end
 MOST_TOKENS = 50
 REPLY_TOKENS = 256  # of a reply in a conversation, which may have several lines
 
@@ -32,6 +35,32 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     return ids_BT, mask_BT
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote. ended: before the most tokens that it may have. finite: all its logits were numbers."""
+
+    text: str
+    ended: bool = True
+    finite: bool = True
+
+
+class _Finite(LogitsProcessor):
+    """Looks whether a row's logits are numbers, token by token; where they are none the likeliest token is any. It reads the logits
+    once more, beside the head that makes them, and waits for no device."""
+
+    def __init__(self) -> None:
+        self.seen_B: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        self.seen_B.append(scores.amax(-1).isfinite())  # NaN goes through a maximum
+        return scores
+
+    def first_not(self) -> list[int]:
+        """Of each row the place of the first token whose logits were no numbers; behind all tokens where there is none."""
+        rows = torch.stack(self.seen_B, 1).tolist()
+        return [row.index(False) if False in row else len(row) for row in rows]
+
+
 def write(
     model: nn.Module,
     tokenizer: Any,
@@ -41,10 +70,14 @@ def write(
     pad_id: int,
     most: int | None = None,
     reply: bool = False,
-) -> list[str]:
-    """The line that the model writes after each prompt, greedily, at most so many tokens; reply: all its lines.
+    end: str | None = LINE,
+    more_ends: Iterable[int] = (),
+) -> list[Answer]:
+    """What the model writes after each prompt, greedily, up to its end, at most so many tokens.
 
-    Never more than the model takes. Raises InputError where a prompt leaves no room.
+    It ends at the tokenizer's end, the model's own (`generation_config`) or one of more_ends, and at the text `end` if one is
+    given. reply: of a conversation, up to the mark that the chat template writes; of more tokens. Never more than the model takes.
+    Raises InputError where a prompt leaves no room.
     """
     most = most or (REPLY_TOKENS if reply else MOST_TOKENS)
     takes = length_limit(model)
@@ -53,33 +86,32 @@ def write(
             f"a prompt of {ids_BT.shape[1]} tokens leaves no room to answer, the model takes {takes}; cut its start with "
             f"--max-length {takes - MOST_TOKENS if takes > 2 * MOST_TOKENS else takes // 2}"
         )
+    stops = ends.of(model) | {*more_ends} | {tokenizer.eos_token_id} - {None}
+    end = None if reply else end
+    until = [ends.Until(end, tokenizer, ids_BT.shape[1])] if end else []
+    finite = _Finite()
     generate: Any = model.generate
-    with _greedy(model, pad_id, most):
-        written = generate(input_ids=ids_BT, attention_mask=mask_BT)
-    texts = [tokenizer.decode(ids[ids_BT.shape[1] :], skip_special_tokens=True) for ids in written.tolist()]
-    return [text.strip() if reply else text.strip().split("\n")[0].strip() for text in texts]
+    with ends.greedy(model, pad_id, most, stops):
+        written = generate(input_ids=ids_BT, attention_mask=mask_BT, stopping_criteria=until, logits_processor=[finite])
+    answers = []
+    for ids, bad in zip(written[:, ids_BT.shape[1] :].tolist(), finite.first_not(), strict=True):
+        own = next((i for i, token in enumerate(ids) if token in stops), None)
+        text = str(tokenizer.decode(ids[:own], skip_special_tokens=True))
+        ended = own is not None or (bool(end) and str(end) in text)
+        # a row that has ended is fed padding until the longest has, and what comes of that is nobody's
+        before = bad >= len(ids) or (own is not None and own < bad)
+        fine = before or (bool(end) and str(end) in str(tokenizer.decode(ids[:bad], skip_special_tokens=True)))
+        answers.append(Answer((text.split(end)[0] if end else text).strip(), ended, fine))
+    return answers
 
 
-@contextmanager
-def _greedy(model: nn.Module, pad_id: int, most: int) -> Iterator[None]:
-    """The likeliest token each time, whatever else the checkpoint asks for (penalties, beams, lengths): of that only its ends.
-
-    `generate` fills what its caller leaves open with the model's own, so this stands in its place.
-    """
-    base: Any = without_adapter(model)
-    own = base.generation_config
-    ends = own.eos_token_id if own is not None else None
-    base.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=pad_id, max_new_tokens=most, do_sample=False
-    )
-    try:
-        yield
-    finally:
-        base.generation_config = own
+def generate_answers(model: nn.Module, tokenizer: Any, rows: Sequence[Encoded], **options: Any) -> list[str]:
+    """The texts alone of `answers_of`."""
+    return [answer.text for answer in answers_of(model, tokenizer, rows, **options)]
 
 
 @torch.inference_mode()
-def generate_answers(
+def answers_of(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[Encoded],
@@ -88,26 +120,31 @@ def generate_answers(
     pad_id: int,
     most: int | None = None,
     reply: bool = False,
+    end: str | None = LINE,
     advance: Callable[[int], None] = lambda rows: None,
-) -> list[str]:
-    """What the model writes after each prompt, in the order given; see `write`.
+) -> list[Answer]:
+    """What the model writes after each prompt, in the order given; see `write`. It ends where the rows' right answers do, too.
+    Raises NotFinite where logits are not.
 
     Prompts are padded on the left, with a mask; rows of like length share a batch.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
+    more_ends = ends.taught(rows, tokenizer) | (end_marks(tokenizer) if reply else set())
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    answers = [""] * len(rows)
+    answers = [Answer("")] * len(rows)
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             ids_BT, mask_BT = left_padded([rows[i].prompt for i in chosen], pad_id)
-            texts = write(
-                model, tokenizer, ids_BT.to(device), mask_BT.to(device), pad_id=pad_id, most=most, reply=reply
-            )
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
+            written = write(
+                model, tokenizer, ids_BT.to(device), mask_BT.to(device), pad_id=pad_id, most=most, reply=reply, end=end,
+                more_ends=more_ends,
+            )  # fmt: skip
+            for i, answer in zip(chosen, written, strict=True):
+                answers[i] = answer
             advance(len(chosen))
     finally:
         model.train(was_training)
+    refuse_rows(model, sum(not answer.finite for answer in answers), len(rows), "the logits of what it writes are")
     return answers

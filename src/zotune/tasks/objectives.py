@@ -10,7 +10,8 @@ package.module:function    −function(prompt, answer, golds), any Python functi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import InputError, nearest
+from zotune.tasks.chat import end_marks
 from zotune.tasks.encoding import Collator, Encoded
 from zotune.tasks.files import own_score
-from zotune.tasks.generation import left_padded, write
+from zotune.tasks.generation import LINE, left_padded, write
 from zotune.tasks.metrics import TEXT_METRICS
 from zotune.tasks.scoring import ROW_LOSSES, candidate_scores
 from zotune.tasks.task import Task
@@ -78,13 +80,17 @@ def objective(name: str, task: Task, tokenizer: Any, pad_id: int, multiple: int 
         score=score,
         offset=offset,
         reply=bool(task.messages_field),
+        end=task.end if task.generates else LINE,
+        most=task.max_new_tokens,
+        more_ends=end_marks(tokenizer) if task.messages_field and tokenizer is not None else (),
     )
     return Objective(row_loss, functools.partial(_prompts, tokenizer=tokenizer, pad_id=pad_id), False)
 
 
 def error_rate(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B,): 0 where the right candidate scores highest, else 1."""
-    return (candidate_scores(model, batch).argmax(1) != batch["labels"]).float()
+    """(B,): 0 where the right candidate scores highest, else 1; NaN where the scores are, so that the step is skipped."""
+    scores_BC = candidate_scores(model, batch)
+    return (scores_BC.argmax(1) != batch["labels"]).float() + 0 * scores_BC.amax(1)
 
 
 def generated_losses(
@@ -96,11 +102,23 @@ def generated_losses(
     score: Callable[[str, str, Sequence[str]], float],
     offset: float,
     reply: bool = False,
+    end: str | None = LINE,
+    most: int | None = None,
+    more_ends: Iterable[int] = (),
 ) -> Tensor:
-    """(B,): offset − the score of what the model writes after each prompt."""
-    answers = write(model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id, reply=reply)
+    """(B,): offset − the score of what the model writes after each prompt; NaN where its logits were no numbers.
+
+    reply, end, most, more_ends: see `zotune.tasks.generation.write`.
+    """
+    answers = write(
+        model, tokenizer, batch["prompt_ids"], batch["prompt_mask"], pad_id=pad_id, reply=reply, end=end, most=most,
+        more_ends=more_ends,
+    )  # fmt: skip
     scored = zip(batch["prompts"], answers, batch["golds"], strict=True)
-    return torch.tensor([offset - score(*one) for one in scored], dtype=torch.float64)
+    losses = [
+        offset - score(prompt, answer.text, golds) if answer.finite else math.nan for prompt, answer, golds in scored
+    ]
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def _prompts(rows: Sequence[Encoded], *, tokenizer: Any, pad_id: int) -> dict[str, Any]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zotune.errors import InputError
-from zotune.options import DataOptions
 from zotune.tasks import get_task
+from zotune.tasks.alpaca import ask_alpaca
 from zotune.tasks.chat import check_template
 from zotune.tasks.encoding import Encoded, Encoder
 from zotune.tasks.rows import Row
 from zotune.tasks.splits import Source, find_source
 from zotune.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from zotune.options import DataOptions
 
 
 def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
@@ -32,6 +37,10 @@ def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
         options.tables,
     )
     task = task or _own_task(options, source, labelled)
+    if options.max_new_tokens is not None:
+        if not (task.generates or task.messages_field or ":" in getattr(options, "loss", "")):
+            raise InputError(f"--max-new-tokens {options.max_new_tokens}: task {task.name!r} generates no answers")
+        task = replace(task, max_new_tokens=options.max_new_tokens)
     return task, source.asking(functools.partial(task.example, labelled=labelled))
 
 
@@ -61,6 +70,8 @@ def described(task: Task) -> str:
     if task.messages_field is not None:
         whose = f"those of field {task.answer_field!r}" if task.answer_field else "all"
         return f"{task.name}: field {task.messages_field!r} is a conversation, of the assistant's turns {whose} count"
+    if task.ask is ask_alpaca:
+        return f"{task.name}: field 'output' is the answer to 'instruction' and 'input', in Alpaca's words"
     return f"{task.name}: field {task.answer_field!r} is the answer to {task.prompt!r}"
 
 
@@ -79,18 +90,37 @@ def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
     """The task of rows named as TRL names them, told by one of them; not labelled: a prompt needs no completion.
 
     messages                a conversation; the loss is over the assistant's turns
+    conversations           the same as ShareGPT has it, of turns {from, value}
     prompt and completion   texts: an answer to generate; lists of messages: a conversation, the completion's turns count
+    instruction and output  Alpaca's rows, with an input or without: an answer to generate
     text                    plain text; the loss is over all tokens
 
-    Source: TRL's dataset formats, https://huggingface.co/docs/trl/dataset_formats.
+    Sources: TRL's dataset formats, https://huggingface.co/docs/trl/dataset_formats; axolotl's and LLaMA-Factory's.
     """
     has = row.fields
-    if "messages" in has:
-        return Task(name=name, messages_field="messages")
+    if "chosen" in has and "rejected" in has:
+        raise InputError(
+            f"{row.where}: fields 'chosen' and 'rejected' are of preference, which is not learned from; "
+            '--columns \'{"chosen": "completion"}\' takes the chosen ones as answers to a field prompt'
+        )
+    for field in ("messages", "conversations"):
+        if field in has:
+            return Task(name=name, messages_field=field)
     if "prompt" in has and ("completion" in has or not labelled):
+        if labelled and isinstance(has.get("label"), bool):
+            raise InputError(
+                f"{row.where}: field 'label' says whether a completion is a good one (TRL's unpaired preference), which is not "
+                "learned from; keep the good ones without it"
+            )
         if isinstance(has["prompt"], list) or isinstance(has.get("completion"), list):
             return Task(name=name, messages_field="prompt", answer_field="completion")
+        if has.get("tools"):
+            raise InputError(
+                f"{row.where}: field 'tools' is for conversations; give prompt and completion as lists of messages"
+            )
         return Task(name=name, prompt="{prompt}", answer_field="completion")
+    if "instruction" in has and ("output" in has or not labelled):
+        return Task(name=name, ask=ask_alpaca, generates=True, metric="f1")
     if "text" in has:
         return Task(name=name, text_field="text")
     wanted = "no field 'prompt'" if "completion" in has else "no field 'completion'" if "prompt" in has else None

@@ -1,4 +1,5 @@
-"""Questions answered by generated text: SQuAD (arXiv 1606.05250) and DROP (arXiv 1903.00161)."""
+"""Questions answered by a generated line: SQuAD (arXiv 1606.05250) and DROP (arXiv 1903.00161). As in the study's code
+(arXiv 2305.17333) the end of the line is trained, and ends an answer."""
 
 from collections.abc import Mapping
 
@@ -44,9 +45,9 @@ def ask_drop(row: Row, labelled: bool) -> Asked:
 
 squad = Task(
     name="squad", source=Hub("rajpurkar/squad", test_split="validation"),
-    ask=ask_squad, metric="f1", generates=True,
+    ask=ask_squad, metric="f1", generates=True, end="\n",
 )  # fmt: skip
 drop = Task(
     name="drop", source=Hub("ucinlp/drop", test_split="validation"),
-    ask=ask_drop, metric="f1", generates=True,
+    ask=ask_drop, metric="f1", generates=True, end="\n",
 )  # fmt: skip

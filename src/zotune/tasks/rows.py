@@ -1,12 +1,14 @@
-"""Rows of labelled text from JSON lines, CSV or the hub, each with the place it came from."""
+"""Rows of labelled text from JSON, CSV, Parquet or the hub, each with the place it came from."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ from typing import Any
 
 from zotune.errors import InputError
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED = ".gz"  # behind any of these but Parquet's, which packs by itself
+DESCRIBING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets`, which hold no rows
+HIDDEN = re.compile(r"(?:label|is) '(-1(?:\.0)?|)'")  # in what is said of a label that a test split does not tell
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,15 @@ class BadRows:
         """Raises InputError with the first few, if there are any and they are not to be skipped."""
         if self.skip or not self.said:
             return
+        hidden = [match[1] for line in self.said if (match := HIDDEN.search(line))]
+        if len(hidden) == len(self.said):
+            others = f", here and in {len(hidden) - 1} other rows" if len(hidden) > 1 else ""
+            where = self.said[0].partition(": ")[0]
+            raise InputError(
+                f"{where}: the label is {hidden[0] or 'empty'}{others}: not told, as in GLUE's test split; "
+                "score validation, by leaving the test file out or by `test_split: validation` in a file for --task, "
+                "or predict; --skip-bad-rows leaves them out"
+            )
         if len(self.said) == 1:
             raise InputError(f"{self.said[0]}; --skip-bad-rows leaves such rows out")
         if len({line.partition(": ")[2] for line in self.said}) == 1 and ": no field" in self.said[0]:
@@ -88,9 +102,10 @@ class BadRows:
 
 
 def read_file(path: Path, bad: BadRows | None = None) -> list[Row]:
-    """The rows of a .jsonl, .csv, .tsv or .parquet file. Raises InputError that names file, line and what was expected.
+    """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, or of one of them but the last as .gz.
 
-    bad: gathers the rows that are none; without it the first of them is raised.
+    "No value" is the same in all: JSON's null, a field that is not there, an empty one of CSV and TSV. Raises InputError that names
+    file, line and what was expected. bad: gathers the rows that are none; without it the first of them is raised.
     """
     gathers = BadRows() if bad is None else bad
     rows = _rows_of(path, gathers)
@@ -102,21 +117,48 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[Row]:
 def _rows_of(path: Path, bad: BadRows) -> list[Row]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    suffix = path.suffix.lower()
+    suffix = named(path)[1]
     if suffix == ".parquet":
         return _parquet_rows(path)
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{path}: not a .jsonl, .csv, .tsv or .parquet file, nor a .json one, nor one of texts packed as .gz"
+        )
+    text = _text_of(path)
+    if suffix in (".jsonl", ".json"):
+        listed = _json_list(path, text, bad, suffix)
+        return list(_json_lines(path, text, bad)) if listed is None else listed
+    most = csv.field_size_limit(len(text) + 1)  # csv refuses fields of more than 128 KiB otherwise
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return list(_csv_lines(path, text, bad, "\t" if suffix == ".tsv" else _delimiter(text)))
+    finally:
+        csv.field_size_limit(most)
+
+
+def named(path: Path) -> tuple[str, str]:
+    """A file's name without its suffixes, and the one that says what it holds, both in lower case.
+
+    >>> named(Path("Train.jsonl.gz")), named(Path("rows.CSV")), named(Path("notes"))
+    (('train', '.jsonl'), ('rows', '.csv'), ('notes', ''))
+    """
+    path = Path(path.name.lower())
+    if path.suffix == PACKED and path.with_suffix("").suffix != ".parquet":
+        path = path.with_suffix("")
+    return path.stem, path.suffix
+
+
+def _text_of(path: Path) -> str:
+    try:
+        held = path.read_bytes()
+        held = gzip.decompress(held) if path.suffix.lower() == PACKED else held
+        return held.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].split(b"\n")
         raise InputError(f"{path}:{len(before)}: not UTF-8 at byte {len(before[-1])}; save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again, or unpack it") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    if suffix == ".jsonl":
-        return list(_json_lines(path, text, bad))
-    if suffix in (".csv", ".tsv"):
-        return list(_csv_lines(path, text, bad, "\t" if suffix == ".tsv" else _delimiter(text)))
-    raise InputError(f"{path}: not a .jsonl, .csv, .tsv or .parquet file")
 
 
 def _parquet_rows(path: Path) -> list[Row]:
@@ -124,10 +166,46 @@ def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise InputError(f"{path}: two columns are named {twice[0]!r}; rename one of them, or leave it out")
+            rows = file.read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file ({(str(error).splitlines() or ['?'])[0]})") from None
-    return [Row(fields, f"{path}:{i}") for i, fields in enumerate(table.to_pylist(), start=1)]
+    return [Row(fields, f"{path}:{i}") for i, fields in enumerate(rows, start=1)]
+
+
+def _json_list(path: Path, text: str, bad: BadRows, suffix: str) -> list[Row] | None:
+    """The rows of a JSON array; None where the file is not one, but an object a line."""
+    if not text.lstrip().startswith(("[", "{") if suffix == ".json" else "["):
+        return None
+    try:
+        whole = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        return None
+    except _TwiceError as error:
+        raise InputError(f"{path}: {error}") from None
+    except json.JSONDecodeError as error:
+        if suffix == ".json" and text.lstrip().startswith("["):
+            raise InputError(f"{path}:{error.lineno}: not a list in JSON ({error.msg})") from None
+        return None
+    except ValueError:  # a number of more digits than Python reads
+        return None
+    if isinstance(whole, dict):
+        if "\n" not in text.strip():
+            return None
+        raise InputError(
+            f"{path}: one JSON object (with {', '.join(map(repr, list(whole)[:5]))}) where a list of them was expected, or one a "
+            "line"
+        )
+    if suffix == ".jsonl" and not any(isinstance(one, dict) for one in whole):
+        return None
+    found = []
+    for number, fields in enumerate(whole, start=1):
+        with bad.caught():
+            found.append(_row(fields, f"{path}, row {number}"))
+    return found
 
 
 def _json_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
@@ -139,16 +217,36 @@ def _json_lines(path: Path, text: str, bad: BadRows) -> Iterator[Row]:
 
 def _json_row(line: str, where: str) -> Row:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_once)
     except RecursionError:
         raise InputError(f"{where}: not a JSON object (nested too deeply)") from None
+    except _TwiceError as error:
+        raise InputError(f"{where}: {error}") from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise InputError(f"{where}: not a JSON object ({getattr(error, 'msg', error)})") from None
+    return _row(fields, where, "\\u" in line)
+
+
+def _row(fields: Any, where: str, escaped: bool = True) -> Row:
+    """escaped: whether a text may hold what only an escape writes."""
     if not isinstance(fields, dict):
         raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
-    if "\\u" in line and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
+    if escaped and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
         raise InputError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no text")
     return Row(fields, where)
+
+
+class _TwiceError(ValueError):
+    """A JSON object that names a field twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields. Raises _TwiceError where one is named twice, of which the first would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f"the object names {next(n for n in names if names.count(n) > 1)!r} twice")
+    return made
 
 
 BETWEEN = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a header's names, the first that is there
@@ -160,8 +258,10 @@ def _delimiter(text: str) -> str:
 
 
 def _csv_lines(path: Path, text: str, bad: BadRows, delimiter: str) -> Iterator[Row]:
+    """A header, then rows. An empty field is no value. Columns without a name, such as a table's index, are left out."""
+    unquoted: Any = {} if delimiter != "\t" or _quoted(text) else {"quoting": csv.QUOTE_NONE}
     reader = csv.reader(
-        io.StringIO(text), delimiter=delimiter, strict=True
+        io.StringIO(text), delimiter=delimiter, strict=True, **unquoted
     )  # lines end at \n alone, unlike those of str.splitlines
     names: list[str] | None = None
     where = f"{path}:1"
@@ -175,18 +275,34 @@ def _csv_lines(path: Path, text: str, bad: BadRows, delimiter: str) -> Iterator[
                 continue
             if names is None:
                 names = values
-                if twice := [name for name in names if names.count(name) > 1]:
+                if twice := [name for name in names if name.strip() and names.count(name) > 1]:
                     raise InputError(f"{where}: the header names {twice[0]!r} twice")
                 continue
             if len(values) > len(names):
                 with bad.caught():
-                    raise InputError(
-                        f"{where}: more values than the header has names; quote fields that hold {BETWEEN[delimiter]}"
-                    )
+                    way = f"quote fields that hold {BETWEEN[delimiter]}"
+                    if unquoted:
+                        way = "a field cannot hold a tab here, where none is quoted; save it as .csv"
+                    raise InputError(f"{where}: more values than the header has names; {way}")
                 continue
-            yield Row(dict(zip_longest(names, values)), where)
+            yield Row({name: value or None for name, value in zip_longest(names, values) if name.strip()}, where)
     except csv.Error as error:
         raise InputError(f"{where}: not CSV ({error})") from None
+
+
+def _quoted(text: str) -> bool:
+    """Whether a table with tabs is quoted as CSV is: all its header is, or it has a field within quotes that doubles those in it,
+    and it can be read so, with as many values in each row as the header has. What else begins with a quote is text: tables with
+    tabs are commonly written without quoting, as GLUE's are.
+    """
+    header = text.lstrip("\n").split("\n", 1)[0].split("\t")
+    whole = all(len(name) > 1 and name[0] == name[-1] == '"' for name in header)
+    if not whole and not re.search(r'(?:^|\t)"[^"\t\n]*""(?:[^"\n]|"")*"(?=\t|$)', text, re.MULTILINE):
+        return False
+    try:
+        return {len(row) for row in csv.reader(io.StringIO(text), delimiter="\t", strict=True) if row} == {len(header)}
+    except csv.Error:
+        return False
 
 
 CONVERTED = (
@@ -262,7 +378,7 @@ NAMES = {
 
 def split_file(folder: Path, split: str) -> Path | None:
     """The file of a split in a folder, or None; two are refused."""
-    found = [path for path in _tables(folder) if path.stem.lower() in NAMES[split]]
+    found = [path for path in _tables(folder) if named(path)[0] in NAMES[split]]
     if len(found) > 1:
         raise InputError(f"{folder}: both {found[0].name} and {found[1].name}; keep one")
     return found[0] if found else None
@@ -271,7 +387,7 @@ def split_file(folder: Path, split: str) -> Path | None:
 def other_files(folder: Path) -> list[str]:
     """Names of the files of rows in a folder that are no split's."""
     known = {name for names in NAMES.values() for name in names}
-    return [path.name for path in _tables(folder) if path.stem.lower() not in known]
+    return [path.name for path in _tables(folder) if named(path)[0] not in known and path.name not in DESCRIBING]
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -281,5 +397,5 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _place(path: Path) -> int:
-    suffix = path.suffix.lower()
+    suffix = named(path)[1]
     return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)

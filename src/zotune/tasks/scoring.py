@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.models.finite import refuse_rows
 from zotune.tasks.encoding import Collator, Encoded
 
 
@@ -111,7 +113,10 @@ def score_rows(
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """The candidates' scores of each row, in the order given. Where that pays, a row's prompt is read once for all of them."""
+    """The candidates' scores of each row, in the order given. Where that pays, a row's prompt is read once for all of them.
+
+    Raises NotFinite where any is not: the best of them would be the first, or last, label.
+    """
     alone = [i for i, row in enumerate(rows) if _shares(model, row)]
     others = [i for i in range(len(rows)) if i not in set(alone)]
     scores = _by_batch(
@@ -121,6 +126,7 @@ def score_rows(
     for i in alone:
         found[i] = shared_scores(model, rows[i], batch_size=batch_size, pad_id=pad_id)
         advance(1)
+    refuse_rows(model, sum(not all(map(math.isfinite, s)) for s in found.values()), len(rows), "scores are")
     return [found[i] for i in range(len(rows))]
 
 
@@ -183,8 +189,10 @@ def row_losses(
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[float]:
-    """Nats: the mean of −log p over each row's tokens that count, in the order given."""
-    return _by_batch(model, rows, answer_losses, Collator("answer", pad_id), batch_size, advance)
+    """Nats: the mean of −log p over each row's tokens that count, in the order given. Raises NotFinite where any is not."""
+    losses = _by_batch(model, rows, answer_losses, Collator("answer", pad_id), batch_size, advance)
+    refuse_rows(model, sum(not math.isfinite(loss) for loss in losses), len(rows), "losses are")
+    return losses
 
 
 @torch.inference_mode()

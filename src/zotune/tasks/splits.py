@@ -13,6 +13,7 @@ from zotune.tasks.rows import (
     SUFFIXES,
     BadRows,
     Row,
+    named,
     other_files,
     read_file,
     read_hub,
@@ -27,6 +28,7 @@ VALIDATION_SIZE, TEST_SIZE = 500, 1000  # rows at most; --eval-size caps both
 SPLITS = ("train", "validation", "test")
 T = TypeVar("T")
 U = TypeVar("U")
+BETWEEN_SHOTS = "\n\n"  # stands behind each that is shown, so that it ends an answer there
 CARVED_SHARE = 5  # a missing validation split takes at most one in so many of the training rows
 
 
@@ -84,7 +86,7 @@ class Source:
         for split in SPLITS:
             if rows := self.rows(split):
                 return split, rows
-        has = self.has("wanted train.jsonl, …, or .csv, .tsv, .parquet")
+        has = self.has("wanted train.jsonl, …, or .json, .csv, .tsv, .parquet")
         raise InputError(f"{self}: no train, validation or test split in it{has}")
 
     def has(self, wanted: str) -> str:
@@ -185,7 +187,7 @@ def _local(name: str) -> Source | None:
 
 def _looks_local(name: str) -> bool:
     """Whether no data set of the hub is called so."""
-    return name.lower().endswith(SUFFIXES) or name.startswith((".", "~", "/")) or name.count("/") > 1
+    return named(Path(name))[1] in SUFFIXES or name.startswith((".", "~", "/")) or name.count("/") > 1
 
 
 def _nearest_to(path: Path) -> str:
@@ -195,12 +197,39 @@ def _nearest_to(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Splits:
-    """Drawn examples. Where there is no test split, test is validation and `test_split` says so."""
+    """Drawn examples. Where there is no test split, test is validation and `test_split` says so.
+
+    given: the rows of each split that they are drawn from; validation's is missing where it is carved from train.
+    """
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     test_split: str
+    given: Mapping[str, int] = field(default_factory=dict)
+
+    def described(self) -> str:
+        """How many rows of how many.
+
+        >>> one = [Example("a", ("b",), 0, "f:1")]
+        >>> Splits(one * 2, one, one * 3, "test", {"train": 5, "test": 3}).described()
+        'rows: 2 of 5 to train on, 1 (of the same 5) to choose by, 3 to test on'
+        """
+        train, test = self.given.get("train", 0), self.given.get("test", 0)
+        choosing = self.given.get("validation")
+        same = f"{len(self.validation):,} (of the same {train:,})"
+        parts = [f"{some_of(len(self.train), train)} to train on"]
+        parts.append(f"{same if choosing is None else some_of(len(self.validation), choosing)} to choose by")
+        parts.append(f"{some_of(len(self.test), test)} to test on" if self.test_split == "test" else "none to test on")
+        return f"rows: {', '.join(parts)}"
+
+
+def some_of(taken: int, given: int) -> str:
+    """
+    >>> some_of(1000, 5000), some_of(30, 30)
+    ('1,000 of 5,000', '30')
+    """
+    return f"{taken:,} of {given:,}" if taken != given and given else f"{taken:,}"
 
 
 def training_splits(
@@ -222,6 +251,8 @@ def training_splits(
         has = source.has("no train.jsonl, train.csv or train.parquet in it")
         raise InputError(f"{source}: no rows to train on{has}")
     validation, test = source.rows("validation"), source.rows("test")
+    of_splits = {"train": train, "validation": validation, "test": test}
+    given = {split: len(rows) for split, rows in of_splits.items() if rows is not None}
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
     train = _balanced(task, train, train_size, seed) if balanced else _draw(train, train_size, seed, "train")
@@ -232,6 +263,7 @@ def training_splits(
         validation=[task.example(row) for row in validation],
         test=[task.example(row) for row in scored],
         test_split="validation" if test is None else "test",
+        given=given,
     )
 
 
@@ -289,13 +321,22 @@ def shown(examples: Sequence[Example], mask: str | None = None) -> str:
         answer, prompt = example.candidates[example.label or 0], example.prompt
         place = next((one for one in (MASK, mask) if one and one in prompt), None)
         texts.append(prompt.replace(place, answer.strip(), 1) if place else prompt + answer)
-    return "".join(f"{text}\n\n" for text in texts)
+    return "".join(text + BETWEEN_SHOTS for text in texts)
 
 
 def after_shots(examples: Sequence[Example], shots: Sequence[Example], mask: str | None = None) -> list[Example]:
-    """The examples, each behind those that are shown. What is too long loses these first."""
+    """The examples, each behind those that are shown, whose answers' end is theirs. What is too long loses these first."""
     before = shown(shots, mask)
-    return [replace(example, prompt=before + example.prompt, fields=()) for example in examples]
+    ends: dict[str | None, str] = {"": BETWEEN_SHOTS if shots else ""}
+    return [
+        replace(example, prompt=before + example.prompt, fields=(), end=ends.get(example.end, example.end))
+        for example in examples
+    ]
+
+
+def given_rows(source: Source, split: str) -> int:
+    """The rows of the split that `scored_rows` names, or of train where it carved validation from that."""
+    return len(source.rows("train" if source.single else split) or source.rows("train") or [])
 
 
 def scored_rows(source: Source, size: int | None, *, seed: int = 0, in_order: bool = False) -> tuple[list[Row], str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zotune.errors import InputError, nearest
+from zotune.tasks.conversations import is_learned, messages_of, template_options
 from zotune.tasks.rows import Row, missing
 
 CHOICE_METRICS, TEXT_METRICS = ("accuracy", "f1a", "record_f1"), ("f1", "exact_match")
@@ -44,7 +45,9 @@ class Example:
     """A row as the model will be asked: a prompt, the texts that may follow it, and which of them is right.
 
     An empty prompt: every token of the one candidate counts (plain text). messages: a conversation, which the tokenizer's chat
-    template writes; assistant turns from message number `learned` on count, and prompt and candidates only show it.
+    template writes; assistant turns from message number `learned` on count, but those of `weight` 0, and prompt and candidates only
+    show it. template: what the row tells the chat template besides, such as `tools`. end: of an answer to generate the text behind
+    it, "" for the tokenizer's end; see `zotune.tasks.ends`.
     golds: what counts as right besides: the texts that an answer is compared with. names: what each candidate answers, where
     its text says more. fields: where in the prompt the row's own texts begin and end, if a template tells. A task that generates
     has one candidate, the text it is trained on.
@@ -56,9 +59,11 @@ class Example:
     where: str
     golds: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     learned: int = 0
     fields: tuple[tuple[int, int], ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Task:
     text_field: a text to model as it stands. messages_field: a list of {role, content}; the loss is over assistant turns (with
         answer_field: over those of that second list alone).
     ask: a function of the row (and whether its label is wanted) where format strings do not reach; it makes prompt and answers.
+    end: the text that ends an answer to generate, trained behind it and stopped at; None: the tokenizer's end token, or the one
+        that a row writes itself. max_new_tokens: of a generated answer at most; None: 50, of a conversation's reply 256.
     metric: see `zotune.tasks.metrics`. validation_size: rows at most. columns: the data's names of fields → those above.
     folder: where its rows are in --data-dir, if not under its name.
     """
@@ -91,6 +98,8 @@ class Task:
     source: Hub | None = None
     metric: str = "accuracy"
     generates: bool = False
+    end: str | None = None
+    max_new_tokens: int | None = None
     validation_size: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
@@ -98,7 +107,13 @@ class Task:
     def __post_init__(self) -> None:
         if self.models:
             field = self.text_field or self.messages_field
-            others = [self.words, self.choices_field, self.ask, self.answer_field if self.text_field else None]
+            others = [
+                self.words,
+                self.choices_field,
+                self.ask,
+                self.answer_field if self.text_field else None,
+                self.end,
+            ]
             if any(one is not None for one in others) or (self.text_field and self.messages_field):
                 raise InputError(
                     f"task {self.name!r}: field {field!r} counts as it stands; give nothing else to answer"
@@ -123,6 +138,8 @@ class Task:
         if self.answer_field is not None:
             object.__setattr__(self, "generates", True)
             object.__setattr__(self, "metric", "f1" if self.metric == "accuracy" else self.metric)
+        if self.end is not None and not (self.generates and self.end):
+            raise InputError(f"task {self.name!r}: end {self.end!r} must be a text, behind answers that are generated")
         fitting = TEXT_METRICS if self.generates else CHOICE_METRICS
         if self.metric not in fitting and not (self.generates and ":" in self.metric):
             raise InputError(
@@ -165,7 +182,9 @@ class Task:
             asked = self.ask(row, labelled)
             candidates = tuple(join(asked.prompt, text) if text else "" for text in asked.texts)
             golds, names = tuple(asked.golds), tuple(asked.names)
-            return Example(asked.prompt, candidates, asked.label if labelled else None, row.where, golds, names)
+            end = (self.end or "") if self.generates else None
+            label = asked.label if labelled else None
+            return Example(asked.prompt, candidates, label, row.where, golds, names, end=end)
         if self.messages_field is not None:
             return self._conversation(row, labelled)
         if self.text_field is not None:
@@ -176,36 +195,43 @@ class Task:
         prompt, fields = _filled(self.prompt, row)
         if not prompt.strip():
             raise InputError(f"{row.where}: an empty prompt")
+        wanted = template_fields(self.prompt)
+        if all(row[name] == "" for name in wanted):
+            said = " and ".join(map(repr, dict.fromkeys(wanted)))
+            raise InputError(f"{row.where}: field {said} has no text, so nothing is asked")
         if self.answer_field is not None:
+            end = self.end or ""
             if not labelled:
-                return Example(prompt, ("",), None, row.where, fields=fields)
+                return Example(prompt, ("",), None, row.where, fields=fields, end=end)
             answers = self._answers(row)
-            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers, fields=fields)
+            return Example(prompt, (join(prompt, answers[0]),), 0, row.where, answers, fields=fields, end=end)
         texts = self._candidates(row)
         label = self._label(row, texts) if labelled else None
         return Example(prompt, tuple(join(prompt, text) for text in texts), label, row.where, fields=fields)
 
     def _conversation(self, row: Row, labelled: bool) -> Example:
         assert self.messages_field is not None
-        messages = _messages(row, self.messages_field)
+        messages, template = messages_of(row, self.messages_field), template_options(row)
         learned = len(messages) if self.answer_field else 0
         if self.answer_field and labelled:
-            messages += _messages(row, self.answer_field)
+            messages += messages_of(row, self.answer_field, begins=False)
         last = len(messages)
         while last > 0 and messages[last - 1]["role"] == "assistant":
             last -= 1
         if last == 0:
             raise InputError(f"{row.where}: no message before the assistant's, so nothing to answer")
         if not labelled:  # the reply is to be written
-            return Example(_shown(messages[:last]), ("",), None, row.where, messages=tuple(messages[:last]))
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= learned]
+            asked = tuple(messages[:last])
+            return Example(_shown(messages[:last]), ("",), None, row.where, messages=asked, template=template)
+        replies = [i for i, message in enumerate(messages) if is_learned(message) and i >= learned]
         if not replies:
-            raise InputError(f"{row.where}: no message of role 'assistant' to learn from")
+            spoken = any(message["role"] == "assistant" for message in messages[learned:])
+            why = "; all of them are of weight 0" if spoken else ""
+            raise InputError(f"{row.where}: no message of role 'assistant' to learn from{why}")
         messages, at = messages[: replies[-1] + 1], replies[-1]
         reply = messages[at]["content"]
-        return Example(
-            _shown(messages[:at]), (f"assistant: {reply}",), 0, row.where, (reply,), (), tuple(messages), learned
-        )
+        shown, candidates = _shown(messages[:at]), (f"assistant: {reply}",)
+        return Example(shown, candidates, 0, row.where, (reply,), (), tuple(messages), learned, template=template)
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = row[self.answer_field or ""]
@@ -256,17 +282,7 @@ def join(prompt: str, answer: str) -> str:
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
 
 
-def _messages(row: Row, field: str) -> list[dict[str, str]]:
-    value = row[field]
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{row.where}: field {field!r} must be a list of messages, each of role and content")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f"{row.where}: field {field!r} has a message without texts 'role' and 'content'")
-    return [dict(message) for message in value]
-
-
-def _shown(messages: list[dict[str, str]]) -> str:
+def _shown(messages: list[dict[str, Any]]) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
@@ -279,10 +295,10 @@ def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:
 
 
 def template_fields(template: str) -> list[str]:
-    """The fields that a template names, in order. Raises InputError for anything but plain names in braces.
+    """The fields that a template names, in order. Raises InputError for anything but names in braces, which may hold spaces.
 
-    >>> template_fields("{premise} Yes or No? {hypothesis}")
-    ['premise', 'hypothesis']
+    >>> template_fields("{premise} Yes or No? {Review Text}")
+    ['premise', 'Review Text']
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -290,8 +306,13 @@ def template_fields(template: str) -> list[str]:
         raise InputError(f"template {template!r}: {error}; write a literal brace twice") from None
     fields = [name for _, name, _, _ in parts if name is not None]
     for _, name, spec, conversion in parts:
-        if name is not None and (not name.isidentifier() or spec or conversion):
-            raise InputError(f"template {template!r}: {{{name}}} must be a plain field name in braces")
+        if name is None:
+            continue
+        if not name.strip() or name.isdecimal() or set(name) & set(".[]") or spec or conversion:
+            raise InputError(
+                f"template {template!r}: {{{name}}} must be a plain field name in braces; a field whose name is none gets one by "
+                "--columns"
+            )
     if not fields:
         raise InputError(f"template {template!r} names no field; write one in braces, such as '{{text}} It was'")
     return fields

@@ -22,7 +22,7 @@ from zotune.directions import FEW, Directions
 from zotune.noise.cuda import _TL_DTYPE, _draw, _shape, _signed
 
 if TYPE_CHECKING:
-    from zotune.updates import Rule
+    from zotune.updates.rule import Rule
 
 TILE = 1024  # elements a program: four tensors of them, and the noise, are in registers
 ALIGNED = 16  # bytes of an address, elements of a size: what a launch needs to know to read many at once

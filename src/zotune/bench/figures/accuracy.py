@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, place, rows_of, spread
+from zotune.bench.figures.drawing import COLOURS, MARKERS, legend, place, rows_of, spread
 from zotune.bench.frame import label, metric_of, unit
 
 NAME, TITLE = "accuracy", "Accuracy by method and scheme"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import place
+from zotune.bench.figures.drawing import place
 from zotune.bench.figures.pairs import bars
 from zotune.bench.frame import metric_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, place
+from zotune.bench.figures.drawing import COLOURS, DASHES, MARKERS, legend, panels, place
 from zotune.bench.frame import said
 
 NAME, TITLE = "context", "Memory against context length"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, DASHES, legend, panels, percent, place
+from zotune.bench.figures.drawing import COLOURS, DASHES, legend, panels, percent, place
 from zotune.bench.frame import label, metric_of, unit
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, place, rows_of
+from zotune.bench.figures.drawing import COLOURS, place, rows_of
 from zotune.bench.frame import label
 
 NAME, TITLE = "memory", "Memory and time of a step"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zotune.bench.figures import COLOURS, INK, legend, panels
+from zotune.bench.figures.drawing import COLOURS, INK, legend, panels
 from zotune.bench.frame import percentage, unit
 
 

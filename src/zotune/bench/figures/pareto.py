@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, INK, MARKERS, legend, panels, percent, place
+from zotune.bench.figures.drawing import COLOURS, INK, MARKERS, legend, panels, percent, place
 from zotune.bench.frame import label, metric_of, unit
 from zotune.tasks.task import LOWER_IS_BETTER
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from zotune.bench.figures import COLOURS, MARKERS, legend, panels, percent, place, spread
+from zotune.bench.figures.drawing import COLOURS, MARKERS, legend, panels, percent, place, spread
 from zotune.bench.frame import metric_of, unit
 
 NAME, TITLE = "queries", "Accuracy against queries a step"

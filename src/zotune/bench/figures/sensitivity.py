@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from zotune.bench.figures import COLOURS, DASHES, MARKERS, legend, panels, percent, place
+from zotune.bench.figures.drawing import COLOURS, DASHES, MARKERS, legend, panels, percent, place
 from zotune.bench.frame import GROUP, label, metric_of, unit
 
 NAME, TITLE = "sensitivity", "How sensitive the result is to lr and eps"

@@ -1,0 +1,100 @@
+"""The factors of low-rank directions: z = U·Vᵀ/√r of every matrix, and a dense z of what has none.
+
+The factors of a parameter NAME of shape (O, …) with D elements a row are noise of the parameters `NAME.U` (O·r elements) and
+`NAME.V` (D·r), rounded to the weights' dtype.
+"""
+
+# Q directions, R rank, O and D the two sides of a parameter.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune import noise
+from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.following import capturing
+
+
+class Factored:
+    """Which parameters have factors, and those that were last drawn for so many directions.
+
+    rank: r. Vectors, and whatever has a side no longer than r, take a dense z of the directions' distribution.
+    """
+
+    def __init__(self, directions: Directions, rank: int) -> None:
+        self.directions, self.rank = directions, rank
+        self.params = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        chosen = {id(p) for p in self.params}
+        self.dense = [p for p in directions.params if id(p) not in chosen]
+        names = {directions.slots[id(p)].name for p in directions.params}
+        own = [f"{directions.slots[id(p)].name}.{side}" for p in self.params for side in "UV"]
+        self._ids = noise.parameter_ids([*names, *own])
+        self._drawn: dict[int, Factors] = {}  # by the number of directions
+
+    def drawn(self, at: Displacement | HeldDisplacement) -> Factors:
+        """The factors of all parameters for these directions, in buffers that the next as many will have."""
+        count = len(at.seeds_Q)
+        if count not in self._drawn:
+            self._drawn[count] = Factors(self, count)
+        self._drawn[count].draw(at)
+        return self._drawn[count]
+
+    def has_room_for(self, count: int) -> bool:
+        """Whether there are buffers for so many directions, or none at all yet."""
+        return count in self._drawn or not self._drawn
+
+    def forget(self) -> None:
+        """A graph has drawn into the buffers: what they hold is not what the host drew."""
+        for factors in self._drawn.values():
+            factors.forget()
+
+    def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
+        name = self.directions.slots[id(param)].name
+        return self._ids[f"{name}.U"], self._ids[f"{name}.V"]
+
+
+class Factors:
+    """U (Q, O, R) and V (Q, D, R) of every factored parameter for Q directions, in buffers that are used again."""
+
+    def __init__(
+        self,
+        of: Factored,
+        count: int,
+        params: list[torch.nn.Parameter] | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
+        """params: of these alone; in the memory given, which others may use between a draw and the next."""
+        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+        items, first = [], 0
+        self._device = of.directions.params[0].device
+        for param in of.params if params is None else params:
+            pair = []
+            for side, pid in zip(sides(param), of.ids_of(param), strict=True):
+                size = count * side * of.rank
+                out = param.data.new_empty(size) if memory is None else memory[first : first + size]
+                first += size
+                items.append(noise.Item(out.view(count, -1), None, pid))
+                pair.append(out.view(count, side, of.rank))
+            self.of[id(param)] = pair[0], pair[1]
+        self._many = noise.Many(items, of.directions.distribution)
+        self._held: Any = None
+
+    def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:
+        """Nothing where the last draw was of the same seeds, unless again: the update wants what the probes had."""
+        if isinstance(at, Displacement) and self._held == at.seeds_Q and not capturing() and not again:
+            return
+        seeds_Q, _ = at.on(0, self._device)
+        ones = torch.ones(1, len(seeds_Q), 1, device=self._device)
+        self._many.draw(seeds_Q[:, None].contiguous(), ones)
+        self._held = at.seeds_Q if isinstance(at, Displacement) else None
+
+    def forget(self) -> None:
+        """What is in the buffers is no longer what was last drawn."""
+        self._held = None
+
+
+def sides(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], param.numel() // max(1, param.shape[0])

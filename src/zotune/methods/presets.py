@@ -1,0 +1,161 @@
+"""The named methods: presets over an estimator and an update rule. A new one is a function here, and a row in the tests' table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from zotune.errors import OptionError, nearest
+from zotune.estimators import ESTIMATORS, Estimator, LeaveOneOut, OneSided
+from zotune.methods.method import Method
+from zotune.updates import STATE_DTYPES, Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method's name and reference, what it costs, and the function that builds it from its options."""
+
+    name: str
+    paper: str
+    forwards: str
+    build: Callable[..., Method]
+
+    @property
+    def rule(self) -> str:
+        """The first line of the docstring: the update rule."""
+        return (self.build.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def options(self) -> list[str]:
+        return list(inspect.signature(self.build).parameters)
+
+    @property
+    def queries(self) -> int:
+        """Directions a step, where nothing is said."""
+        given = inspect.signature(self.build).parameters
+        return int(given["queries"].default) if "queries" in given else 1
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Options that not every method has, with their defaults."""
+        given = inspect.signature(self.build).parameters
+        return {k: p.default for k, p in given.items() if k not in ("queries", "estimator")}
+
+    @property
+    def state(self) -> str:
+        """What it keeps between steps."""
+        copies = self.build().rule.state_copies
+        return f"{copies} × trainable" if copies else "none"
+
+
+METHODS: dict[str, Preset] = {}
+
+
+def preset(name: str, paper: str, forwards: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    def register(build: Callable[..., Method]) -> Callable[..., Method]:
+        METHODS[name] = Preset(name, paper, forwards, build)
+        return build
+
+    return register
+
+
+BENCHMARK = "arXiv 2402.11592"
+
+
+@preset("zo-sgd", paper="arXiv 2305.17333", forwards="2q")
+def zo_sgd(queries: int = 1, estimator: str = "two-sided") -> Method:
+    """θ ← θ − lr·ĝ, ĝ = (1/Q) Σ_q g_q·z_q."""
+    return Method(_estimator(estimator, queries), Sgd())
+
+
+@preset("zo-sgd-mmt", paper=BENCHMARK, forwards="2q")
+def zo_sgd_mmt(
+    queries: int = 1, estimator: str = "two-sided", momentum: float = 0.9, state_dtype: str = "float32"
+) -> Method:
+    """m ← momentum·m + ĝ, θ ← θ − lr·m."""
+    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_decay_rate("momentum", momentum)))
+
+
+@preset("zo-sgd-sign", paper="arXiv 1810.03737", forwards="2q")
+def zo_sgd_sign(queries: int = 1, estimator: str = "two-sided", sign_mode: str = "element") -> Method:
+    """θ ← θ − lr·sign(ĝ), element by element; sign_mode scalar: sign(g)·z."""
+    if sign_mode not in ("element", "scalar"):
+        raise OptionError("sign_mode", f"unknown sign_mode {sign_mode!r}; {nearest(sign_mode, ['element', 'scalar'])}")
+    return Method(_estimator(estimator, queries), Sign() if sign_mode == "element" else ScalarSign())
+
+
+@preset("zo-sgd-cons", paper=BENCHMARK, forwards="2q + 3")
+def zo_sgd_cons(queries: int = 1, estimator: str = "two-sided") -> Method:
+    """θ ← the best of θ, θ − lr·ĝ, θ + lr·ĝ on the same batch; on a tie θ stays."""
+    return Method(_estimator(estimator, queries), Conservative())
+
+
+@preset("zo-adam", paper=BENCHMARK, forwards="2q")
+def zo_adam(
+    queries: int = 1,
+    estimator: str = "two-sided",
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    adam_eps: float = 1e-8,
+    state_dtype: str = "float32",
+) -> Method:
+    """θ ← θ − lr·m̂/(√v̂ + adam_eps), Adam's two moments of ĝ with bias correction."""
+    return Method(_estimator(estimator, queries), _adam(beta1, beta2, adam_eps, state_dtype))
+
+
+@preset("forward-grad", paper="arXiv 2202.08587", forwards="q (JVPs)")
+def forward_grad(queries: int = 1) -> Method:
+    """θ ← θ − lr·ĝ, ĝ = (1/Q) Σ_q (∇L·z_q)·z_q, by forward-mode differentiation: exact, no eps."""
+    return Method(None, Sgd(), derivatives=queries)
+
+
+@preset("fo-sgd", paper="yardstick", forwards="1, and a backward")
+def fo_sgd() -> Method:
+    """θ ← θ − lr·∇L, by back-propagation."""
+    return Method(None, Sgd())
+
+
+@preset("fo-adam", paper="arXiv 1412.6980, yardstick", forwards="1, and a backward")
+def fo_adam(beta1: float = 0.9, beta2: float = 0.999, adam_eps: float = 1e-8, state_dtype: str = "float32") -> Method:
+    """Adam on ∇L, by back-propagation."""
+    return Method(None, _adam(beta1, beta2, adam_eps, state_dtype))
+
+
+@preset("leave-one-out", paper="AIM-ZO's baseline", forwards="q")
+def leave_one_out(queries: int = 16) -> Method:
+    """θ ← θ − lr·ĝ, each loss beside the mean of the others: g_q = Q/(Q − 1)·(L_q − mean L)/eps."""
+    return Method(LeaveOneOut(queries), Sgd())
+
+
+@preset("fzoo", paper="arXiv 2506.09034", forwards="q + 1")
+def fzoo(queries: int = 8) -> Method:
+    """θ ← θ − lr·(1/Q) Σ_q (L_q − L_0)/std(L)·z_q, z of signs: in units of the losses' own spread."""
+    return Method(OneSided(queries), Normalised(), direction="rademacher", lr=5e-5, eps=1e-4)
+
+
+def _estimator(name: str, queries: int) -> Estimator:
+    if name not in ESTIMATORS:
+        raise OptionError("estimator", f"unknown estimator {name!r}; {nearest(name, ESTIMATORS)}")
+    return ESTIMATORS[name](queries)
+
+
+def _adam(beta1: float, beta2: float, adam_eps: float, state_dtype: str) -> Adam:
+    if not adam_eps > 0:
+        raise OptionError("adam_eps", f"adam_eps={adam_eps!r}: must be above 0")
+    return Adam(
+        _state(state_dtype), beta1=_decay_rate("beta1", beta1), beta2=_decay_rate("beta2", beta2), epsilon=adam_eps
+    )
+
+
+def _decay_rate(name: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise OptionError(name, f"{name}={value!r}: must be at least 0 and under 1")
+    return value
+
+
+def _state(dtype: str) -> str:
+    if dtype not in STATE_DTYPES:
+        raise OptionError("state_dtype", f"unknown state_dtype {dtype!r}; {nearest(dtype, STATE_DTYPES)}")
+    return dtype

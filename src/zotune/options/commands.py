@@ -1,0 +1,409 @@
+"""The options of each command, with their help; what one option may be is checked here, what goes together in checks.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, field_validator
+
+from zotune.errors import nearest
+from zotune.files.checked import Options, Positive
+
+
+class ModelOptions(Options):
+    model: str = Field(description="hub name or local folder of a pretrained model")
+    model_kind: Literal["auto", "causal", "masked", "classifier"] = Field(
+        "auto",
+        description="causal: the answer follows the prompt; masked: it stands at <mask>; classifier: a head over the labels "
+        "[auto: the checkpoint's architecture]",
+    )
+    gguf_file: str | None = Field(None, description="read the weights from this GGUF file of the model")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="quantise the weights to 8 or 4 bits as they are loaded: for lora, prefix and prompt"
+    )
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")
+    allow_pickle: bool = Field(False, description="read weights that are pickled (.bin) where there are no safetensors")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights [default: the checkpoint's own]"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
+
+
+class DataOptions(Options):
+    task: str | dict[str, Any] | None = Field(
+        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
+    )
+    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+    data: str | None = Field(
+        None,
+        description="your own rows: a folder of train/validation/test .jsonl, .json, .csv, .tsv (also as .gz) or .parquet, one "
+        "such file, or a hub name",
+    )
+    subset: str | None = Field(None, description="subset (configuration) of a hub data set")
+    template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
+    label_field: str | None = Field(None, description="field that holds the label [default: label]")
+    label_words: dict[str, str] | None = Field(
+        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
+    )
+    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
+    answer_field: str | None = Field(
+        None, description="field that holds the text to generate, or a list of right ones (generation)"
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
+    )
+    skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
+    alignment: Literal["template", "none"] = Field(
+        "template", description="none: the task's prompt without its template's words"
+    )
+    batch_size: Positive = Field(16, description="rows a step")
+    eval_size: Positive | None = Field(
+        None, description="at most so many validation and test rows [default: 500, 1000]"
+    )
+    max_length: Positive | None = Field(
+        None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of the directions, the rows drawn and their order"
+    )
+
+    _tables: dict[str, list[Any]] | None = PrivateAttr(None)
+
+    @property
+    def tables(self) -> dict[str, list[Any]] | None:
+        """Rows in memory by split, instead of those that `data` names; "" for rows without a split."""
+        return self._tables
+
+    def set_tables(self, tables: dict[str, list[Any]] | None) -> None:
+        self._tables = tables
+
+    @field_validator("label_words", "columns", mode="before")
+    @classmethod
+    def _read_words(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                like = (
+                    '{"0": "terrible", "1": "great"}' if info.field_name == "label_words" else '{"question": "prompt"}'
+                )
+                raise ValueError(f"not JSON ({error.msg}); write {like}") from None
+        if isinstance(value, Mapping):
+            return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
+        return value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _known_task(cls, value: Any) -> Any:
+        """A file's task is taken into the options, so that the record of a run is whole."""
+        from zotune.tasks import Task, get_task
+        from zotune.tasks.files import SUFFIXES, definition
+
+        if value is None:
+            return None
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not JSON ({error.msg})") from None
+        if isinstance(value, Task):
+            return definition(value)
+        if not isinstance(value, (str, Mapping)):
+            raise ValueError("give a name, a YAML file, or a task's keys and values")
+        task = get_task(value)
+        return value if isinstance(value, str) and not value.endswith(SUFFIXES) else definition(task)
+
+
+class TrainConfig(DataOptions, ModelOptions):
+    output: str = Field(description="folder of the run")
+    resume: bool = Field(False, description="go on with the run in the output folder")
+    overwrite: bool = Field(False, description="delete the run in the output folder first")
+    dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
+    method: str = Field("zo-sgd", description="see `zotune list methods`")
+    scheme: str = Field("full", description="what trains, see `zotune list schemes`")
+    freeze: list[str] = Field(
+        [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
+    )
+    direction: Literal["gaussian", "rademacher"] | None = Field(
+        None, description="distribution of the directions [default: the method's own, else gaussian]"
+    )
+    estimator: Literal["two-sided", "one-sided", "leave-one-out"] | None = Field(
+        None, description="how the losses give a gradient [default: the method's own, mostly two-sided]"
+    )
+    lr: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="learning rate [default: by scheme and model size]"
+    )
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="perturbation of the weights [default: by scheme]"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="what becomes of lr over the run"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    queries: Positive | None = Field(
+        None, description="directions for the same rows [default: the method's own, mostly 1]"
+    )
+    groups: Positive | Literal["batch"] = Field(
+        1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
+    )
+    rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    forward_tokens: Positive | None = Field(
+        None,
+        description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
+    )
+    fold_every: Positive = Field(
+        1, description="apply the updates of so many steps together, in one pass over the weights"
+    )
+    rounding: Literal["nearest", "compensated"] = Field(
+        "nearest",
+        description="of updates of 16-bit weights; compensated keeps what rounding took, in as much memory as what trains",
+    )
+    tf32: bool = Field(False, description="on CUDA, products of float32 numbers by their first 10 bits: faster")
+    sign_mode: Literal["element", "scalar"] | None = Field(
+        None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of the gradient keeps a step [default: 0.9]"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of zo-adam and fo-adam: what the mean of its square keeps [default: 0.999]"
+    )
+    adam_eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of zo-adam and fo-adam: added to the root of that mean [default: 1e-8]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
+    )
+    g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="fraction of the weights that a step leaves out"
+    )
+    mask: Literal["random", "magnitude", "wanda"] | None = Field(
+        None,
+        description="which weights sparsity leaves out: random ones, the smallest, or those of least weight times input "
+        "[default: random]",
+    )
+    calibration_rows: Positive | None = Field(
+        None, description="training rows that a mask of wanda is made from [default: 128]"
+    )
+    sparsity_scope: Literal["layer", "global"] | None = Field(
+        None, description="fraction of each tensor, or of all weights together [default: layer]"
+    )
+    mask_refresh: Positive | None = Field(None, description="steps until a new mask [default: never]")
+    blocks: Literal["transformer", "attention-mlp", "linear"] | None = Field(
+        None, description="descend block by block, all of them each step; each costs two forwards"
+    )
+    block_update: Literal["gauss-seidel", "jacobi"] | None = Field(
+        None, description="move each block before the next is probed, or all at the end [default: gauss-seidel]"
+    )
+    hybrid: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="fraction of the layers, from the input on, that train by the method; the others by back-propagation",
+    )
+    fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
+    loss: str = Field(
+        "answer",
+        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
+        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
+    )
+    engine: str = Field("auto", description="see `zotune list engines`")
+    steps: Positive = Field(1000, description="updates")
+    accumulate: Positive = Field(1, description="batches an update")
+    train_size: Positive = Field(1000, description="at most so many training rows")
+    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
+    eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    early_stop: Positive | None = Field(
+        None, description="stop after so many evaluations in a row without a better validation [default: never]"
+    )
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: Positive | None = Field(
+        None, description="steps between checkpoints; a new best on validation is saved too [default: as eval-every]"
+    )
+    keep: Positive | None = Field(
+        None,
+        description="newest checkpoints to keep beside the best, after the run too [default: 1, and none after it]",
+    )
+    sync_every: Positive = Field(
+        64, description="steps until the trajectory is surely on the disk: what a power loss can cost"
+    )
+    deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on CUDA")
+    report_to: list[str] = Field(
+        [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
+    )
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _groups(cls, value: Any) -> Any:
+        if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
+            return value if value == "batch" else int(value)
+        raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
+
+    @field_validator("report_to", "freeze", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        from zotune.tasks.objectives import check_name
+
+        return check_name(value)
+
+    @field_validator("method", "engine", "scheme")
+    @classmethod
+    def _known(cls, value: str, info: Any) -> str:
+        from zotune.registry import names
+
+        known = names(info.field_name)
+        if info.field_name == "method" and ":" in value:  # module:NAME, whose errors say what is wrong with it
+            from zotune.methods import find
+
+            find(value)
+            return value
+        if value not in known:
+            raise ValueError(f"unknown {info.field_name} {value!r}; {nearest(value, known)}")
+        return value
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """What the method and the enhancements of it are given, beyond what every method takes."""
+        given = {k: v for k in STEP_OPTIONS if (v := getattr(self, k)) is not None}
+        from zotune.methods import find
+
+        if self.estimator is not None:
+            given["estimator"] = self.estimator
+        elif "estimator" in find(self.method).options:
+            given["estimator"] = "two-sided"
+        return given
+
+    @property
+    def directions_a_row(self) -> int:
+        """Directions for the same rows: as given, else the method's own."""
+        from zotune.methods import make_method
+
+        own = {k: v for k, v in self.step_options.items() if k in ("estimator", *METHOD_OPTIONS)}
+        return max(1, make_method(self.method, queries=self.queries, **own).queries)
+
+    @property
+    def pairs(self) -> int:
+        """Directions of a full step."""
+        rows = self.batch_size * self.accumulate
+        return self.directions_a_row * (rows if self.groups == "batch" else min(int(self.groups), rows))
+
+    @property
+    def evaluates_every(self) -> int:
+        """Steps between evaluations: where updates wait for each other, none falls between two folds."""
+        folds = -(-(self.eval_every or max(1, self.steps // 10)) // self.fold_every)
+        return min(folds * self.fold_every, self.steps)
+
+    @property
+    def saves_every(self) -> int:
+        return self.save_every or self.evaluates_every
+
+
+WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
+
+# Options that go to `ZeroOrderOptimizer` as they are, where they are given.
+METHOD_OPTIONS = ("sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
+STEP_OPTIONS = (
+    *METHOD_OPTIONS, "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
+    "block_update", "hybrid", "fo_lr",
+)  # fmt: skip
+
+
+class SweepConfig(TrainConfig):
+    output: str = Field(description="folder of the search: a benchmark's, `zotune bench report` reads it")
+    lrs: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="learning rates of the grid, such as 1e-6,1e-5 [default: decades around the scheme's]"
+    )
+    epses: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="eps of the grid [default: the scheme's]"
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="seeds of each pair [default: --seed]")
+    trials: Positive | None = Field(
+        None, description="search by Optuna with so many runs, between the least and greatest of --lrs and --epses"
+    )
+    storage: str | None = Field(
+        None, description="database URL of the Optuna study [default: SQLite in the output folder]"
+    )
+    jobs: Positive | None = Field(None, description="runs at one time [default: one for each GPU, else 1]")
+
+    @field_validator("lrs", "epses", "seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
+
+
+class EvalConfig(DataOptions, ModelOptions):
+    adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
+    trajectory: str | None = Field(None, description="trajectory.zot of a run: score its chosen step, nothing is saved")
+    shots: Annotated[int, Field(ge=0)] = Field(
+        0, description="training rows shown with their answers before each prompt, drawn by the seed"
+    )
+    output: str | None = Field(None, description="write the figures to this JSON file")
+
+
+class ReplayConfig(ModelOptions):
+    trajectory: str = Field(description="trajectory.zot of a run")
+    method: str | None = Field(
+        None,
+        description="the run's own method again, module:NAME, where it is none of zotune's: a file has no code imported",
+    )
+    output: str = Field(description="folder of the rebuilt model")
+    until: str | None = Field(
+        None, description="step whose weights to rebuild, or last [default: the step that the run chose]"
+    )
+    overwrite: bool = Field(False, description="replace the output folder")
+
+
+class PreviewConfig(DataOptions):
+    model: str | None = Field(None, description="hub name or folder of a model: shows its tokens and lengths")
+    model_kind: Literal["auto", "causal", "masked", "classifier"] = Field("auto", description="as in `zotune train`")
+    gguf_file: str | None = Field(None, description="read the tokenizer from this GGUF file of the model")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    scheme: str = Field("full", description="as in `zotune train`: prefix and prompt take tokens of the model's length")
+    shots: Annotated[int, Field(ge=0)] = Field(0, description="as in `zotune eval`: the rows that it scores are shown")
+    rows: Positive = Field(5, description="rows to show")
+
+
+class PredictConfig(DataOptions, ModelOptions):
+    adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
+    output: str = Field(description="write labels and scores to this .jsonl file")
+    overwrite: bool = Field(False, description="replace the output file")
+
+
+class MergeConfig(ModelOptions):
+    adapter: str = Field(description="folder of the PEFT adapter")
+    output: str = Field(description="folder of the merged model")
+    overwrite: bool = Field(False, description="replace the output folder")
+
+
+class EstimateConfig(Options):
+    model: str = Field(description="hub name, folder or config.json of a causal model; no weights are read")
+    method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
+    scheme: str = Field("full", description="full, lora, prefix, prompt or head")
+    batch_size: Positive = Field(16, description="rows a step")
+    seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
+    answer_tokens: Positive = Field(1, description="positions a row that need logits")
+    queries: Positive = Field(1, description="directions a step")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights [default: the config's own]"
+    )
+    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
+        None, description="of the state of momentum and Adam, as in `zotune train` [default: float32]"
+    )
+    checkpointing: bool = Field(False, description="recompute activations (first order)")
+    tf32: bool = Field(False, description="on a card, products of float32 numbers as in `zotune train --tf32`")
+    card: str | None = Field(None, description="time on this card instead of here, such as h100, a100, rtx4090, t4")
+    memory: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that it has to fit [default: the card's]"
+    )
+    output: str | None = Field(None, description="write the figures to this JSON file")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the model")

@@ -1,0 +1,78 @@
+"""A run's options as the Trainer's arguments and as an optimizer's, and what neither can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zotune.errors import InputError
+from zotune.prepare.prepared import Prepared
+from zotune.run.folder import RunFolder
+from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.tasks.task import LOWER_IS_BETTER
+from zotune.trainer import ZOTrainingArguments
+
+
+def arguments(ready: Prepared, folder: RunFolder) -> ZOTrainingArguments:
+    config = ready.config
+    assert config.lr is not None
+    assert config.eps is not None
+    return ZOTrainingArguments(
+        output_dir=str(folder.path),
+        method=config.method,
+        method_options=config.step_options,
+        calibration_rows=config.calibration_rows or ZOTrainingArguments.calibration_rows,
+        eps=config.eps,
+        direction=config.direction,
+        queries=config.queries,
+        groups=config.groups,
+        rank=config.rank,
+        forward_tokens=config.forward_tokens,
+        fold_every=config.fold_every,
+        rounding=config.rounding,
+        engine=config.engine,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.lr_schedule,
+        weight_decay=config.weight_decay,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        eval_strategy="steps",
+        eval_steps=config.evaluates_every,
+        save_strategy="steps",
+        save_steps=config.saves_every,
+        metric_for_best_model=ready.task.metric,
+        greater_is_better=ready.task.metric not in LOWER_IS_BETTER,
+        remove_unused_columns=False,
+        dataloader_pin_memory=ready.device.type == "cuda",
+        disable_tqdm=True,
+        report_to=config.report_to,
+        use_cpu=ready.device.type == "cpu",
+    )
+
+
+def optimizer_for(ready: Prepared) -> ZeroOrderOptimizer:
+    """A run's optimizer, at lr 0. Raises InputError for options that do not go together."""
+    config = ready.config
+    try:
+        return ZeroOrderOptimizer(
+            ready.model, config.method, lr=0.0, eps=config.eps or 1e-3, direction=config.direction, queries=config.queries,
+            groups=config.groups, rank=config.rank, fold_every=config.fold_every, rounding=config.rounding,
+            forward_tokens=config.forward_tokens, weight_decay=config.weight_decay, engine=config.engine,
+            **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raises InputError for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([] if name in ("none", "all") else [name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError, AssertionError) as error:
+            raise InputError(f"--report-to {name}: {str(error).splitlines()[0]}") from None

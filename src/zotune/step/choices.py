@@ -1,0 +1,224 @@
+"""A step's options: what each may be, and what does not go together, in one table. Loads no torch.
+
+The optimizer, the command line and the estimates ask it; whoever shows a message writes the option's name as its users know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from zotune.errors import OptionError, nearest
+from zotune.methods import Method
+from zotune.step.enhancements import Enhancements
+
+DIRECTIONS = ("gaussian", "rademacher")
+ROUNDINGS = ("nearest", "compensated")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of a step, checked one by one as they come: a wrong value raises `OptionError`.
+
+    name: of the method, for messages. scheme: what trains, where that is known.
+    """
+
+    method: Method
+    name: str = "zo-sgd"
+    seed: Any = 0
+    direction: str | None = None
+    groups: Any = 1
+    engine: str = "auto"
+    rank: int = 1
+    fold_every: int = 1
+    rounding: str = "nearest"
+    forward_tokens: int | None = None
+    lr: Any = 0.0
+    eps: Any = 1e-3
+    weight_decay: Any = 0.0
+    max_skipped: int = 5
+    enhancements: Enhancements = field(default_factory=Enhancements)
+    scheme: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            self._check(name, _is_number(getattr(self, name)), "a number")
+        self._check("lr", self.lr >= 0, "at least 0")
+        self._check("eps", self.eps > 0, "above 0")
+        self._check("weight_decay", self.weight_decay >= 0, "at least 0")
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+        self._check("seed", whole and 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1")
+        for name in ("max_skipped", "rank", "fold_every"):
+            self._check(name, _is_count(getattr(self, name)), "a whole number from 1")
+        if self.forward_tokens is not None:
+            self._check("forward_tokens", _is_count(self.forward_tokens), "a whole number from 1")
+        if isinstance(self.groups, str) and self.groups.isdecimal():
+            object.__setattr__(self, "groups", int(self.groups))
+        counted = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
+        self._check("groups", self.groups == "batch" or counted, "a number from 1 or 'batch'")
+        for name, known in (("direction", DIRECTIONS), ("rounding", ROUNDINGS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(name, f"unknown {name} {value!r}; {nearest(str(value), known)}")
+
+    def _check(self, name: str, ok: Any, wanted: str) -> None:
+        if not ok:
+            raise OptionError(name, f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    @property
+    def low_rank(self) -> bool:
+        return self.groups != 1 or self.engine == "lowrank"
+
+    @property
+    def conservative(self) -> bool:
+        return self.method.rule.extra_forwards > 0
+
+    @property
+    def brings_its_engine(self) -> bool:
+        """Whether method and enhancements are served by one engine alone."""
+        return self.method.kind != "zeroth-order" or self.enhancements.sequential
+
+    def problems(self) -> Iterator[OptionError]:
+        """All that does not go together."""
+        for option, when, text in TOGETHER:
+            if when(self):
+                yield OptionError(option(self) if callable(option) else option, text(self))
+
+    def refuse(self) -> None:
+        """Raise the first of `problems`."""
+        for problem in self.problems():
+            raise problem
+
+
+def _is_number(value: Any) -> bool:
+    tensor = hasattr(value, "item") and hasattr(value, "dim")  # of torch, which is not loaded here
+    return (isinstance(value, Real) or tensor) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return bool(value >= 1 and value == int(value))
+
+
+def _given(of: Choices) -> str:
+    """The first enhancement that is given."""
+    names = ("sparsity", "blocks", "hybrid", "g_clip")
+    return next((name for name in names if getattr(of.enhancements, name) is not None), "")
+
+
+def _needs_sequential(of: Choices) -> str:
+    """What only an engine of its own serves, in words; "" where there is nothing."""
+    if of.method.kind != "zeroth-order":
+        return f"method {of.name!r}"
+    return _given(of) if of.enhancements.sequential else ""
+
+
+def _plain(of: Choices) -> bool:
+    """Whether an update is a list of coefficients and nothing else."""
+    rule = of.method.rule
+    return rule.linear and not of.conservative and not of.method.first_order and not of.enhancements.sequential
+
+
+class Together(NamedTuple):
+    """option: whose value the message is about. when: it does not go with the others. text: the message."""
+
+    option: str | Callable[[Choices], str]
+    when: Callable[[Choices], bool]
+    text: Callable[[Choices], str]
+
+
+LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
+
+TOGETHER: tuple[Together, ...] = (
+    Together(
+        _given,
+        lambda of: of.method.first_order and _given(of) != "",
+        lambda of: f"{_given(of)}: method {of.name!r} has no direction to apply it to; it is for zo-* and forward-grad",
+    ),
+    Together(
+        lambda of: "blocks" if of.enhancements.blocks else "hybrid",
+        lambda of: of.conservative and (of.enhancements.blocks is not None or of.enhancements.hybrid is not None),
+        lambda of: (
+            f"{'blocks' if of.enhancements.blocks else 'hybrid'}: method {of.name!r} compares one move of all "
+            "weights; use zo-sgd"
+        ),
+    ),
+    Together(
+        lambda of: "hybrid" if of.enhancements.hybrid else "blocks",
+        lambda of: (
+            of.scheme in LAYERLESS
+            and (of.enhancements.hybrid is not None or of.enhancements.blocks not in (None, "linear"))
+        ),
+        lambda of: (
+            ("hybrid" if of.enhancements.hybrid else f"blocks={of.enhancements.blocks!r}")
+            + f": scheme {of.scheme!r} trains nothing within the layers; use --scheme full or lora"
+        ),
+    ),
+    Together(
+        "mask",
+        lambda of: of.enhancements.mask == "wanda" and of.scheme != "full",
+        lambda of: (
+            f"mask wanda scores the model's own linear maps, of which scheme {of.scheme!r} trains none; "
+            "use --scheme full, or --mask random"
+        ),
+    ),
+    Together(
+        "fold_every",
+        lambda of: (
+            of.fold_every > 1 and (not _plain(of) or of.enhancements.hybrid is not None or bool(of.weight_decay))
+        ),
+        lambda of: (
+            f"fold_every={of.fold_every}: only updates that are lists of coefficients can wait (zo-sgd, "
+            "forward-grad, zo-sgd-sign with sign_mode scalar; no weight decay, masks, blocks or hybrid); use 1"
+        ),
+    ),
+    Together(
+        "weight_decay",
+        lambda of: of.method.rule.rounding != "nearest" and bool(of.weight_decay) and of.low_rank,
+        lambda of: (
+            f"rounding='compensated' and weight_decay={of.weight_decay}: low-rank updates do not go with both; "
+            "leave weight_decay at 0"
+        ),
+    ),
+    Together(
+        "weight_decay",
+        lambda of: of.conservative and bool(of.weight_decay),
+        lambda of: (
+            f"weight_decay={of.weight_decay}: method {of.name!r} may stay at θ, which decay would move; leave it at 0"
+        ),
+    ),
+    Together(
+        "engine",
+        lambda of: (
+            _needs_sequential(of) != ""
+            and of.engine not in ("auto", "sequential", *(["forward-mode"] if of.method.forward_mode else []))
+        ),
+        lambda of: f"engine={of.engine!r}: does not serve {_needs_sequential(of)}; use engine='auto'",
+    ),
+    Together(
+        "groups",
+        lambda of: _needs_sequential(of) != "" and of.groups != 1,
+        lambda of: f"groups={of.groups!r}: does not go with {_needs_sequential(of)}; use groups=1",
+    ),
+    Together(
+        "groups",
+        lambda of: of.groups != 1 and of.engine in ("sequential", "dual"),
+        lambda of: (
+            f"groups={of.groups!r}: engine {of.engine!r} gives a batch one direction; use engine='lowrank' or 'auto'"
+        ),
+    ),
+    Together(
+        "rank",
+        lambda of: of.rank != 1 and not of.low_rank,
+        lambda of: f"rank={of.rank}: of low-rank directions; use engine='lowrank' or groups='batch' with it",
+    ),
+    Together(
+        "method",
+        lambda of: of.low_rank and (of.conservative or not of.method.rule.linear),
+        lambda of: (
+            f"method {of.name!r} reads the estimate element by element or compares moves, which low-rank directions "
+            "do not serve; use groups=1 and engine='auto', or zo-sgd"
+        ),
+    ),
+)

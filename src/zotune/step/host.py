@@ -1,0 +1,132 @@
+"""A step that the host takes: block after block, with back-propagation for what it trains, and what a graph cannot hold."""
+
+# Q directions of a step, G parameter groups.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from zotune.directions import Displacement
+from zotune.engines.reads import same_draws
+from zotune.errors import InputError
+from zotune.record.steps import StepRecord, in_blocks
+from zotune.step.arithmetic import applicable, near
+from zotune.step.probing import best_of_three, look, whole
+from zotune.updates import Conservative
+
+if TYPE_CHECKING:
+    from zotune.step.optimizer import ZeroOrderOptimizer
+
+
+class HostStep:
+    """One step of an optimizer, from its losses to moved weights. tensors: whether the loss came as a tensor."""
+
+    def __init__(self, of: ZeroOrderOptimizer, loss: Callable[[Any], Any], batches: Sequence[Any], hold: bool) -> None:
+        self.of, self.batches, self.hold = of, batches, hold
+        self.tensors = False
+        self._loss = loss
+
+    def loss(self, batch: Any) -> Any:
+        found = self._loss(batch)
+        self.tensors = self.tensors or isinstance(found, Tensor)
+        return found
+
+    def take(self, shares: tuple[int, ...]) -> tuple[StepRecord, float]:
+        """What it saw and applied, and the loss near θ."""
+        of, first, gradients = self.of, None, list[Any]()
+        if any(group.get("first_order") for group in of.param_groups):
+            first, gradients = self._backward()
+        if of.method.first_order:
+            assert first is not None
+            record, loss = self._first_order(first), first
+        else:
+            record, loss = self._blocks(shares, first)
+        of.fold_at(record.step)
+        if gradients and not record.skipped:
+            self._descend(gradients)
+        return record, loss
+
+    def _blocks(self, shares: tuple[int, ...], first: float | None) -> tuple[StepRecord, float]:
+        """first: a loss by back-propagation, which has to be finite too."""
+        of, late, records, near_B = self.of, [], [], []
+        for block, engine in enumerate(of.blocks):
+            record, loss = self._estimate(engine, of.seeds(of.steps, block), shares, first)
+            if not record.skipped:
+                late.append((engine, record))
+            if of.enhancements.block_update != "jacobi":
+                of.apply_now(late, self.hold)
+            records.append(record)
+            near_B.append(loss)
+        of.apply_now(late, self.hold)
+        return in_blocks(records), sum(near_B) / len(near_B)
+
+    def _estimate(
+        self, engine: Any, seeds_Q: tuple[int, ...], shares: tuple[int, ...], first: float | None
+    ) -> tuple[StepRecord, float]:
+        of, method = self.of, self.of.method
+        lr_G, decay_G, eps_G = of.settings()
+        given = of.given(shares, lr_G, eps_G)
+        each_G = eps_G if method.estimator is not None else (1.0,) * len(eps_G)
+        at = Displacement(seeds_Q, tuple((each,) * len(seeds_Q) for each in each_G))
+        losses_CK, g_GQ = look(engine, method, self.loss, self.batches, at, given, shares)
+        finite = losses_CK if first is None else torch.cat([losses_CK.flatten(), torch.tensor([first]).double()])
+        skipped = not bool(applicable(method.rule, finite, g_GQ, given))
+        losses_P = tuple(losses_CK.flatten().tolist())
+        record = StepRecord(
+            of.steps, seeds_Q, losses_P, tuple(map(tuple, g_GQ.tolist())), lr_G, decay_G, skipped, 0, shares
+        )
+        if not skipped and isinstance(method.rule, Conservative):
+            move = method.rule.displacement(replace(record, choice=1))
+            choice = best_of_three(engine, method.rule, self.loss, self.batches, losses_CK, method.signs, move)
+            record = replace(record, choice=int(choice))
+        return record, float(near(method.estimator, losses_CK, torch.tensor(shares).double()))
+
+    def _first_order(self, loss: float) -> StepRecord:
+        lr_G, decay_G, _ = self.of.settings()
+        none_GQ = ((0.0,),) * len(lr_G)
+        return StepRecord(self.of.steps, (), (loss,), none_GQ, lr_G, decay_G, not math.isfinite(loss))
+
+    def _backward(self) -> tuple[float, list[Any]]:
+        """The loss, NaN where a gradient is not finite, and the gradients of the first-order groups, in order.
+
+        Nothing of the layers before them is kept.
+        """
+        groups = self.of.param_groups
+        others = [p for g in groups if not g.get("first_order") for p in g["params"] if p.requires_grad]
+        params = [p for g in groups if g.get("first_order") for p in g["params"]]
+        redraw = same_draws(params)
+        try:
+            for param in others:
+                param.requires_grad_(False)
+            with torch.enable_grad():
+                loss = whole(self.loss, self.batches)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise InputError(
+                        "back-propagation needs a closure that returns a tensor with a gradient; this one's has none "
+                        "(a number, a detached tensor, or parameters with requires_grad=False)"
+                    )
+                loss = loss.double().mean() if loss.dim() else loss
+                gradients = list(torch.autograd.grad(loss, params, allow_unused=True))
+        finally:
+            for param in others:
+                param.requires_grad_(True)
+        redraw()  # the probes see the same dropout
+        some = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+        finite = torch.isfinite(get_total_norm(some, math.inf))  # one pass, and no tensor as large as they
+        # 16 bits may hold the loss and not its gradient
+        return (float(loss.detach()) if finite else math.nan), gradients
+
+    def _descend(self, gradients: list[Any]) -> None:
+        of = self.of
+        for group in of.param_groups:
+            if group.get("first_order"):
+                own = [gradients.pop(0) for _ in group["params"]]
+                lr, decay = float(group["lr"]), float(group["weight_decay"])
+                of.method.rule.descend(group["params"], own, lr, decay, of.state)

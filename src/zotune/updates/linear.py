@@ -1,0 +1,148 @@
+"""Rules whose update is a list of coefficients, Σ_q c_q·z_q: no tensor of noise or gradient is ever made."""
+
+# Q directions, G parameter groups, K directions over a batch's rows, C copies of a batch.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zotune.record.trajectory import float32, shrinkage
+from zotune.updates.rule import Rule, State, shrink
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zotune.directions import Displacement, HeldDisplacement
+    from zotune.record.steps import StepRecord
+
+
+@dataclass(frozen=True)
+class Linear(Rule):
+    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no state, no tensor."""
+
+    linear = True
+
+    capturable = True
+
+    def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """(Q,) float32: c of each direction. g_Q and lr (0-d): float64, on any device, of float32's values."""
+        raise NotImplementedError
+
+    def rounded_coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        """`coefficients` of g and lr as a run records them, in float32: what is applied is what a replay applies."""
+        return self.coefficients(g_Q.float().double(), lr.float().double())
+
+    def reach(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return self.rounded_coefficients(g_Q, lr)
+
+    def displacement(self, by: StepRecord) -> Displacement:
+        """The update as a displacement."""
+        import torch
+
+        from zotune.directions import Displacement
+
+        wide = torch.float64
+        coefs_GQ = (
+            self.rounded_coefficients(torch.tensor(g_Q, dtype=wide), torch.tensor(lr, dtype=wide)).tolist()
+            for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)
+        )
+        return Displacement(by.seeds_Q, tuple(map(tuple, coefs_GQ)))
+
+    def apply(self, directions: Any, by: StepRecord, state: State) -> None:
+        if self.rounding == "compensated":
+            factors = [shrinkage(lr, decay) for lr, decay in zip(by.lr_G, by.decay_G, strict=True)]
+            self.displace(directions, self.displacement(by), state, factors)
+        else:
+            shrink(directions, by)
+            self.displace(directions, self.displacement(by), state)
+
+    def displace(
+        self, directions: Any, by: Displacement | HeldDisplacement, state: State, factors: Sequence[float | Tensor] = ()
+    ) -> None:
+        """θ ← factor·θ + displacement, rounded as the rule rounds; factors by parameter group where rounding is compensated."""
+        if self.rounding == "compensated":
+            self.reserve(directions.params, state)
+            directions.apply_compensated(by, [state[param]["residual"] for param in directions.params], factors)
+        else:
+            directions.apply(by)
+
+
+@dataclass(frozen=True)
+class Sgd(Linear):
+    """c_q = −lr·g_q / Q, so that Σ c_q·z_q = −lr·ĝ with ĝ the mean of the Q estimates.
+
+    lr and g are rounded to float32 first, and so is c: what a run records is exactly what it applied.
+    Source: MeZO, arXiv 2305.17333; ZO-SGD in arXiv 2402.11592.
+    """
+
+    def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return (-(lr * g_Q) * (1 / g_Q.numel())).float()
+
+    def move(self, w_n: Tensor, g_n: Tensor, state: Mapping[str, Tensor], lr: float, steps: int) -> Tensor:
+        return w_n - lr * g_n
+
+    def _by_torch(self, param: Any, gradient: Any, state: State, lr: float, decay: float) -> bool:
+        # Beside 16-bit numbers torch rounds alpha, and its product, to 16 bits on a CPU; on CUDA both are float32.
+        narrow = param.dtype.itemsize < 4 and not param.is_cuda
+        if narrow or not float32(lr) or shrinkage(lr, decay) != 1:
+            return False
+        param.data.add_(gradient, alpha=-float32(lr))
+        state[param]["steps"] = state[param].get("steps", 0) + 1
+        return True
+
+
+@dataclass(frozen=True)
+class ScalarSign(Linear):
+    """c_q = −lr·sign(g_q) / Q: the sign of the projected gradient, times z. What the public code of arXiv 2402.11592 does."""
+
+    def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        return (-(lr * g_Q.sign()) * (1 / g_Q.numel())).float()
+
+
+@dataclass(frozen=True)
+class Conservative(Sgd):
+    """θ ← the best of {θ, θ − lr·ĝ, θ + lr·ĝ} on the step's own batch; on a tie θ stays. Source: arXiv 2402.11592, ZO-SGD-Cons.
+
+    The choice is 0, 1 or 2, in that order. No decay: it would move θ where the choice is to stay.
+    """
+
+    extra_forwards = 3
+
+    def displacement(self, by: StepRecord) -> Displacement:
+        taken = super().displacement(by)
+        if by.choice == 0:
+            return taken.some(0, 0)
+        return taken if by.choice == 1 else taken.negated()
+
+    def choose(self, losses_3: Tensor) -> Tensor:
+        """0-d, in the losses' dtype: the choice among θ, θ − lr·ĝ and θ + lr·ĝ. What is not a number is never chosen.
+
+        No number from the host: a capture could not copy it.
+        """
+        import torch
+
+        best, choice = losses_3[0], torch.zeros_like(losses_3[0])
+        for other in (1, 2):
+            better = losses_3[other] < best
+            best = torch.where(better, losses_3[other], best)
+            choice = torch.where(better, torch.full_like(choice, other), choice)
+        return choice
+
+    def apply(self, directions: Any, by: StepRecord, state: State) -> None:
+        if by.choice:
+            self.displace(directions, self.displacement(by), state)
+
+
+@dataclass(frozen=True)
+class Normalised(Sgd):
+    """θ ← θ − lr·(1/Q) Σ_q d_q/std(d)·z_q: the differences in units of their own spread, so that eps cancels.
+
+    std: of the Q places of the same rows, biased, which is that of their losses. Where these are all alike they told nothing, and
+    nothing moves. Source: FZOO, arXiv 2506.09034.
+    """
+
+    def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
+        alike_K = d_QK.amax(0) == d_QK.amin(0)  # their spread may be a rounding of the mean
+        return (d_QK / d_QK.std(0, correction=0)).where(~alike_K, d_QK * 0)
