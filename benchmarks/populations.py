@@ -2,9 +2,9 @@
 
     python benchmarks/populations.py --models smollm2-135m opt-1.3b llama-7b --queries 4 16 64 --output populations.json
 
-The floor evaluates as many rows as the step's places have, 2·N·B for two-sided estimates, in as many forwards as the step takes, with
-the loss over two label words and the model's plain weights. Medians of whole steps and of floors, taken in turn. evaluation: the
-memory that the floor takes beside the weights; step: what the step takes. Weights are random; time does not depend on their values.
+The floor evaluates as many rows as the step's places have, 2·N·B for two-sided estimates, in as many forwards as the step takes,
+with the loss over two label words and the model's plain weights. Medians of whole steps and of floors, taken in turn. floor_gib,
+step_gib: memory that each takes beside the weights. Weights are random; time does not depend on their values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> None:
         model = build(name, args.dtype, args.device)
         for queries in args.queries:
             for tokens in args.forward_tokens or [None]:
-                row = {"model": name, "queries": queries, "forward_tokens": tokens} | measure(model, name, queries, tokens, args)
+                row = {"model": name, "queries": queries, "forward_tokens": tokens} | measure(
+                    model, name, queries, tokens, args
+                )
                 report["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 if args.output:

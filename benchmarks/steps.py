@@ -33,8 +33,14 @@ MODELS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "opt-125m": lambda: opt(768, 12, 12),
     "opt-1.3b": lambda: opt(2048, 24, 32),
     "smollm2-135m": lambda: tf.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
     ),
     "opt-13b": lambda: opt(5120, 40, 40),
     "llama-7b": lambda: tf.LlamaConfig(),  # LLaMA-2-7B's sizes are the defaults

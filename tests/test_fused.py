@@ -12,8 +12,8 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import Directions
+from zotune.record.scalars import shrinkage
 from zotune.record.steps import StepRecord
-from zotune.record.trajectory import shrinkage
 from zotune.updates import STATE_DTYPES, Adam, Momentum, Rule, Sign
 from zotune.updates import rule as rules
 

@@ -21,7 +21,8 @@ from zotune.engines.following import capturing
 from zotune.estimators import LeaveOneOut, OneSided, TwoSided
 from zotune.methods import Method
 from zotune.models.schemes import get_scheme
-from zotune.record.trajectory import Record, coefficient, float32
+from zotune.record.scalars import coefficient, float32
+from zotune.record.trajectory import Record
 from zotune.step import captured as captured_steps
 from zotune.step import graphs
 from zotune.step.arithmetic import Given, applicable, coefficients, projected, weights_of

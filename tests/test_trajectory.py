@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zotune.record.scalars import coefficient, float32, shrinkage
 from zotune.record.trajectory import (
     MAGIC,
     MAX_HEADER,
@@ -28,12 +29,9 @@ from zotune.record.trajectory import (
     Trajectory,
     TrajectoryError,
     TrajectoryWriter,
-    coefficient,
     coefficients,
-    float32,
     read,
     read_file,
-    shrinkage,
 )
 
 # Format version 1, as first written: two steps (the second skipped) and the end marker. Never to be changed.

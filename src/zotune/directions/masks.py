@@ -16,7 +16,7 @@ from zotune import noise
 from zotune.directions import Directions, Displacement, HeldDisplacement, signed
 from zotune.directions.calibration import Norms, by_output, chunk_of, scores
 from zotune.errors import InputError
-from zotune.record.trajectory import float32
+from zotune.record.scalars import float32
 
 logger = logging.getLogger(__name__)
 

@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
+from zotune.record.scalars import coefficient, float32
 
 MAGIC = b"\x89ZOT\r\n\x1a\n"
 VERSION = 1
@@ -68,37 +69,6 @@ class TrajectoryError(InputError):
     def __init__(self, message: str, steps: int | None = None) -> None:
         super().__init__(message)
         self.steps = steps
-
-
-def float32(x: float) -> float:
-    """x rounded to the nearest float32, ties to even; beyond its range an infinity."""
-    try:
-        rounded: float = struct.unpack("<f", struct.pack("<f", float(x)))[0]
-        return rounded
-    except OverflowError:
-        return math.inf if x > 0 else -math.inf
-
-
-def coefficient(lr: float, g: float, weight: float) -> float:
-    """c = −lr·g·weight, what a pair's direction is multiplied with.
-
-    lr and g are rounded to float32, their product is exact in float64, that times weight is rounded to float64, then to
-    float32. Training and replay both call this, so that they agree bit for bit. weight: the pair's part of the
-    batch, float64, 1/P for P equal pairs. NaN and infinities pass through.
-
-    >>> coefficient(1e-5, 2.0, 1 / 2)
-    -9.999999747378752e-06
-    """
-    return float32(-(float32(lr) * float32(g)) * weight)
-
-
-def shrinkage(lr: float, decay: float) -> float:
-    """1 − lr·decay, what decoupled decay multiplies the weights with: lr and decay in float32, the rest in float64.
-
-    >>> shrinkage(0.5, 0.25)
-    0.875
-    """
-    return 1 - float32(lr) * float32(decay)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import transformers
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
-from zotune.record.trajectory import Record, float32
+from zotune.record.scalars import float32
+from zotune.record.trajectory import Record
 from zotune.run.folder import as_json, sync, write_atomically
 from zotune.run.guards import Guards
 from zotune.run.state import RunState

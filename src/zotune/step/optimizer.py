@@ -13,14 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from zotune import noise
-from zotune.directions import Directions, Displacement, joined
+from zotune.directions import Displacement, joined
 from zotune.directions.calibration import Norms
-from zotune.directions.masks import MaskedDirections
-from zotune.engines import choose, make_engine
 from zotune.engines.following import FollowingEngine
-from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.places import rows_in
-from zotune.engines.sequential import SequentialEngine
 from zotune.engines.writing import Through
 from zotune.errors import NonFiniteLoss
 from zotune.methods import Method, make_method
@@ -28,9 +24,9 @@ from zotune.record.steps import StepRecord
 from zotune.record.trajectory import Record
 from zotune.step import replaying
 from zotune.step.arithmetic import Given, weights_of
-from zotune.step.blocks import partition
 from zotune.step.captured import CapturedSteps
 from zotune.step.choices import Choices
+from zotune.step.choosing import engines_over, reason
 from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks
@@ -138,42 +134,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def _build(self) -> None:
         """The engines over the present parameter groups: one over all that the method trains, and one a block."""
-        named = [
-            [] if g.get("first_order") else list(zip(g["names"], g["params"], strict=True)) for g in self.param_groups
-        ]
-        self.engine = self._engine_over(named)
-        self.blocks = [self.engine]
-        if self.enhancements.blocks:
-            parts = partition([name for group in named for name, _ in group], self.enhancements.blocks)
-            self.blocks = [
-                self._engine_over([[pair for pair in group if pair[0] in set(names)] for group in named])
-                for names in parts.values()
-            ]
-            for engine in self.blocks:
-                engine.scratch = self.engine.scratch
-
-    def _engine_over(self, named: list[list[tuple[str, nn.Parameter]]]) -> Any:
-        of = self.choices
-        if not of.brings_its_engine:
-            directions = Directions(named, self.direction)
-            return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens)
-        directions = Directions(named, self.direction)
-        if self._masks is not None:
-            directions = MaskedDirections(named, self.direction)
-            directions.mask = self._masks.mask
-        return (ForwardModeEngine if self.method.forward_mode else SequentialEngine)(directions)
+        mask = None if self._masks is None else self._masks.mask
+        self.engine, self.blocks = engines_over(self.param_groups, self.choices, self.direction, mask)
 
     @property
     def chosen_engine(self) -> str:
         """The engine, and why it was taken where it was not named."""
-        name = self.engine.name
-        if self.method.first_order:
-            return "back-propagation: the method's own"
-        if self.choices.engine != "auto":
-            return f"{name}: as asked for"
-        if self.choices.brings_its_engine:
-            return f"{name}: what the method and its enhancements are served by"
-        return f"{name}: {choose(self.groups)[1]}"
+        return reason(self.engine.name, self.choices)
 
     @property
     def forwards_a_step(self) -> int:

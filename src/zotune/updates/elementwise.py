@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zotune.record.trajectory import float32, shrinkage
+from zotune.record.scalars import float32, shrinkage
 from zotune.updates.rule import TILE, Rule, State
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zotune.record.trajectory import float32, shrinkage
+from zotune.record.scalars import float32, shrinkage
 from zotune.updates.rule import Rule, State, shrink
 
 if TYPE_CHECKING:

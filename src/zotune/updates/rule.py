@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zotune.record.trajectory import float32, shrinkage
+from zotune.record.scalars import float32, shrinkage
 
 if TYPE_CHECKING:
     from torch import Tensor

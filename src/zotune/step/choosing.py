@@ -1,0 +1,55 @@
+"""Which engines serve a step: one over all that the method trains, and one a block where it descends block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zotune.directions import Directions
+from zotune.directions.masks import Mask, MaskedDirections
+from zotune.engines import choose, make_engine
+from zotune.engines.forward_mode import ForwardModeEngine
+from zotune.engines.sequential import SequentialEngine
+from zotune.step.blocks import partition
+from zotune.step.choices import Choices
+
+Named = list[list[tuple[str, Any]]]  # (name, parameter), by parameter group
+
+
+def engines_over(
+    groups: Sequence[dict[str, Any]], of: Choices, direction: str, mask: Mask | None
+) -> tuple[Any, list[Any]]:
+    """The engine over the parameters that are perturbed, and those that a step visits in order: that one, or one a block."""
+    named: Named = [[] if g.get("first_order") else list(zip(g["names"], g["params"], strict=True)) for g in groups]
+    engine = _engine(named, of, direction, mask)
+    if not of.enhancements.blocks:
+        return engine, [engine]
+    parts = partition([name for group in named for name, _ in group], of.enhancements.blocks)
+    blocks = [
+        _engine([[pair for pair in group if pair[0] in set(names)] for group in named], of, direction, mask)
+        for names in parts.values()
+    ]
+    for block in blocks:
+        block.scratch = engine.scratch
+    return engine, blocks
+
+
+def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any:
+    directions = Directions(named, direction)
+    if not of.brings_its_engine:
+        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens)
+    if mask is not None:
+        directions = MaskedDirections(named, direction)
+        directions.mask = mask
+    return (ForwardModeEngine if of.method.forward_mode else SequentialEngine)(directions)
+
+
+def reason(name: str, of: Choices) -> str:
+    """The engine's name, and why it was taken where it was not named."""
+    if of.method.first_order:
+        return "back-propagation: the method's own"
+    if of.engine != "auto":
+        return f"{name}: as asked for"
+    if of.brings_its_engine:
+        return f"{name}: what the method and its enhancements are served by"
+    return f"{name}: {choose(of.groups)[1]}"
