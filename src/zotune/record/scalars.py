@@ -1,4 +1,4 @@
-"""A step's numbers as a run records them: rounded to float32 before they are used, so that a replay uses the same. Loads no torch."""
+"""A step's numbers as a run records them: rounded to float32 before use, so that a replay uses the same. Loads no torch."""
 
 from __future__ import annotations
 
