@@ -31,7 +31,7 @@ def estimate(options: EstimateConfig) -> None:
     if options.card is not None and options.card not in CARDS:
         raise InputError(f"--card {options.card}: {nearest(options.card, CARDS)}")
     needs = needs_of(options.method)
-    if options.queries > 1 and "queries" not in needs.options:
+    if (options.queries or 1) > 1 and "queries" not in needs.options:
         raise InputError(f"--queries {options.queries}: method {options.method!r} draws no directions")
     path = output_file(options.output) if options.output else None
     config = model_config(options.model, options.trust_remote_code)

@@ -392,7 +392,7 @@ class EstimateConfig(Options):
     batch_size: Positive = Field(16, description="rows a step")
     seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
-    queries: Positive = Field(1, description="directions a step")
+    queries: Positive | None = Field(None, description="directions for the same rows [default: the method's own, mostly 1]")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the config's own]"
     )
