@@ -69,11 +69,10 @@ class Run:
         self.optimizer: Any = InPlaceMeZO(ready.model, config.lr, config.eps, config.seed, config.direction)
         if not self.in_place:
             self.optimizer = ZeroOrderOptimizer(
-                parameter_groups(ready.model, config.weight_decay), config.method, lr=config.lr, eps=config.eps,
-                seed=config.seed, direction=config.direction, queries=config.queries, groups=config.groups, rank=config.rank,
-                fold_every=config.fold_every, rounding=config.rounding, engine=config.engine, **config.step_options,
+                parameter_groups(ready.model, config.weight_decay), config.method, lr=config.lr, seed=config.seed,
+                **config.optimizer_options,
             )  # fmt: skip
-            self.optimizer.pairs = config.pairs // config.queries
+            self.optimizer.pairs = config.pairs // config.directions_a_row
         ready.model.eval()
         self.batches = self._batches()
         self.taken, self.passes, self.began = 0, 0, time.perf_counter()

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from zotune.bench.suite import PROBE_STEP, probe_config
+from zotune.bench.suite import probe_config
 from zotune.estimates.memory import M_MMAP_THRESHOLD, peak_bytes, reset_peak, set_malloc
 from zotune.estimates.meta import model_config, without_dropout
 from zotune.models.loading import DTYPES, pick_device
@@ -153,13 +153,14 @@ def _stepper(
     from zotune.step.optimizer import ZeroOrderOptimizer
 
     config = probe_config(options)
-    given = config.step_options | {key: getattr(config, key) for key in PROBE_STEP}
     if options.get("checkpointing"):
         inner: Any = model
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inner.enable_input_require_grads()
         model.train()
-    optimizer = ZeroOrderOptimizer(model, config.method, lr=1e-9, eps=1e-3, **given)
+    optimizer = ZeroOrderOptimizer(
+        model, config.method, lr=1e-9, seed=config.seed, **{"eps": 1e-3} | config.optimizer_options
+    )
     loss = ROW_LOSSES["answer"]
     of_batch = lambda given: loss(model, given)  # noqa: E731  # one object: a graph is captured for each
     several = config.groups != 1 or batch["input_ids"].is_cuda

@@ -20,23 +20,15 @@ from zotune.errors import InputError, nearest
 from zotune.estimates.cost import forwards_a_step, forwards_of, steps_for
 from zotune.files.checked import Options, Positive
 from zotune.files.reading import load_yaml
-from zotune.options import STEP_OPTIONS, TrainConfig, resolve
+from zotune.options import StepOptions, TrainConfig, resolve
 
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
 PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run
-PROBE_STEP = ("queries", "direction", "groups", "engine", "rank", "fold_every", "rounding", "weight_decay", "seed")
+# all that changes a step, and what it is taken with
 PROBE_OPTIONS = (
-    "model",
-    "method",
-    "scheme",
-    "batch_size",
-    "dtype",
-    "device",
-    "steps",
-    "estimator",
-    *PROBE_STEP,
-    *STEP_OPTIONS,
-)
+    "model", "scheme", "batch_size", "dtype", "device", "steps", "seed",
+    *(name for name in StepOptions.model_fields if name not in ("lr", "eps")),
+)  # fmt: skip
 
 
 class Budget(Options):

@@ -6,7 +6,6 @@ commands.py has the options, a model a command; checks.py reads them and says wh
 from zotune.files.checked import Options
 from zotune.options.checks import resolve
 from zotune.options.commands import (
-    STEP_OPTIONS,
     DataOptions,
     EstimateConfig,
     EvalConfig,
@@ -18,9 +17,9 @@ from zotune.options.commands import (
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.step import StepOptions
 
 __all__ = [
-    "STEP_OPTIONS",
     "DataOptions",
     "EstimateConfig",
     "EvalConfig",
@@ -30,6 +29,7 @@ __all__ = [
     "PredictConfig",
     "PreviewConfig",
     "ReplayConfig",
+    "StepOptions",
     "SweepConfig",
     "TrainConfig",
     "resolve",

@@ -12,7 +12,6 @@ from zotune.errors import InputError, OptionError, nearest
 from zotune.files.checked import Options, fault_line, flag
 from zotune.files.reading import read_yaml
 from zotune.options.commands import (
-    METHOD_OPTIONS,
     WHOLE,
     DataOptions,
     SweepConfig,
@@ -103,26 +102,14 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
 
 def _method_problems(options: TrainConfig) -> list[str]:
     """Options that the method does not have, or that do not go together."""
-    from zotune.methods import make_method
-
     for name in ("steps", "eval_every"):
         if (getattr(options, name) or 0) % options.fold_every:
             return [
                 f"{flag(name)} {getattr(options, name)}: no multiple of --fold-every {options.fold_every}; make it one"
             ]
 
-    from zotune.step.choices import Choices
-    from zotune.step.enhancements import Enhancements
-
-    given = options.step_options
-    own = {k: v for k, v in given.items() if k in ("estimator", *METHOD_OPTIONS)}
     try:
-        chosen = Choices(
-            make_method(options.method, queries=options.queries, **own), options.method, options.seed, options.direction,
-            options.groups, options.engine, options.rank, options.fold_every, options.rounding, options.forward_tokens,
-            weight_decay=options.weight_decay, scheme=options.scheme,
-            enhancements=Enhancements(**{k: v for k, v in given.items() if k not in own}),
-        )  # fmt: skip
+        chosen = options.choices(options.seed, options.scheme)
     except OptionError as error:
         return [f"{flag(error.option)}: {error}"]
     except ValueError as error:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
-from zotune.errors import nearest
 from zotune.files.checked import Options, Positive
+from zotune.options.step import StepOptions, known_name
 
 
 class ModelOptions(Options):
@@ -119,100 +119,30 @@ class DataOptions(Options):
         return value if isinstance(value, str) and not value.endswith(SUFFIXES) else definition(task)
 
 
-class TrainConfig(DataOptions, ModelOptions):
+class OutputOptions(Options):
     output: str = Field(description="folder of the run")
     resume: bool = Field(False, description="go on with the run in the output folder")
     overwrite: bool = Field(False, description="delete the run in the output folder first")
     dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
-    method: str = Field("zo-sgd", description="see `zotune list methods`")
+
+
+class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     scheme: str = Field("full", description="what trains, see `zotune list schemes`")
     freeze: list[str] = Field(
         [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
     )
-    direction: Literal["gaussian", "rademacher"] | None = Field(
-        None, description="distribution of the directions [default: the method's own, else gaussian]"
-    )
-    estimator: Literal["two-sided", "one-sided", "leave-one-out"] | None = Field(
-        None, description="how the losses give a gradient [default: the method's own, mostly two-sided]"
-    )
-    lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="learning rate [default: by scheme and model size]"
-    )
-    eps: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="perturbation of the weights [default: by scheme]"
-    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="what becomes of lr over the run"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    queries: Positive | None = Field(
-        None, description="directions for the same rows [default: the method's own, mostly 1]"
-    )
-    groups: Positive | Literal["batch"] = Field(
-        1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
-    )
-    rank: Positive = Field(1, description="rank of the directions of engine lowrank")
-    forward_tokens: Positive | None = Field(
-        None,
-        description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
-    )
-    fold_every: Positive = Field(
-        1, description="apply the updates of so many steps together, in one pass over the weights"
-    )
-    rounding: Literal["nearest", "compensated"] = Field(
-        "nearest",
-        description="of updates of 16-bit weights; compensated keeps what rounding took, in as much memory as what trains",
-    )
     tf32: bool = Field(False, description="on CUDA, products of float32 numbers by their first 10 bits: faster")
-    sign_mode: Literal["element", "scalar"] | None = Field(
-        None, description="of zo-sgd-sign: sign of each element of the estimate, or of g alone [default: element]"
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of zo-sgd-mmt [default: 0.9]")
-    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="of zo-adam and fo-adam: what the mean of the gradient keeps a step [default: 0.9]"
-    )
-    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="of zo-adam and fo-adam: what the mean of its square keeps [default: 0.999]"
-    )
-    adam_eps: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of zo-adam and fo-adam: added to the root of that mean [default: 1e-8]"
-    )
-    state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
-        None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
-    )
-    g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="fraction of the weights that a step leaves out"
-    )
-    mask: Literal["random", "magnitude", "wanda"] | None = Field(
-        None,
-        description="which weights sparsity leaves out: random ones, the smallest, or those of least weight times input "
-        "[default: random]",
-    )
     calibration_rows: Positive | None = Field(
         None, description="training rows that a mask of wanda is made from [default: 128]"
     )
-    sparsity_scope: Literal["layer", "global"] | None = Field(
-        None, description="fraction of each tensor, or of all weights together [default: layer]"
-    )
-    mask_refresh: Positive | None = Field(None, description="steps until a new mask [default: never]")
-    blocks: Literal["transformer", "attention-mlp", "linear"] | None = Field(
-        None, description="descend block by block, all of them each step; each costs two forwards"
-    )
-    block_update: Literal["gauss-seidel", "jacobi"] | None = Field(
-        None, description="move each block before the next is probed, or all at the end [default: gauss-seidel]"
-    )
-    hybrid: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="fraction of the layers, from the input on, that train by the method; the others by back-propagation",
-    )
-    fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
     loss: str = Field(
         "answer",
         description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
         "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
     )
-    engine: str = Field("auto", description="see `zotune list engines`")
     steps: Positive = Field(1000, description="updates")
     accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
@@ -237,13 +167,6 @@ class TrainConfig(DataOptions, ModelOptions):
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
     )
 
-    @field_validator("groups", mode="before")
-    @classmethod
-    def _groups(cls, value: Any) -> Any:
-        if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
-            return value if value == "batch" else int(value)
-        raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
-
     @field_validator("report_to", "freeze", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -256,40 +179,10 @@ class TrainConfig(DataOptions, ModelOptions):
 
         return check_name(value)
 
-    @field_validator("method", "engine", "scheme")
+    @field_validator("scheme")
     @classmethod
-    def _known(cls, value: str, info: Any) -> str:
-        from zotune.registry import names
-
-        known = names(info.field_name)
-        if info.field_name == "method" and ":" in value:  # module:NAME, whose errors say what is wrong with it
-            from zotune.methods import find
-
-            find(value)
-            return value
-        if value not in known:
-            raise ValueError(f"unknown {info.field_name} {value!r}; {nearest(value, known)}")
-        return value
-
-    @property
-    def step_options(self) -> dict[str, Any]:
-        """What the method and the enhancements of it are given, beyond what every method takes."""
-        given = {k: v for k in STEP_OPTIONS if (v := getattr(self, k)) is not None}
-        from zotune.methods import find
-
-        if self.estimator is not None:
-            given["estimator"] = self.estimator
-        elif "estimator" in find(self.method).options:
-            given["estimator"] = "two-sided"
-        return given
-
-    @property
-    def directions_a_row(self) -> int:
-        """Directions for the same rows: as given, else the method's own."""
-        from zotune.methods import make_method
-
-        own = {k: v for k, v in self.step_options.items() if k in ("estimator", *METHOD_OPTIONS)}
-        return max(1, make_method(self.method, queries=self.queries, **own).queries)
+    def _known_scheme(cls, value: str) -> str:
+        return known_name("scheme", value)
 
     @property
     def pairs(self) -> int:
@@ -309,13 +202,6 @@ class TrainConfig(DataOptions, ModelOptions):
 
 
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
-
-# Options that go to `ZeroOrderOptimizer` as they are, where they are given.
-METHOD_OPTIONS = ("sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
-STEP_OPTIONS = (
-    *METHOD_OPTIONS, "g_clip", "sparsity", "mask", "sparsity_scope", "mask_refresh", "blocks",
-    "block_update", "hybrid", "fo_lr",
-)  # fmt: skip
 
 
 class SweepConfig(TrainConfig):
@@ -392,7 +278,9 @@ class EstimateConfig(Options):
     batch_size: Positive = Field(16, description="rows a step")
     seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
-    queries: Positive | None = Field(None, description="directions for the same rows [default: the method's own, mostly 1]")
+    queries: Positive | None = Field(
+        None, description="directions for the same rows [default: the method's own, mostly 1]"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the config's own]"
     )

@@ -10,29 +10,23 @@ from zotune.run.folder import RunFolder
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.task import LOWER_IS_BETTER
 from zotune.trainer import ZOTrainingArguments
+from zotune.trainer.arguments import ZO_FIELDS
 
 
 def arguments(ready: Prepared, folder: RunFolder) -> ZOTrainingArguments:
     config = ready.config
     assert config.lr is not None
-    assert config.eps is not None
+    given = config.optimizer_options
+    weight_decay = given.pop("weight_decay")  # the Trainer's own
     return ZOTrainingArguments(
         output_dir=str(folder.path),
         method=config.method,
-        method_options=config.step_options,
+        method_options={name: value for name, value in given.items() if name not in ZO_FIELDS},
         calibration_rows=config.calibration_rows or ZOTrainingArguments.calibration_rows,
-        eps=config.eps,
-        direction=config.direction,
-        queries=config.queries,
-        groups=config.groups,
-        rank=config.rank,
-        forward_tokens=config.forward_tokens,
-        fold_every=config.fold_every,
-        rounding=config.rounding,
-        engine=config.engine,
+        **{name: value for name, value in given.items() if name in ZO_FIELDS},
         learning_rate=config.lr,
         lr_scheduler_type=config.lr_schedule,
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -56,12 +50,7 @@ def optimizer_for(ready: Prepared) -> ZeroOrderOptimizer:
     """A run's optimizer, at lr 0. Raises InputError for options that do not go together."""
     config = ready.config
     try:
-        return ZeroOrderOptimizer(
-            ready.model, config.method, lr=0.0, eps=config.eps or 1e-3, direction=config.direction, queries=config.queries,
-            groups=config.groups, rank=config.rank, fold_every=config.fold_every, rounding=config.rounding,
-            forward_tokens=config.forward_tokens, weight_decay=config.weight_decay, engine=config.engine,
-            **config.step_options | ({"fo_lr": 0.0} if config.hybrid else {}),
-        )  # fmt: skip
+        return ZeroOrderOptimizer(ready.model, config.method, lr=0.0, **config.optimizer_options)
     except ValueError as error:
         raise InputError(str(error)) from None
 

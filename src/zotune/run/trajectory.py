@@ -28,6 +28,9 @@ LONGEST = 8192  # characters of a command that a trajectory's header takes
 
 def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
     config, kind = ready.config, kind_of(ready.model)
+    options = config.recorded_options
+    if optimizer.folds_by_query:  # a run that is older than forwards which places share
+        del options["forward_tokens"]
     labels = label_names(ready.model.config) if kind == "classifier" else ready.task.labels
     return Header(
         noise_version=noise.NOISE_VERSION,
@@ -38,16 +41,7 @@ def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
         pairs=config.pairs * len(optimizer.blocks),
         groups=len(optimizer.param_groups),
         decay=tuple(group["weight_decay"] for group in optimizer.param_groups),
-        method_options=config.step_options
-        | {
-            "eps": config.eps,
-            "queries": config.queries or 1,
-            "groups": config.groups,
-            "rank": config.rank,
-        }
-        | ({} if optimizer.folds_by_query else {"forward_tokens": config.forward_tokens})
-        | ({"fold_every": config.fold_every} if config.fold_every > 1 else {})
-        | ({"rounding": config.rounding} if config.rounding != "nearest" else {}),
+        method_options=options,
         dtype=str(config.dtype),
         engine=optimizer.engine.name,
         base={
