@@ -57,6 +57,7 @@ def test_captured_steps_that_hold_updates_back_give_the_bits_of_steps_that_do_no
         batches = [batch, batch] if step in (5, 11) else batch
         for loss, optimizer in zip(spoiled if step in (4, 9) else losses, optimizers, strict=True):
             optimizer.step(loss, batch=batches)
+            optimizer.land()
         assert holds.last.losses_P == direct.last.losses_P or step in (4, 9)
         if step in (2, 7, 10):
             holds.settle()
@@ -80,6 +81,7 @@ def test_a_replay_gives_the_bits_of_captured_steps_that_hold_updates_back(monkey
     loss = Rows(model)
     for _ in range(5):
         optimizer.step(loss, batch={"input_ids": torch.randint(0, 2048, (4, 16), device="cuda")})
+        optimizer.land()
         last = optimizer.last
         again.apply_record(Record(last.step, 0.0, 0.0, last.g_GQ[0], last.lr_G, last.decay_G, last.skipped))
     optimizer.flush()

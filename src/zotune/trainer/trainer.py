@@ -242,6 +242,8 @@ class ZOTrainer(HookedTrainer):
         for name, mean in (("loss", self.tally.mean), ("train_loss", self.tally.mean_of_all)):
             if name in logs:
                 logs[name] = mean(logs[name])  # type: ignore[assignment]
+        if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer):
+            optimizer.land()  # the line is of the steps so far
         if "loss" in logs and isinstance(optimizer, ZeroOrderOptimizer) and optimizer.last is not None:
             logs.pop("grad_norm", None)  # the Trainer's, of gradients that are not there
             if not optimizer.method.first_order:
