@@ -51,13 +51,17 @@ class Factored:
         for factors in self._drawn.values():
             factors.forget()
 
+    def sides_of(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
+        """Length and noise id of each factor that is drawn."""
+        return tuple(zip(sides(param), self.ids_of(param), strict=True))
+
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
         return self._ids[f"{name}.U"], self._ids[f"{name}.V"]
 
 
 class Factors:
-    """U (Q, O, R) and V (Q, D, R) of every factored parameter for Q directions, in buffers that are used again."""
+    """What is drawn of every factored parameter, U (Q, O, R) and V (Q, D, R), for Q directions, in buffers that are used again."""
 
     def __init__(
         self,
@@ -67,18 +71,18 @@ class Factors:
         memory: Tensor | None = None,
     ) -> None:
         """params: of these alone; in the memory given, which others may use between a draw and the next."""
-        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+        self.of: dict[int, tuple[Tensor, ...]] = {}
         items, first = [], 0
         self._device = of.directions.params[0].device
         for param in of.params if params is None else params:
             pair = []
-            for side, pid in zip(sides(param), of.ids_of(param), strict=True):
+            for side, pid in of.sides_of(param):
                 size = count * side * of.rank
                 out = param.data.new_empty(size) if memory is None else memory[first : first + size]
                 first += size
                 items.append(noise.Item(out.view(count, -1), None, pid))
                 pair.append(out.view(count, side, of.rank))
-            self.of[id(param)] = pair[0], pair[1]
+            self.of[id(param)] = tuple(pair)
         self._many = noise.Many(items, of.directions.distribution)
         self._held: Any = None
 

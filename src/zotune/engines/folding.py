@@ -118,12 +118,17 @@ def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, los
     lost: added first, then what rounding took; neither changes where all scales are 0.
     """
     wide = torch.float64 if matrix_OD.dtype == torch.float64 else torch.float32
-    left = (u_QOR * scaled_Q.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
-    right = v_QDR.to(wide).permute(0, 2, 1).flatten(0, 1)
-    if lost_OD is None and matrix_OD.dtype == wide:
-        matrix_OD.addmm_(left, right)
-        return
     if lost_OD is not None and not bool(scaled_Q.any()):
+        return
+    left = (u_QOR * scaled_Q.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
+    add_product(matrix_OD, left, v_QDR.to(wide).permute(0, 2, 1).flatten(0, 1), lost_OD)
+
+
+def add_product(matrix_OD: Tensor, left_OK: Tensor, right_KD: Tensor, lost_OD: Tensor | None = None) -> None:
+    """W += left·right, rounded once. left and right: float32, float64 for float64 weights. lost: see `_fold`."""
+    wide = left_OK.dtype
+    if lost_OD is None and matrix_OD.dtype == wide:
+        matrix_OD.addmm_(left_OK, right_KD)
         return
     rows = max(1, (16 << 20) // (4 * matrix_OD.shape[1]))
     for first in range(0, len(matrix_OD), rows):
@@ -131,7 +136,7 @@ def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, los
         total = matrix_OD[part].to(wide)
         if lost_OD is not None:
             total = total + lost_OD[part].to(wide)
-        total = torch.addmm(total, left[part], right)
+        total = torch.addmm(total, left_OK[part], right_KD)
         matrix_OD[part] = total.to(matrix_OD.dtype)
         if lost_OD is not None:
             lost_OD[part] = (total - matrix_OD[part].to(wide)).to(matrix_OD.dtype)

@@ -149,7 +149,10 @@ class TrainConfig(DataOptions, ModelOptions):
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )
     groups: Positive | Literal["batch"] = Field(
-        1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
+        None,  # type: ignore[assignment]  # never: see _groups
+        validate_default=True,
+        description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank) [default: the "
+        "method's own, mostly 1]",
     )
     rank: Positive = Field(1, description="rank of the directions of engine lowrank")
     forward_tokens: Positive | None = Field(
@@ -239,7 +242,9 @@ class TrainConfig(DataOptions, ModelOptions):
 
     @field_validator("groups", mode="before")
     @classmethod
-    def _groups(cls, value: Any) -> Any:
+    def _groups(cls, value: Any, info: Any) -> Any:
+        if value is None:
+            return _groups_of(info.data.get("method"))
         if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
@@ -306,6 +311,15 @@ class TrainConfig(DataOptions, ModelOptions):
     @property
     def saves_every(self) -> int:
         return self.save_every or self.evaluates_every
+
+
+def _groups_of(method: str | None) -> int | str:
+    from zotune.methods import make_method
+
+    try:
+        return make_method(method or "zo-sgd").groups or 1
+    except ValueError:  # is told of the method
+        return 1
 
 
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised

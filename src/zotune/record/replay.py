@@ -74,6 +74,11 @@ def check(header: Header, path: str, method: str | None = None) -> None:
         and 1 <= queries <= header.pairs
         and header.pairs % queries == 0
     )
+    if (named := method or header.method) and find(named).build().needs_rows:
+        raise InputError(
+            f"{path}: a step of {plain(named):.80} is a function of the run's rows too, so its record alone cannot be applied "
+            "again; use the run's folder model/ or a checkpoint"
+        )
     if not sound:
         raise InputError(
             f"{path}: its header is not one that zotune writes (base, dtype or queries); fetch the file again"
