@@ -22,15 +22,18 @@ class Factored:
     """Which parameters have factors, and those that were last drawn for so many directions.
 
     rank: r. Vectors, and whatever has a side no longer than r, take a dense z of the directions' distribution.
+    params: these alone have factors, and the others nothing; the list may still grow.
     """
 
-    def __init__(self, directions: Directions, rank: int) -> None:
+    def __init__(self, directions: Directions, rank: int, params: list[torch.nn.Parameter] | None = None) -> None:
         self.directions, self.rank = directions, rank
-        self.params = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        large = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        self.params = large if params is None else params
         chosen = {id(p) for p in self.params}
-        self.dense = [p for p in directions.params if id(p) not in chosen]
+        self.dense = [p for p in directions.params if id(p) not in chosen] if params is None else []
         names = {directions.slots[id(p)].name for p in directions.params}
-        own = [f"{directions.slots[id(p)].name}.{side}" for p in self.params for side in "UV"]
+        matrices = [p for p in directions.params if p.dim() > 1]
+        own = [f"{directions.slots[id(p)].name}.{side}" for p in matrices for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
         self._drawn: dict[int, Factors] = {}  # by the number of directions
 

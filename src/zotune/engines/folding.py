@@ -109,7 +109,8 @@ class FoldingWriter(Writer):
     def _fold(self, param: torch.nn.Parameter, drawn: Factors, scaled_Q: Tensor, lost: Tensor | None) -> None:
         matrix = param.data.view(param.shape[0], -1)
         fold = _fold if (kernels := kernels_for(param)) is None else kernels.fold
-        fold(matrix, *drawn.of[id(param)], scaled_Q, None if lost is None else lost.view(matrix.shape))
+        u_QOR, v_QDR = drawn.of[id(param)]
+        fold(matrix, u_QOR, v_QDR, scaled_Q, None if lost is None else lost.view(matrix.shape))
 
 
 def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, lost_OD: Tensor | None = None) -> None:

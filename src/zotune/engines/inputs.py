@@ -1,8 +1,8 @@
 """What the linear maps of a model are given by each row of a batch: the unit vectors v of directions u·vᵀ that know their row.
 
-A map's input of a row is taken at θ, at the token whose logits give the answer: the last of the batch's `positions` (S, K), where it
-has those; else the last token that its attention mask counts; else the last of all. Of a row with several sequences (candidates that
-are texts) it is their mean.
+A map's input of a row is taken at θ, at the token whose logits give the answer: the last of the batch's `positions` (S, K),
+where it has those; else the last token that its attention mask counts; else the last of all. Of a row with several sequences
+(candidates that are texts) it is their mean.
 """
 
 # N rows of a step, B of a batch, S sequences of it (those of a row follow each other), T tokens, K positions, D wide.
@@ -64,8 +64,8 @@ class AnswerTokens:
 class InputVectors:
     """v (N, D, 1) of each map for the rows of a step: x/‖x‖ in the map's dtype, zeros where x is nothing or not finite.
 
-    Maps: the trainable parameters that a first forward reads as linear maps of the batch (`linear`, or `addmm` as GPT-2 does) and in no
-    other way, of the model's numbered layers; where none of those trains (scheme head), all such. Memory: N·D a map.
+    Maps: the trainable parameters that a first forward reads as linear maps of the batch (`linear`, or `addmm` as GPT-2 does)
+    and in no other way, of the model's numbered layers; where none of those trains (scheme head), all such. Memory: N·D a map.
     """
 
     def __init__(self, directions: Directions) -> None:
@@ -109,7 +109,7 @@ class InputVectors:
     def _choose(self, mode: _InputReads) -> None:
         slots = self._directions.slots
         maps = [p for p in self._directions.params if id(p) in mode.found and id(p) not in mode.otherwise]
-        self.maps = [p for p in maps if _IN_A_LAYER.search(slots[id(p)].name)] or maps
+        self.maps += [p for p in maps if _IN_A_LAYER.search(slots[id(p)].name)] or maps
         if not self.maps:
             raise ValueError(
                 "directions from the rows' own inputs: nothing that trains is read as a linear map of the batch "
@@ -119,7 +119,7 @@ class InputVectors:
 
 
 class _InputReads(TorchFunctionMode):
-    """found: of each matrix that a linear map is made with, which side takes x, and x of each row at its answer, of the last read."""
+    """found: of each matrix that linear maps are made with, which side takes x, and x of each row at its answer (the last read's)."""
 
     def __init__(self, directions: Directions, answers: AnswerTokens) -> None:
         super().__init__()
@@ -132,17 +132,14 @@ class _InputReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
-            self._look(*_given(args, kwargs, ("input", "weight")), side=1)
-        elif func is torch.addmm and not kwargs and args[2].dim() == 2:
-            self._look(args[1], args[2], side=0)
+            x, weight = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("input", "weight")))
+            self._look(x, weight, 1)
+        elif func is torch.addmm and not kwargs:
+            self._look(args[1], args[2], 0)
         elif not reads_no_values(func):
             self.otherwise |= {id(a) for a in (*args, *kwargs.values()) if id(a) in self._slots}
         return func(*args, **kwargs)
 
     def _look(self, x: Any, weight: Any, side: int) -> None:
-        if id(weight) in self._slots and (x_BD := self._answers.of(x)) is not None:
+        if id(weight) in self._slots and weight.dim() == 2 and (x_BD := self._answers.of(x)) is not None:
             self.found[id(weight)] = side, x_BD
-
-
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...]) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]

@@ -132,7 +132,7 @@ class LowRankReads(PartedReads):
             return super().values_of(param)
         scale_P = self._scale(self.engine.directions.slots[id(param)].group, torch.float32, param.device)
         which_P, _ = self.parts.tables(param.device)
-        return Values(param.data.expand(len(self.parts), *param.shape), *self.factors.of[id(param)], scale_P, which_P)
+        return Values(param.data.expand(len(self.parts), *param.shape), *self.factors_of(param), scale_P, which_P)
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
         u_QOR, v_QDR = self.factors_of(weight)

@@ -1,7 +1,7 @@
 """Directions from the rows' own inputs: ΔW = ε·u·vᵀ of each linear map, for one row and place alone.
 
-v is of the row (`zotune.engines.inputs`), the same at all its places, so one more forward a batch, at θ, tells it. u is noise of the
-parameter `NAME.U`. All else that trains stays as it is. The update is one product a map,
+v is of the row (`zotune.engines.inputs`), the same at all its places: one more forward a batch, at θ, tells it. u is noise of
+the parameter `NAME.U`. All else that trains stays as it is. The update is one product a map,
 
     W ← W + Σ_i (Σ_q c_iq·u_iq)·v_iᵀ,
 
@@ -64,16 +64,8 @@ class Outputs(Factored):
     """u (Q, O, 1) of each map, on the side of its outputs."""
 
     def __init__(self, directions: Directions, inputs: InputVectors) -> None:
-        super().__init__(directions, 1)
+        super().__init__(directions, 1, inputs.maps)  # which are found in a first forward
         self.inputs = inputs
-
-    @property
-    def params(self) -> list[torch.nn.Parameter]:
-        return self.inputs.maps
-
-    @params.setter
-    def params(self, chosen: list[torch.nn.Parameter]) -> None:
-        """Which these are is seen in a first forward."""
 
     def sides_of(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
         return ((sides(param)[1 - self.inputs.side[id(param)]], self.ids_of(param)[0]),)

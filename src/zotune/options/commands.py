@@ -149,7 +149,7 @@ class TrainConfig(DataOptions, ModelOptions):
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )
     groups: Positive | Literal["batch"] = Field(
-        None,  # type: ignore[assignment]  # never: see _groups
+        None,  # as it is seen never: see _groups
         validate_default=True,
         description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank) [default: the "
         "method's own, mostly 1]",

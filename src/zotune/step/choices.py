@@ -191,7 +191,9 @@ TOGETHER: tuple[Together, ...] = (
     Together(
         lambda of: _given(of),
         lambda of: of.method.own_inputs and of.enhancements.sequential,
-        lambda of: f"{_given(of)}: method {of.name!r} gives each row directions of its own; leave it out, or use zo-sgd",
+        lambda of: (
+            f"{_given(of)}: method {of.name!r} gives each row directions of its own; leave it out, or use zo-sgd"
+        ),
     ),
     Together(
         "groups",
