@@ -18,6 +18,7 @@ from zotune.engines.inputs import AnswerTokens
 from zotune.engines.places import Copy, Places
 from zotune.errors import OptionError
 from zotune.estimators import ESTIMATORS
+from zotune.models.schemes import prepare
 from zotune.noise import reference
 from zotune.record.trajectory import Record
 from zotune.step.optimizer import StepRecord
@@ -196,7 +197,6 @@ def test_texts_as_candidates_train():
     batch |= {"labels": torch.tensor([0, 2]), "present": torch.ones(2, 3, dtype=torch.bool)}
     optimizer = optimizer_of(model, lr=0.3, forward_tokens=130)
     losses = [float(optimizer.step(lambda b: candidate_losses(model, b), batch=batch)) for _ in range(40)]
-    print(losses)
     assert optimizer.engine.usable, optimizer.engine.why
     assert losses[-1] < 0.8 * losses[0]
 
@@ -226,6 +226,25 @@ def test_a_head_alone_moves_by_what_it_is_given():
     first, *_, last = (float(optimizer.step(loss, batch=batch)) for _ in range(60))
     assert [optimizer.engine.directions.slots[id(p)].name for p in optimizer.engine.moving] == ["score.weight"]
     assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_adapter_s_two_maps_each_have_their_inputs(name):
+    model = prepare(build(name).double(), "lora")
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) / 8) if "lora_B" in n else None
+    batch, found = batch_of(), []
+    for forward_tokens, usable in ((None, True), (50, True), (None, False)):
+        optimizer = optimizer_of(model, lr=0.0, forward_tokens=forward_tokens)
+        optimizer.engine.usable = usable
+        optimizer.step(lambda batch: answer_losses(model, batch), batch=batch)
+        found.append(torch.tensor(optimizer.last.losses_P))
+        assert optimizer.engine.usable == usable, optimizer.engine.why
+    assert {id(p) for p in optimizer.engine.moving} == {id(p) for p in model.parameters() if p.requires_grad}
+    for losses in found[:2]:
+        torch.testing.assert_close(losses, found[2], rtol=1e-6, atol=0)  # an adapter is float32
+    assert found[2].std() > 1e-4
 
 
 # Formats, graphs, failures.

@@ -119,7 +119,7 @@ class InputVectors:
 
 
 class _InputReads(TorchFunctionMode):
-    """found: of each matrix that linear maps are made with, which side takes x, and x of each row at its answer (the last read's)."""
+    """found: of each matrix that linear maps are made with, which side takes x, and x of each row at its answer, as read last."""
 
     def __init__(self, directions: Directions, answers: AnswerTokens) -> None:
         super().__init__()

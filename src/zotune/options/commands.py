@@ -244,7 +244,7 @@ class TrainConfig(DataOptions, ModelOptions):
     @classmethod
     def _groups(cls, value: Any, info: Any) -> Any:
         if value is None:
-            return _groups_of(info.data.get("method"))
+            return groups_of(info.data.get("method"))
         if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
@@ -313,7 +313,8 @@ class TrainConfig(DataOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
-def _groups_of(method: str | None) -> int | str:
+def groups_of(method: str | None) -> int | str:
+    """Directions over the rows of a batch where nothing is said: the method's own, else 1."""
     from zotune.methods import make_method
 
     try:
