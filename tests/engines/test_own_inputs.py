@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zotune import Method, ZeroOrderOptimizer, noise
 from zotune.directions import Displacement, signed
+from zotune.engines import parts as engine_parts
 from zotune.engines.inputs import AnswerTokens
 from zotune.engines.places import Copy, Places
 from zotune.errors import OptionError
@@ -276,14 +277,16 @@ def test_narrow_weights_take_the_step_of_wide_ones_rounded(name, dtype):
         assert not torch.equal(moved[n], begun[n])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{}, {"estimator": "leave-one-out"}, {"forward_tokens": 50}, {"micro": True}], ids=str
 )
-def test_a_captured_step_is_the_host_s_to_the_bit(dtype, options, monkeypatch):
+def test_a_captured_step_is_the_host_s_to_the_bit(dtype, options, device, monkeypatch):
     """Shapes of several batches take turns, and a step that is skipped, of a row without a number, changes nothing."""
-    pretend(monkeypatch)
-    options, host = dict(options), build("gpt2").to(dtype)
+    if device == "cpu":
+        pretend(monkeypatch)
+    options, host = dict(options), build("gpt2").to(device, dtype)
     micro, captured = options.pop("micro", False), copy.deepcopy(host)
     first, second = optimizer_of(host, **options), optimizer_of(captured, **options)
     first.captured.wanted = False
@@ -292,6 +295,7 @@ def test_a_captured_step_is_the_host_s_to_the_bit(dtype, options, monkeypatch):
         batch = batch_of(rows, seed=step) | {"scale": torch.ones(rows, dtype=dtype)}
         if step == 2:
             batch["scale"][1] = torch.nan
+        batch = {name: t.to(device) for name, t in batch.items()}
         parts = [{k: t[:1] for k, t in batch.items()}, {k: t[1:] for k, t in batch.items()}] if micro else batch
         before = copy.deepcopy(host)
         first.step(f, batch=parts)
@@ -305,6 +309,25 @@ def test_a_captured_step_is_the_host_s_to_the_bit(dtype, options, monkeypatch):
     assert second.captured.graphs.usable
     assert len(second.captured.graphs) >= 3
     assert first.forward_passes == second.forward_passes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("forward_tokens", [None, 50])
+def test_the_kernels_of_low_rank_terms_see_each_row_s_own(name, forward_tokens, monkeypatch):
+    """On CUDA u and v are read where a tile of them is needed: v by the part's row, u by its direction."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, found = build(name, wide=True).to(device), []
+    batch = {k: t.to(device) for k, t in batch_of().items()}
+    for kernels in ({"cuda", "cpu"}, set()):
+        monkeypatch.setattr(engine_parts, "KERNEL_DEVICES", kernels)
+        optimizer = optimizer_of(model, lr=0.0, forward_tokens=forward_tokens)
+        optimizer.step(lambda batch: answer_losses(model, batch), batch=batch)
+        optimizer.land()
+        assert optimizer.engine.usable, optimizer.engine.why
+        found.append(torch.tensor(optimizer.last.losses_P))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-5, atol=0)
+    assert (found[0].view(3, 2, 4)[:, 0] - found[0].view(3, 2, 4)[:, 1]).abs().mean() > 1e-3
 
 
 def test_an_input_that_is_no_number_leaves_the_weights():

@@ -36,6 +36,7 @@ class Factored:
         own = [f"{directions.slots[id(p)].name}.{side}" for p in matrices for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
         self._drawn: dict[int, Factors] = {}  # by the number of directions
+        self._alone: dict[int, list[Factors]] = {}
 
     def drawn(self, at: Displacement | HeldDisplacement) -> Factors:
         """The factors of all parameters for these directions, in buffers that the next as many will have."""
@@ -44,6 +45,14 @@ class Factored:
             self._drawn[count] = Factors(self, count)
         self._drawn[count].draw(at)
         return self._drawn[count]
+
+    def one_by_one(self, count: int) -> list[Factors]:
+        """Of so many directions, one a factored parameter, in memory that all share: each is drawn when its turn comes."""
+        if count not in self._alone:
+            largest = max((sum(side for side, _ in self.sides_of(p)) for p in self.params), default=0)
+            room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.params}
+            self._alone[count] = [Factors(self, count, [p], room[p.dtype]) for p in self.params]
+        return self._alone[count]
 
     def has_room_for(self, count: int) -> bool:
         """Whether there are buffers for so many directions, or none at all yet."""

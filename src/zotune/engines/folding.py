@@ -28,7 +28,6 @@ class FoldingWriter(Writer):
     def __init__(self, factored: Factored) -> None:
         super().__init__(factored.directions)
         self.factored, self.rank = factored, factored.rank
-        self._folds: dict[int, list[Factors]] = {}  # by the number folded at once, one a factored parameter
 
     def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
         """One product for each factored parameter and so many directions at once.
@@ -56,10 +55,7 @@ class FoldingWriter(Writer):
         for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
             held = self.factored.drawn(some) if self.factored.has_room_for(len(some.seeds_Q)) else None
-            if held is None and (count := len(some.seeds_Q)) not in self._folds:
-                largest = max((sum(sides(p)) for p in self.factored.params), default=0)
-                room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.factored.params}
-                self._folds[count] = [Factors(self.factored, count, [p], room[p.dtype]) for p in self.factored.params]
+            alone = self.factored.one_by_one(len(some.seeds_Q)) if held is None else []
             scaled: dict[int, Tensor] = {}
             for i, param in enumerate(self.factored.params):
                 slot = self.directions.slots[id(param)]
@@ -67,7 +63,7 @@ class FoldingWriter(Writer):
                     continue
                 drawn = held
                 if drawn is None:
-                    drawn = self._folds[len(some.seeds_Q)][i]
+                    drawn = alone[i]
                     drawn.draw(some, again=True)
                 if slot.group not in scaled:
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
-from zotune.engines.factors import Factored, Factors, sides
+from zotune.engines.factors import Factored, sides
 from zotune.engines.folding import add_product
 from zotune.engines.inputs import AnswerTokens, InputVectors
 from zotune.engines.lowrank import LowRankEngine, LowRankReads
@@ -113,14 +113,15 @@ class OwnInputsWriter(Writer):
                 "directions from the rows' own inputs: only a step whose losses were evaluated can be applied"
             )
         together = outputs.drawn(by) if outputs.has_room_for(count) else None
-        for param in outputs.params:
+        alone = outputs.one_by_one(count) if together is None else []
+        for i, param in enumerate(outputs.params):
             group = self.directions.slots[id(param)].group
             if by.is_zero(group):
                 continue
             drawn = together
             if drawn is None:
-                drawn = Factors(outputs, count, [param])
-                drawn.draw(by)
+                drawn = alone[i]
+                drawn.draw(by, again=True)
             v_ND = inputs.of_step[id(param)][..., 0]
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
             c_QN1 = by.on(group, param.device)[1].to(wide).view(-1, inputs.rows, 1)
