@@ -145,7 +145,7 @@ class LowRankReads(PartedReads):
         if beta != 1 or alpha != 1:
             return NotImplemented
         shift = self.stack_of(bias)
-        if shift is None and self._is_parted(bias):
+        if shift is None and self.is_parted(bias):
             return NotImplemented
         u_QOR, v_QDR = self.factors_of(weight)
         return self._product(x, weight, weight.data, 0, u_QOR, v_QDR, bias if shift is None else shift)

@@ -171,14 +171,14 @@ class PartedReads(TorchFunctionMode):
             return True
         return False
 
-    def _is_parted(self, value: Any) -> bool:
+    def is_parted(self, value: Any) -> bool:
         return id(value) in self._params or id(value) in self._values
 
     def _touches(self, arg: Any) -> bool:
-        return self._is_parted(arg) or (type(arg) in (list, tuple) and any(map(self._is_parted, arg)))
+        return self.is_parted(arg) or (type(arg) in (list, tuple) and any(map(self.is_parted, arg)))
 
     def is_batch(self, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.dim() == 0 or self._is_parted(value):
+        if not isinstance(value, Tensor) or value.dim() == 0 or self.is_parted(value):
             return False
         if value.is_floating_point():
             self.eps = max(self.eps, torch.finfo(value.dtype).eps)
@@ -273,7 +273,7 @@ class PartedReads(TorchFunctionMode):
         if not self.is_batch(input) or id(weight) in self._values or weight.dim() != 2:
             return NotImplemented
         shift = self.stack_of(bias)
-        if bias is not None and shift is None and self._is_parted(bias):
+        if bias is not None and shift is None and self.is_parted(bias):
             return NotImplemented
         stack = self.stack_of(weight)
         if stack is not None:
