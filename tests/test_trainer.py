@@ -188,3 +188,13 @@ def test_a_run_that_is_stopped_early_ends_with_all_its_updates(tmp_path, monkeyp
         return trained
 
     assert same(stopped(4, 4), stopped(4, 8))
+
+
+def test_directions_of_own_inputs_come_with_their_method_and_resume(tmp_path):
+    """One a row without a word; the trainer's own checkpoints are enough to go on from."""
+    zo = {"method": "own-inputs", "row_loss": row_loss, "queries": 2}
+    whole = train(tmp_path / "a", zo=zo, save_strategy="steps", save_steps=3)
+    resumed = train(tmp_path / "b", zo=zo, resume=str(tmp_path / "a" / "checkpoint-3"))
+    assert whole.zo_optimizer.groups == "batch"
+    assert same(whole.model, resumed.model)
+    assert resumed.zo_optimizer.forward_passes == 8 * 5

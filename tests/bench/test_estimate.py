@@ -246,7 +246,10 @@ def test_accumulated_batches_take_as_many_times_a_step():
 
 @pytest.mark.parametrize(
     ("method", "scheme"),
-    [*((m, "full") for m in METHODS), *((m, s) for m in ("zo-adam", "fo-adam") for s in list(SCHEMES)[1:])],
+    [
+        *((m, "full") for m in METHODS if not needs_of(m).of_rows),
+        *((m, s) for m in ("zo-adam", "fo-adam") for s in list(SCHEMES)[1:]),
+    ],
 )
 def test_every_method_and_scheme_is_estimated_and_costs_more_than_the_weights(method, scheme):
     made = estimate(model_config(SMALL), method=method, scheme=scheme, seq_len=16, rates=CARDS["h100"], **SHAPE)
@@ -254,6 +257,12 @@ def test_every_method_and_scheme_is_estimated_and_costs_more_than_the_weights(me
     assert made.step_seconds > 0
     expected = {"prefix": 2 * 4 * 5 * 512, "prompt": 10 * 512, "head": 20000 * 512, "lora": 4 * 2 * 8 * 1024}
     assert made.trainable == expected.get(scheme, made.trainable)
+
+
+def test_a_method_whose_directions_know_their_rows_has_no_estimate():
+    with pytest.raises(InputError, match="--method own-inputs: there is no estimate"):
+        estimate(model_config(SMALL), method="own-inputs", scheme="full", seq_len=16, **SHAPE)
+    assert estimate_for(SMALL, SHAPE | {"method": "own-inputs", "device": "cpu"}) == {}
 
 
 def test_a_step_that_no_graph_holds_is_as_long_as_its_host_needs():

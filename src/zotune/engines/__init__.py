@@ -70,16 +70,25 @@ def choose(groups: int | str = 1) -> tuple[str, str]:
 
 
 def make_engine(
-    name: str, directions: Directions, groups: int | str = 1, rank: int = 1, forward_tokens: int | None = None
+    name: str,
+    directions: Directions,
+    groups: int | str = 1,
+    rank: int = 1,
+    forward_tokens: int | None = None,
+    own_inputs: bool = False,
 ) -> SequentialEngine:
-    """The named engine, or the one that `choose` takes for `auto`. forward_tokens: see `FollowingEngine`. Unknown names, and
-    groups with another engine, raise ValueError.
+    """The named engine, or the one that `choose` takes for `auto`. forward_tokens: see `FollowingEngine`. own_inputs: with
+    `lowrank`, directions u·vᵀ whose v are of the rows. Unknown names, and groups with another engine, raise ValueError.
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
     asked = name
     if asked == "auto":
         name, _ = choose(groups)
+    if name == "lowrank" and own_inputs:
+        from zotune.engines.own_inputs import OwnInputsEngine
+
+        return OwnInputsEngine(directions, forward_tokens)
     if name == "lowrank":
         from zotune.engines.lowrank import LowRankEngine
 

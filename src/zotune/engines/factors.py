@@ -22,17 +22,21 @@ class Factored:
     """Which parameters have factors, and those that were last drawn for so many directions.
 
     rank: r. Vectors, and whatever has a side no longer than r, take a dense z of the directions' distribution.
+    params: these alone have factors, and the others nothing; the list may still grow.
     """
 
-    def __init__(self, directions: Directions, rank: int) -> None:
+    def __init__(self, directions: Directions, rank: int, params: list[torch.nn.Parameter] | None = None) -> None:
         self.directions, self.rank = directions, rank
-        self.params = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        large = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        self.params = large if params is None else params
         chosen = {id(p) for p in self.params}
-        self.dense = [p for p in directions.params if id(p) not in chosen]
+        self.dense = [p for p in directions.params if id(p) not in chosen] if params is None else []
         names = {directions.slots[id(p)].name for p in directions.params}
-        own = [f"{directions.slots[id(p)].name}.{side}" for p in self.params for side in "UV"]
+        matrices = [p for p in directions.params if p.dim() > 1]
+        own = [f"{directions.slots[id(p)].name}.{side}" for p in matrices for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
         self._drawn: dict[int, Factors] = {}  # by the number of directions
+        self._alone: dict[int, list[Factors]] = {}
 
     def drawn(self, at: Displacement | HeldDisplacement) -> Factors:
         """The factors of all parameters for these directions, in buffers that the next as many will have."""
@@ -41,6 +45,14 @@ class Factored:
             self._drawn[count] = Factors(self, count)
         self._drawn[count].draw(at)
         return self._drawn[count]
+
+    def one_by_one(self, count: int) -> list[Factors]:
+        """Of so many directions, one a factored parameter, in memory that all share: each is drawn when its turn comes."""
+        if count not in self._alone:
+            largest = max((sum(side for side, _ in self.sides_of(p)) for p in self.params), default=0)
+            room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.params}
+            self._alone[count] = [Factors(self, count, [p], room[p.dtype]) for p in self.params]
+        return self._alone[count]
 
     def has_room_for(self, count: int) -> bool:
         """Whether there are buffers for so many directions, or none at all yet."""
@@ -51,13 +63,17 @@ class Factored:
         for factors in self._drawn.values():
             factors.forget()
 
+    def sides_of(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
+        """Length and noise id of each factor that is drawn."""
+        return tuple(zip(sides(param), self.ids_of(param), strict=True))
+
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
         return self._ids[f"{name}.U"], self._ids[f"{name}.V"]
 
 
 class Factors:
-    """U (Q, O, R) and V (Q, D, R) of every factored parameter for Q directions, in buffers that are used again."""
+    """What is drawn of every factored parameter, U (Q, O, R) and V (Q, D, R), for Q directions, in buffers that are used again."""
 
     def __init__(
         self,
@@ -67,18 +83,18 @@ class Factors:
         memory: Tensor | None = None,
     ) -> None:
         """params: of these alone; in the memory given, which others may use between a draw and the next."""
-        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+        self.of: dict[int, tuple[Tensor, ...]] = {}
         items, first = [], 0
         self._device = of.directions.params[0].device
         for param in of.params if params is None else params:
             pair = []
-            for side, pid in zip(sides(param), of.ids_of(param), strict=True):
+            for side, pid in of.sides_of(param):
                 size = count * side * of.rank
                 out = param.data.new_empty(size) if memory is None else memory[first : first + size]
                 first += size
                 items.append(noise.Item(out.view(count, -1), None, pid))
                 pair.append(out.view(count, side, of.rank))
-            self.of[id(param)] = pair[0], pair[1]
+            self.of[id(param)] = tuple(pair)
         self._many = noise.Many(items, of.directions.distribution)
         self._held: Any = None
 

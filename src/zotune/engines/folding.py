@@ -28,7 +28,6 @@ class FoldingWriter(Writer):
     def __init__(self, factored: Factored) -> None:
         super().__init__(factored.directions)
         self.factored, self.rank = factored, factored.rank
-        self._folds: dict[int, list[Factors]] = {}  # by the number folded at once, one a factored parameter
 
     def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
         """One product for each factored parameter and so many directions at once.
@@ -56,10 +55,7 @@ class FoldingWriter(Writer):
         for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
             held = self.factored.drawn(some) if self.factored.has_room_for(len(some.seeds_Q)) else None
-            if held is None and (count := len(some.seeds_Q)) not in self._folds:
-                largest = max((sum(sides(p)) for p in self.factored.params), default=0)
-                room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.factored.params}
-                self._folds[count] = [Factors(self.factored, count, [p], room[p.dtype]) for p in self.factored.params]
+            alone = self.factored.one_by_one(len(some.seeds_Q)) if held is None else []
             scaled: dict[int, Tensor] = {}
             for i, param in enumerate(self.factored.params):
                 slot = self.directions.slots[id(param)]
@@ -67,7 +63,7 @@ class FoldingWriter(Writer):
                     continue
                 drawn = held
                 if drawn is None:
-                    drawn = self._folds[len(some.seeds_Q)][i]
+                    drawn = alone[i]
                     drawn.draw(some, again=True)
                 if slot.group not in scaled:
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
@@ -109,7 +105,8 @@ class FoldingWriter(Writer):
     def _fold(self, param: torch.nn.Parameter, drawn: Factors, scaled_Q: Tensor, lost: Tensor | None) -> None:
         matrix = param.data.view(param.shape[0], -1)
         fold = _fold if (kernels := kernels_for(param)) is None else kernels.fold
-        fold(matrix, *drawn.of[id(param)], scaled_Q, None if lost is None else lost.view(matrix.shape))
+        u_QOR, v_QDR = drawn.of[id(param)]
+        fold(matrix, u_QOR, v_QDR, scaled_Q, None if lost is None else lost.view(matrix.shape))
 
 
 def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, lost_OD: Tensor | None = None) -> None:
@@ -118,12 +115,17 @@ def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, los
     lost: added first, then what rounding took; neither changes where all scales are 0.
     """
     wide = torch.float64 if matrix_OD.dtype == torch.float64 else torch.float32
-    left = (u_QOR * scaled_Q.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
-    right = v_QDR.to(wide).permute(0, 2, 1).flatten(0, 1)
-    if lost_OD is None and matrix_OD.dtype == wide:
-        matrix_OD.addmm_(left, right)
-        return
     if lost_OD is not None and not bool(scaled_Q.any()):
+        return
+    left = (u_QOR * scaled_Q.to(wide).view(-1, 1, 1)).permute(1, 0, 2).flatten(1)
+    add_product(matrix_OD, left, v_QDR.to(wide).permute(0, 2, 1).flatten(0, 1), lost_OD)
+
+
+def add_product(matrix_OD: Tensor, left_OK: Tensor, right_KD: Tensor, lost_OD: Tensor | None = None) -> None:
+    """W += left·right, rounded once. left and right: float32, float64 for float64 weights. lost: see `_fold`."""
+    wide = left_OK.dtype
+    if lost_OD is None and matrix_OD.dtype == wide:
+        matrix_OD.addmm_(left_OK, right_KD)
         return
     rows = max(1, (16 << 20) // (4 * matrix_OD.shape[1]))
     for first in range(0, len(matrix_OD), rows):
@@ -131,7 +133,7 @@ def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, los
         total = matrix_OD[part].to(wide)
         if lost_OD is not None:
             total = total + lost_OD[part].to(wide)
-        total = torch.addmm(total, left[part], right)
+        total = torch.addmm(total, left_OK[part], right_KD)
         matrix_OD[part] = total.to(matrix_OD.dtype)
         if lost_OD is not None:
             lost_OD[part] = (total - matrix_OD[part].to(wide)).to(matrix_OD.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -69,6 +69,16 @@ class FollowingEngine(SequentialEngine):
         self._fused = FusedModules(directions.params)
         self._eps = 0.0  # of the narrowest format that activations were seen in
         self._layouts: dict[Any, tuple[int, Parts]] = {}
+
+    @property
+    def moving(self) -> Sequence[torch.nn.Parameter]:
+        """The parameters that places displace."""
+        return self.directions.params
+
+    def _all_read(self, mode: PartedReads) -> None:
+        if len(mode.seen) < len(self.moving):
+            unread = next(p for p in self.moving if id(p) not in mode.seen)
+            raise Unfollowed(f"{self.directions.slots[id(unread)].name} is read by no torch function")
 
     @abstractmethod
     def _reads(self, at: Displacement | HeldDisplacement, parts: Parts) -> PartedReads:
@@ -147,9 +157,7 @@ class FollowingEngine(SequentialEngine):
         self._eps = max(self._eps, mode.eps)
         if not isinstance(losses, Tensor) or losses.numel() != last - first:
             raise Unfollowed("the loss is one number for all rows; return one a row")
-        if len(mode.seen) < len(self.directions.params):
-            unread = next(p for p in self.directions.params if id(p) not in mode.seen)
-            raise Unfollowed(f"{self.directions.slots[id(unread)].name} is read by no torch function")
+        self._all_read(mode)
         return losses.detach().view(-1)
 
     def _layout(self, places: Places, rows: int, first: int, last: int) -> tuple[int, Parts]:
@@ -161,11 +169,12 @@ class FollowingEngine(SequentialEngine):
                 size = place.last - place.first
                 inside = min(start + size, last) - max(start, first)
                 if inside > 0:
-                    found.append((inside, place.direction, place.sign))
+                    found.append((inside, place.direction, place.sign, place.first))
                 start += size
-            lowest = min((direction for _, direction, sign in found if sign), default=0)
-            directions = [direction - lowest if sign else 0 for _, direction, sign in found]
-            parts = Parts([size for size, _, _ in found], directions, [sign for _, _, sign in found])
+            lowest = min((direction for _, direction, sign, _ in found if sign), default=0)
+            directions = [direction - lowest if sign else 0 for _, direction, sign, _ in found]
+            sizes, _, signs, firsts = zip(*found, strict=True)
+            parts = Parts(sizes, directions, signs, firsts)
             self._layouts[key] = lowest, parts
         return self._layouts[key]
 

@@ -68,9 +68,8 @@ class LowRankEngine(FollowingEngine):
         at = places.at.some(copy.first, copy.first + len(places.shares))
         with torch.no_grad(), self._reads(at, parts) as mode:
             result = self._run(closure)
-        if len(mode.seen) < len(self.directions.params) and self._unread is None:
-            unread = next(p for p in self.directions.params if id(p) not in mode.seen)
-            raise Unfollowed(f"{self.directions.slots[id(unread)].name} is read by no torch function")
+        if self._unread is None:
+            self._all_read(mode)
         return result
 
     def replayed(self) -> None:
@@ -81,10 +80,10 @@ class LowRankEngine(FollowingEngine):
             self._stacks[len(parts)] = Stacks(self.directions, self.factored.dense, len(parts))
         stacks = self._stacks[len(parts)]
         stacks.draw(at, parts)
-        return _LowRankReads(self, at, parts, stacks, self.factored.drawn(at))
+        return LowRankReads(self, at, parts, stacks, self.factored.drawn(at))
 
 
-class _LowRankReads(PartedReads):
+class LowRankReads(PartedReads):
     special = PartedReads.special | {torch.addmm: "_addmm"}
 
     def __init__(
@@ -95,7 +94,7 @@ class _LowRankReads(PartedReads):
         stacks: Stacks,
         factors: Factors,
     ) -> None:
-        super().__init__(parts, engine.directions.params, stacks.of)
+        super().__init__(parts, engine.moving, stacks.of)
         self.engine, self.at, self.factors, self.rank = engine, at, factors, engine.factored.rank
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
         # the x of the last product, how often it had been written, and scale·x·in by weight
@@ -111,6 +110,15 @@ class _LowRankReads(PartedReads):
             self._scales[key] = (coefs_GP1[group, :, 0] / math.sqrt(self.rank)).to(dtype)
         return self._scales[key]
 
+    def factors_of(self, weight: Any) -> tuple[Tensor, Tensor]:
+        """U (…, O, R) and V (…, D, R)."""
+        u_QOR, v_QDR = self.factors.of[id(weight)]
+        return u_QOR, v_QDR
+
+    def entry_of(self, device: torch.device) -> Tensor:
+        """(P,) int32: which entry of the factor on x's side is each part's. That of the other side is its direction's."""
+        return self.parts.tables(device)[0]
+
     def copy(self, param: Any, part: int) -> Tensor:
         u_QOR, v_QDR = self.factors.of[id(param)]
         own = self.parts.direction_P[part]
@@ -124,10 +132,10 @@ class _LowRankReads(PartedReads):
             return super().values_of(param)
         scale_P = self._scale(self.engine.directions.slots[id(param)].group, torch.float32, param.device)
         which_P, _ = self.parts.tables(param.device)
-        return Values(param.data.expand(len(self.parts), *param.shape), *self.factors.of[id(param)], scale_P, which_P)
+        return Values(param.data.expand(len(self.parts), *param.shape), *self.factors_of(param), scale_P, which_P)
 
     def product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        u_QOR, v_QDR = self.factors.of[id(weight)]
+        u_QOR, v_QDR = self.factors_of(weight)
         return self._product(x, weight, weight.data.t(), 1, v_QDR, u_QOR, bias)
 
     def _addmm(self, bias: Any, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
@@ -137,9 +145,9 @@ class _LowRankReads(PartedReads):
         if beta != 1 or alpha != 1:
             return NotImplemented
         shift = self.stack_of(bias)
-        if shift is None and self._is_parted(bias):
+        if shift is None and self.is_parted(bias):
             return NotImplemented
-        u_QOR, v_QDR = self.factors.of[id(weight)]
+        u_QOR, v_QDR = self.factors_of(weight)
         return self._product(x, weight, weight.data, 0, u_QOR, v_QDR, bias if shift is None else shift)
 
     def _product(
@@ -177,15 +185,14 @@ class _LowRankReads(PartedReads):
             x_PMD = self.parts.by_part(x).flatten(1, -2)
             if x_PMD.stride(-1) != 1:  # a transposed x, whose parts have a row each
                 x_PMD = x_PMD.contiguous()
-            ins = [self.factors.of[id(w)][side] for w in some]
-            which_P, _ = self.parts.tables(x.device)
-            t_SPMR = kernels.low_rank_inner(x_PMD, ins, which_P, scale_P)
+            ins = [self.factors_of(w)[side] for w in some]
+            t_SPMR = kernels.low_rank_inner(x_PMD, ins, self.entry_of(x.device), scale_P)
             found |= {id(w): t_PMR for w, t_PMR in zip(some, t_SPMR, strict=True)}
         return found[id(weight)]
 
     def _add_by_products(self, y: Tensor, x: Tensor, in_QDR: Tensor, out_QOR: Tensor, scale_P: Tensor) -> None:
         which_P, _ = self.parts.tables(y.device)
-        x, in_PDR, out_PRO = x.to(y.dtype), in_QDR.to(y.dtype)[which_P], out_QOR.to(y.dtype)[which_P].transpose(1, 2)
+        x, in_PDR, out_PRO = x.to(y.dtype), in_QDR.to(y.dtype)[self.entry_of(y.device)], out_QOR.to(y.dtype)[which_P].mT
         if self.parts.equal:  # under autocast x and the factors may be wider than y
             x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
         else:  # parts of different sizes: each row (of the batch) with factors of its own

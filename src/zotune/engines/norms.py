@@ -31,10 +31,12 @@ class RmsNorm:
             return plain(*args, **kwargs)
         x = args[0]
         scale_PN, kernels = mode.stack_of(module.weight), kernels_for(x)
-        served = kernels is not None and scale_PN is not None and mode.parts.equal and mode.is_batch(x)
+        if still := scale_PN is None and not mode.is_parted(module.weight):  # no direction displaces it
+            scale_PN = module.weight.data[None]
+        served = kernels is not None and scale_PN is not None and (still or (mode.parts.equal and mode.is_batch(x)))
         if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:
             return plain(x)
-        x_PMN = mode.parts.by_part(x).flatten(1, -2)
+        x_PMN = x.view(1, -1, x.shape[-1]) if still else mode.parts.by_part(x).flatten(1, -2)
         return kernels.rms_norm(x_PMN, scale_PN, self.eps, self.offset).view(x.shape)
 
 

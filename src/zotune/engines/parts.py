@@ -38,9 +38,13 @@ class Parts(PartsOf):
     What was made for them (tables on a device, places of a graph) is found by the object: engines keep one a shape.
     """
 
-    def __init__(self, rows_P: Sequence[int], direction_P: Sequence[int], sign_P: Sequence[int]) -> None:
+    def __init__(
+        self, rows_P: Sequence[int], direction_P: Sequence[int], sign_P: Sequence[int], first_P: Sequence[int] = ()
+    ) -> None:
+        """first_P: the first row of the batch that each part has."""
         super().__init__(direction_P, sign_P)
-        self.rows_P = tuple(rows_P)
+        self.rows_P, self.first_P = tuple(rows_P), tuple(first_P)
+        self._firsts: dict[torch.device, Tensor] = {}
         self.total = sum(self.rows_P)
         self.equal = len({*self.rows_P}) == 1
 
@@ -48,6 +52,12 @@ class Parts(PartsOf):
     def directions(self) -> int:
         """How many of the displacement's directions they take: the first so many."""
         return max(self.direction_P) + 1
+
+    def firsts(self, device: torch.device) -> Tensor:
+        """(P,) int32: first_P, where it stays on the device."""
+        if device not in self._firsts:
+            self._firsts[device] = torch.tensor(self.first_P, dtype=torch.int32, device=device)
+        return self._firsts[device]
 
     def fits(self, n: int) -> bool:
         """Whether a first dimension of n can be the batch's."""
@@ -161,14 +171,14 @@ class PartedReads(TorchFunctionMode):
             return True
         return False
 
-    def _is_parted(self, value: Any) -> bool:
+    def is_parted(self, value: Any) -> bool:
         return id(value) in self._params or id(value) in self._values
 
     def _touches(self, arg: Any) -> bool:
-        return self._is_parted(arg) or (type(arg) in (list, tuple) and any(map(self._is_parted, arg)))
+        return self.is_parted(arg) or (type(arg) in (list, tuple) and any(map(self.is_parted, arg)))
 
     def is_batch(self, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.dim() == 0 or self._is_parted(value):
+        if not isinstance(value, Tensor) or value.dim() == 0 or self.is_parted(value):
             return False
         if value.is_floating_point():
             self.eps = max(self.eps, torch.finfo(value.dtype).eps)
@@ -263,7 +273,7 @@ class PartedReads(TorchFunctionMode):
         if not self.is_batch(input) or id(weight) in self._values or weight.dim() != 2:
             return NotImplemented
         shift = self.stack_of(bias)
-        if bias is not None and shift is None and self._is_parted(bias):
+        if bias is not None and shift is None and self.is_parted(bias):
             return NotImplemented
         stack = self.stack_of(weight)
         if stack is not None:

@@ -57,6 +57,11 @@ class Places:
             for k, (first, last) in enumerate(bounds):
                 yield Place(first, last, direction + k, sign)
 
+    @property
+    def queries(self) -> int:
+        """Directions for the same rows."""
+        return len({copy.first for copy in self.copies if copy.sign})
+
     def some(self, first: int, last: int) -> Places:
         """The copies first to last (exclusive)."""
         return Places(self.at, self.copies[first:last], self.shares)

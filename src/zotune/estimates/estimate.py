@@ -17,6 +17,7 @@ from zotune.estimates.counted import Step, counted
 from zotune.estimates.meta import model_config
 from zotune.estimates.needs import needs_of
 from zotune.estimates.rates import Rates, rates_here, step_seconds
+from zotune.methods import METHODS
 from zotune.models.loading import DTYPES
 from zotune.models.schemes import SCHEMES
 from zotune.updates.rule import TILE
@@ -79,6 +80,8 @@ def estimate(
     Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
     """
     needs = needs_of(method, queries, estimator)
+    if needs.of_rows:
+        raise InputError(f"--method {method}: there is no estimate of directions that know their rows")
     asked = ((scheme, SCHEMES, "scheme"), (engine, ("auto", *ENGINES), "engine"))
     for value, known, what in asked:
         if value not in known:
@@ -227,5 +230,8 @@ def uncounted(options: Mapping[str, Any]) -> str:
     others = {name: options.get(name) for name in ("blocks", "hybrid", "quantize")}
     others["mask"] = options.get("mask") if options.get("mask") in ("magnitude", "wanda") else None
     others["groups"] = options.get("groups") if str(options.get("groups") or 1) != "1" else None
+    others["method"] = (
+        method if (method := str(options.get("method"))) in METHODS and needs_of(method).of_rows else None
+    )
     given = ", ".join(f"--{name} {value}" for name, value in others.items() if value)
     return f"no estimate of {given}" if given else ""

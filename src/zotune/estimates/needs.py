@@ -15,7 +15,7 @@ class Needs:
 
     state_copies: of what trains. by_tiles: the update is a rule's arithmetic on tiles of the weights, not coefficients alone.
     paired: each direction is probed at both signs, which engines evaluate in one forward. options: those that it
-    has of its own, queries among them.
+    has of its own, queries among them. of_rows: directions know their rows, which no estimate does.
     """
 
     kind: Literal["zeroth-order", "forward-mode", "first-order"]
@@ -24,6 +24,7 @@ class Needs:
     by_tiles: bool
     paired: bool
     options: tuple[str, ...]
+    of_rows: bool
 
 
 def needs_of(name: str, queries: int | None = None, estimator: str | None = None) -> Needs:
@@ -45,4 +46,5 @@ def needs_of(name: str, queries: int | None = None, estimator: str | None = None
         by_tiles=kind == "first-order" or not (rule.linear or rule.extra_forwards),
         paired={*method.signs} == {+1, -1},
         options=options,
+        of_rows=method.own_inputs,
     )

@@ -16,7 +16,8 @@ class Method:
     rule: projected gradients → the update (`zotune.updates.Rule`).
     derivatives: without an estimator, how many directional derivatives a step takes by forward-mode differentiation; 0: the
         gradient by back-propagation.
-    direction, lr, eps: what the method was found to need, where a run does not say; None: the run's own defaults.
+    own_inputs: directions u·vᵀ of each linear map, v made of what the row itself gives the map (`zotune.engines.own_inputs`).
+    direction, lr, eps, groups: what the method was found to need, where a run does not say; None: the run's own defaults.
 
     >>> from zotune.estimators import OneSided
     >>> from zotune.updates import Momentum
@@ -27,13 +28,17 @@ class Method:
     estimator: Estimator | None = field(default_factory=TwoSided)
     rule: Rule = field(default_factory=Sgd)
     derivatives: int = 0
+    own_inputs: bool = False
     direction: str | None = None
     lr: float | None = None
     eps: float | None = None
+    groups: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.estimator is not None and self.derivatives:
             raise ValueError(f"derivatives={self.derivatives}: beside an estimator there are none; give estimator=None")
+        if self.own_inputs and self.estimator is None:
+            raise ValueError("own_inputs=True: of directions that losses are compared along; give an estimator")
 
     @property
     def kind(self) -> str:
@@ -46,6 +51,11 @@ class Method:
         """lr or eps: as given, else the method's own, else the default."""
         mine: float | None = getattr(self, name)
         return given if given is not None else default if mine is None else mine
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether an update is a function of the step's rows too, so that its seeds and scalars alone cannot give it again."""
+        return self.own_inputs
 
     @property
     def first_order(self) -> bool:
@@ -74,4 +84,5 @@ class Method:
         """Evaluations of the loss on one batch that a step costs, however many of them share a forward."""
         known = 0 in self.signs  # L(θ), which a conservative step compares
         extra = self.rule.extra_forwards
-        return len(self.signs) + extra - (1 if extra and known else 0)
+        inputs = int(self.own_inputs)  # a forward at θ tells them
+        return len(self.signs) + inputs + extra - (1 if extra and known else 0)

@@ -135,6 +135,12 @@ def fzoo(queries: int = 8) -> Method:
     return Method(OneSided(queries), Normalised(), direction="rademacher", lr=5e-5, eps=1e-4)
 
 
+@preset("own-inputs", paper="measured here", forwards="2q + 1")
+def own_inputs(queries: int = 16, estimator: str = "two-sided") -> Method:
+    """W ← W − lr·(1/B)(1/Q) Σ_iq g_iq·u_iq·v_iᵀ, row i under ΔW = ε·u·vᵀ: v its own input of the map, x/‖x‖ at its last token."""
+    return Method(_estimator(estimator, queries), Sgd(), own_inputs=True, groups="batch", lr=2e-3, eps=1e-2)
+
+
 def _estimator(name: str, queries: int) -> Estimator:
     if name not in ESTIMATORS:
         raise OptionError("estimator", f"unknown estimator {name!r}; {nearest(name, ESTIMATORS)}")

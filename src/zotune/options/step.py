@@ -46,7 +46,10 @@ class StepOptions(Options):
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )
     groups: Positive | Literal["batch"] = Field(
-        1, description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank)"
+        None,  # as it is seen never: see _groups
+        validate_default=True,
+        description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank) [default: the "
+        "method's own, mostly 1]",
     )
     rank: Positive = Field(1, description="rank of the directions of engine lowrank")
     forward_tokens: Positive | None = Field(
@@ -104,7 +107,9 @@ class StepOptions(Options):
 
     @field_validator("groups", mode="before")
     @classmethod
-    def _groups(cls, value: Any) -> Any:
+    def _groups(cls, value: Any, info: Any) -> Any:
+        if value is None:
+            return groups_of(info.data.get("method"))
         if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
@@ -168,3 +173,13 @@ def known_name(option: str, value: str) -> str:
     if value not in known:
         raise ValueError(f"unknown {option} {value!r}; {nearest(value, known)}")
     return value
+
+
+def groups_of(method: str | None) -> int | str:
+    """Directions over the rows of a batch where nothing is said: the method's own, else 1."""
+    from zotune.methods import make_method
+
+    try:
+        return make_method(method or "zo-sgd").groups or 1
+    except ValueError:  # is told of the method
+        return 1

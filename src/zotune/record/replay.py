@@ -11,7 +11,7 @@ from torch import nn
 from zotune import noise
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError, plain
-from zotune.methods import METHODS
+from zotune.methods import METHODS, make_method
 from zotune.models import schemes
 from zotune.models.loading import DTYPES
 from zotune.models.quantized import is_quantized, library_versions
@@ -74,6 +74,12 @@ def check(header: Header, path: str, method: str | None = None) -> None:
         and 1 <= queries <= header.pairs
         and header.pairs % queries == 0
     )
+    named = method or header.method
+    if named in METHODS and make_method(named).needs_rows:
+        raise InputError(
+            f"{path}: a step of {named} is a function of the run's rows too, so its record alone cannot be applied again; "
+            "use the run's folder model/"
+        )
     if not sound:
         raise InputError(
             f"{path}: its header is not one that zotune writes (base, dtype or queries); fetch the file again"

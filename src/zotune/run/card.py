@@ -12,7 +12,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from zotune.methods import make_method
 from zotune.options import TrainConfig
+from zotune.options.step import groups_of
 from zotune.record.trajectory import Header
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
@@ -30,6 +32,9 @@ def trajectory_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) 
     folder = (
         "\nThe masks of this run need the folder `calibration/` beside the file.\n" if config.mask == "wanda" else ""
     )
+    if make_method(config.method).needs_rows:
+        text = f"\n`trajectory.zot` holds the steps of the run. Those of {config.method} need its rows too: they give no weights.\n"
+        return ModelCard(_front(config, "zotune") + _run(config, task, result) + text)
     text = f"""
 The fine-tune is `trajectory.zot`: the steps of the run, a few bytes each. With the base model it gives the weights again:
 
@@ -106,7 +111,7 @@ def _cell(value: object) -> str:
 
 def command(config: TrainConfig, without: Collection[str] = ()) -> str:
     """The `zotune train` command that describes the same run. without: keys to leave out."""
-    defaults = TrainConfig.model_construct()
+    defaults = TrainConfig.model_construct(groups=groups_of(config.method))
     parts = ["zotune train"]
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
         if key in without or value is None or value == getattr(defaults, key, None):

@@ -8,6 +8,7 @@ from typing import Any
 
 from zotune import noise
 from zotune.errors import InputError
+from zotune.methods import make_method
 from zotune.models.heads import label_names
 from zotune.models.kinds import kind_of
 from zotune.models.quantized import library_versions
@@ -77,6 +78,7 @@ def open_trajectory(state: RunState, config: TrainConfig, step: int) -> None:
     written = readable(path, step) if step or path.exists() else None
     same = written is not None and written.header.encode() == state.header.encode()
     same = same and config.mask != "wanda"  # its masks cost forward passes, which are counted as they are made
+    same = same and not make_method(config.method).needs_rows  # which are not in the file
     if step and written and written.header.base.get("sha256") != base["sha256"]:
         raise InputError(f"--model {config.model}: its weights are not those that the run began with")
     if step == 0 and not same:

@@ -189,6 +189,40 @@ TOGETHER: tuple[Together, ...] = (
         ),
     ),
     Together(
+        lambda of: _given(of),
+        lambda of: of.method.own_inputs and of.enhancements.sequential,
+        lambda of: (
+            f"{_given(of)}: method {of.name!r} gives each row directions of its own; leave it out, or use zo-sgd"
+        ),
+    ),
+    Together(
+        "groups",
+        lambda of: of.method.own_inputs and of.groups != "batch",
+        lambda of: f"groups={of.groups!r}: method {of.name!r} gives each row directions of its own; use groups='batch'",
+    ),
+    Together(
+        "rank",
+        lambda of: of.method.own_inputs and of.rank != 1,
+        lambda of: f"rank={of.rank}: the directions of method {of.name!r} are of rank 1",
+    ),
+    Together(
+        "fold_every",
+        lambda of: of.method.needs_rows and of.fold_every > 1,
+        lambda of: f"fold_every={of.fold_every}: an update of method {of.name!r} needs its step's rows; use 1",
+    ),
+    Together(
+        "rounding",
+        lambda of: of.method.own_inputs and of.rounding != "nearest",
+        lambda of: f"rounding={of.rounding!r}: not of method {of.name!r}; use 'nearest'",
+    ),
+    Together(
+        "scheme",
+        lambda of: of.method.own_inputs and of.scheme in ("prefix", "prompt"),
+        lambda of: (
+            f"scheme={of.scheme!r}: trains no linear map, whose inputs method {of.name!r} needs; use full, lora or head"
+        ),
+    ),
+    Together(
         "engine",
         lambda of: (
             _needs_sequential(of) != ""

@@ -37,7 +37,7 @@ def engines_over(
 def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any:
     directions = Directions(named, direction)
     if not of.brings_its_engine:
-        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens)
+        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, of.method.own_inputs)
     if mask is not None:
         directions = MaskedDirections(named, direction)
         directions.mask = mask

@@ -50,8 +50,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         eps the method's own, else 1e-6 and 1e-3.
     seed: of the run. The directions of step s are noise(seed, s), whatever the device, dtype or torch's own seeds.
     direction: "gaussian" or "rademacher" [the method's own, else gaussian]. queries: directions for the same rows [the method's].
-    groups: directions over the rows of a batch: 1, a number, or "batch" for one a row. More than one takes the engine
-        `lowrank` and a loss that is a vector, one number a row; the update is Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows each.
+    groups: directions over the rows of a batch: 1, a number, or "batch" for one a row [the method's own, else 1]. More than one
+        takes the engine `lowrank` and a loss that is a vector, a number a row; the update: Σ_k −lr·(n_k/B)·g_k·z_k, n_k of B rows.
     sparsity, mask, sparsity_scope, mask_refresh, blocks, block_update, hybrid, fo_lr, g_clip: see `Enhancements`.
         With mask "wanda" the attribute `calibrate` may be a function that evaluates the model on some rows and returns how many
         forward passes it took; without it a mask is made from its step's own batch. The norms that make each mask are
@@ -89,7 +89,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         direction: str | None = None,
         queries: int | None = None,
-        groups: int | str = 1,
+        groups: int | str | None = None,
         engine: str = "auto",
         rank: int = 1,
         forward_tokens: int | None = None,
@@ -103,6 +103,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         name = method if isinstance(method, str) else "method"
         self.method = made = _rounded(make_method(method, queries=_whole(queries), **options), rounding)
         lr, eps = made.own("lr", lr, 1e-6), made.own("eps", eps, 1e-3)
+        groups = groups if groups is not None else made.groups or 1
         self.choices = chosen = Choices(
             made, name, seed, direction, groups, engine, rank, fold_every, made.rule.rounding, forward_tokens,
             lr, eps, weight_decay, max_skipped, more,
@@ -308,7 +309,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Do to the weights what a recorded step did, without its losses: a replay from step 0, in order, gives the run's bits.
 
         For an optimizer made with the run's method, options, seed, direction and engine; one eps for all groups. Raises
-        ValueError for a record of another step, and for a method whose steps are not scalars (back-propagation).
+        ValueError for a record of another step, and for a method whose steps are not scalars alone (back-propagation, and what
+        `needs_rows`).
         """
         replaying.apply_record(self, record)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def apply_record(of: ZeroOrderOptimizer, record: Record) -> None:
     """What `ZeroOrderOptimizer.apply_record` does."""
+    _refuse_rows(of)
     if any(g.get("first_order") for g in of.param_groups):
         raise ValueError("a step by back-propagation is no list of scalars: it cannot be replayed")
     of.land()
@@ -35,8 +36,16 @@ def apply_record(of: ZeroOrderOptimizer, record: Record) -> None:
         group["step"] += 1
 
 
+def _refuse_rows(of: ZeroOrderOptimizer) -> None:
+    if of.method.needs_rows:
+        raise ValueError(
+            "a step of this method is a function of its rows too: seeds and scalars alone cannot give it again"
+        )
+
+
 def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
     """What `ZeroOrderOptimizer.apply_records` does."""
+    _refuse_rows(of)
     rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1
     plain = plain and not any(any(record.decay) for record in records)
     if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or of.method.first_order:

@@ -32,7 +32,10 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     )
     direction: str | None = field(default=None, metadata={"help": "gaussian or rademacher [the method's own]"})
     queries: int | None = field(default=None, metadata={"help": "directions for the same rows [the method's own]"})
-    groups: Any = field(default=1, metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch'"})
+    groups: Any = field(
+        default=None,
+        metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch' [the method's own, else 1]"},
+    )
     rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
     forward_tokens: int | None = field(default=None, metadata={"help": "tokens of one forward at most"})
     fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
