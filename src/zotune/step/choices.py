@@ -5,7 +5,8 @@ The optimizer, the command line and the estimates ask it; whoever shows a messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -43,11 +44,7 @@ class Choices:
     scheme: str = "full"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            self._check(name, _is_number(getattr(self, name)), "a number")
-        self._check("lr", self.lr >= 0, "at least 0")
-        self._check("eps", self.eps > 0, "above 0")
-        self._check("weight_decay", self.weight_decay >= 0, "at least 0")
+        check_rates(vars(self))
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         self._check("seed", whole and 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1")
         for name in ("max_skipped", "rank", "fold_every"):
@@ -90,6 +87,19 @@ class Choices:
         """Raise the first of `problems`."""
         for problem in self.problems():
             raise problem
+
+
+RATES = ("lr", "eps", "weight_decay")  # of a parameter group
+
+
+def check_rates(given: Mapping[str, Any]) -> None:
+    """Raises OptionError for a rate that a parameter group cannot have; those that are not given are another's."""
+    for name in (name for name in RATES if name in given):
+        value, floor = given[name], "above 0" if name == "eps" else "at least 0"
+        if not _is_number(value):
+            raise OptionError(name, f"{name}={value!r}: must be a number")
+        if not (value > 0 if name == "eps" else value >= 0) or not value < math.inf:
+            raise OptionError(name, f"{name}={value!r}: must be {floor} and finite")
 
 
 def _is_number(value: Any) -> bool:

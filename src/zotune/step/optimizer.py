@@ -17,6 +17,7 @@ from zotune.directions import Displacement, joined
 from zotune.directions.calibration import Norms
 from zotune.engines.following import FollowingEngine
 from zotune.engines.places import rows_in
+from zotune.engines.reads import as_written
 from zotune.engines.writing import Through
 from zotune.errors import NonFiniteLoss
 from zotune.methods import Method, make_method
@@ -25,7 +26,7 @@ from zotune.record.trajectory import Record
 from zotune.step import replaying
 from zotune.step.arithmetic import Given, weights_of
 from zotune.step.captured import CapturedSteps
-from zotune.step.choices import Choices
+from zotune.step.choices import Choices, check_rates
 from zotune.step.choosing import engines_over, reason
 from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
@@ -69,7 +70,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     Weights change only by the update: a closure that raises leaves every one bit for bit as it was, and a step with
     lr 0 as well. Dropout and other draws from torch's generators are the same in all probes of a step; better, call
-    `model.eval()`. Works in float64, float32, bfloat16 and float16, on any device.
+    `model.eval()`. Works in float64, float32, bfloat16 and float16, on any device. What `torch.compile` has compiled runs
+    uncompiled within a step, with the same losses.
 
     >>> model = nn.Linear(3, 1)
     >>> optimizer = ZeroOrderOptimizer(model, method="zo-sgd", lr=1e-2, eps=1e-3, seed=0)
@@ -161,6 +163,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
+        check_rates(group)
         if "names" not in group:
             group = named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
         built = self.engine is not None
@@ -190,6 +193,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
+        with as_written():
+            return self._step(closure, batch)
+
+    def _step(self, closure: Callable[..., Any], batch: Any) -> Any:
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shared = self._shares(closure, batch, batches)

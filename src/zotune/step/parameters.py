@@ -13,8 +13,8 @@ NamedParams = Iterable[tuple[str, nn.Parameter]]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, by name. Raises ValueError where there is none."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    """The parameters that are trained, by name, a compiled model's by its own. Raises ValueError where there is none."""
+    named = [(n.replace("_orig_mod.", ""), p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameter: none has requires_grad=True")
     return named
