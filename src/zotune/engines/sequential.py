@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.attended import attended
 from zotune.engines.places import Copy, Places, as_losses
 from zotune.engines.reads import leaves, reads_no_values, same_draws, tensors_in
 from zotune.engines.scratch import Scratch
@@ -129,7 +130,7 @@ class PerturbedReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self._reads(args) and not (kwargs and self._reads(tuple(kwargs.values()))):
-            return func(*args, **kwargs)
+            return attended(func, args, kwargs)
         if reads_no_values(func):
             return func(*args, **kwargs)
         if func is F.linear and (product := self._tiled_linear(*args, **kwargs)) is not None:

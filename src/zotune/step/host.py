@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from zotune.directions import Displacement
+from zotune.engines.attended import hiding_nothing
 from zotune.engines.reads import same_draws
 from zotune.errors import InputError
 from zotune.record.steps import StepRecord, in_blocks
@@ -105,7 +106,7 @@ class HostStep:
         try:
             for param in others:
                 param.requires_grad_(False)
-            with torch.enable_grad():
+            with torch.enable_grad(), hiding_nothing(params):
                 loss = whole(self.loss, self.batches)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise InputError(
