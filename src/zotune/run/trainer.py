@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,12 @@ import transformers
 from torch import Tensor, nn
 
 from zotune.errors import InputError
+from zotune.models.border import tells_of_input
 from zotune.models.loading import load_weights
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.run.arguments import arguments
-from zotune.run.folder import BROKEN, CHECKPOINT, as_json
+from zotune.run.folder import CHECKPOINT, as_json
 from zotune.run.process import stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
@@ -130,8 +130,8 @@ def readable_state(checkpoint: str) -> Iterator[None]:
     """A checkpoint's state that is damaged, or holds more than numbers, as a line; torch reads it with weights_only."""
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in BROKEN:
+    except Exception as error:
+        if not tells_of_input(error):
             raise
         said = type(error).__name__  # torch's own message recommends to unpickle it
         raise InputError(

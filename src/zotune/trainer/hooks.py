@@ -14,6 +14,9 @@ from typing import Any
 import transformers
 from torch import nn
 
+from zotune.errors import InputError
+from zotune.models.border import damaged, reading
+
 logger = logging.getLogger(__name__)
 
 # Method → its parameters behind self.
@@ -120,8 +123,12 @@ class HookedTrainer(transformers.Trainer):
         super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.load_weights(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        place = resume_from_checkpoint
+        if not self.load_weights(Path(place)):
+            if found := damaged(place):
+                raise InputError(f"{place}: {found}")
+            with reading(place, place):
+                super()._load_from_checkpoint(place, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         plain = super()._load_optimizer_and_scheduler

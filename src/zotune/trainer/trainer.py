@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.engines.attended import hiding_nothing
 from zotune.errors import InputError
 from zotune.methods import find
+from zotune.models.border import reading
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer.arguments import ZO_FIELDS, ZOTrainingArguments, options_of
 from zotune.trainer.groups import parameter_groups
 from zotune.trainer.hooks import HookedTrainer, one_card
+from zotune.trainer.outputs import Outputs
 from zotune.trainer.refusals import refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
 from zotune.trainer.tally import Tally, without_nan
@@ -25,6 +28,7 @@ from zotune.trainer.tally import Tally, without_nan
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
 KEPT = ("method", "method_options", "direction", "queries", "groups", "rank", "fold_every", "rounding")
+UNREADABLE = "its state cannot be read: "
 POSITIONAL = (  # of the Trainer, behind model and args
     "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init", "compute_loss_func", "compute_metrics",
     "callbacks", "optimizers", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics",
@@ -80,6 +84,7 @@ class ZOTrainer(HookedTrainer):
         self._micro_batches: list[Any] = []
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
+        self._outputs: Outputs | None = None  # of an evaluation that is under way
         self.tally = Tally()
         super().__init__(model, args, *positional, **kwargs)
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
@@ -127,6 +132,11 @@ class ZOTrainer(HookedTrainer):
         return self.collated([row])
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not isinstance(self.zo_optimizer, ZeroOrderOptimizer):  # a subclass's, or one that was put there
+            raise InputError(
+                f"optimizer: {type(self.zo_optimizer).__name__} steps by gradients, and there are none; leave create_optimizer to "
+                "ZOTrainer, and name a method by method="
+            )
         self._micro_batches.append(self.on_device(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -172,12 +182,17 @@ class ZOTrainer(HookedTrainer):
             load()
             return optimizer.was_told
 
-        load_as_told(optimizer, self.lr_scheduler, optimizer.told, checkpoint, states)
+        with reading(checkpoint, checkpoint, said=UNREADABLE):
+            load_as_told(optimizer, self.lr_scheduler, optimizer.told, checkpoint, states)
         if optimizer.steps != self.state.global_step:
             raise InputError(
                 f"{checkpoint}: holds no optimizer's state of step {self.state.global_step} (save_only_model?); begin a run of its "
                 "own from these weights, or name another checkpoint"
             )
+
+    def load_draws(self, checkpoint: str, load: Callable[[], None]) -> None:
+        with reading(checkpoint, checkpoint, said=UNREADABLE):
+            load()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model
@@ -210,6 +225,27 @@ class ZOTrainer(HookedTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.settle()
         return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's. Raises NotFinite where the model gives a row something that is no number, before a metric is asked."""
+        assert self.model is not None
+        self._outputs = seen = Outputs(self.model)
+        metric = self.compute_metrics
+        if metric is not None:
+            self.compute_metrics = seen.before(metric)
+        try:
+            with hiding_nothing(self.model.parameters()):
+                found = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._outputs, self.compute_metrics = None, metric
+        seen.refuse()
+        return found
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._outputs is not None:
+            self._outputs.look(found[1], inputs)
+        return found
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
