@@ -230,7 +230,7 @@ def test_a_row_beside_that_cannot_be_reckoned_says_why_and_takes_no_other_with_i
     rows = compare(config, {"method": "zo-sgd-sign", "scheme": "full"}, seq_len=17, left_out=left_out)
     assert [row.scheme for row in rows] == ["full"] * 5
     assert len(left_out) == 3
-    assert left_out[0].endswith("a step cannot be counted without weights (no linear maps)")
+    assert left_out[0].endswith("a step cannot be counted without weights: no linear maps")
 
 
 def test_a_model_that_is_not_causal_is_refused_in_a_line():

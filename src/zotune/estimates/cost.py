@@ -38,7 +38,9 @@ def _blocks(options: Mapping[str, Any]) -> int:
     blocks = options.get("blocks") or 1
     if str(blocks).isdecimal():
         return int(blocks)
-    return _blocks_of(json.dumps(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
+    return _blocks_of(
+        json.dumps(options.get("model"), allow_nan=False), str(options.get("scheme") or "full"), str(blocks)
+    )
 
 
 @cache

@@ -18,6 +18,7 @@ from zotune.estimates.meta import model_config
 from zotune.estimates.needs import needs_of
 from zotune.estimates.rates import Rates, rates_here, step_seconds
 from zotune.methods import METHODS
+from zotune.models.border import reading
 from zotune.models.loading import DTYPES
 from zotune.models.schemes import SCHEMES
 from zotune.updates.rule import TILE
@@ -132,20 +133,11 @@ def estimate(
 
 
 def _counted(config: Any, kind: torch.dtype, scheme: str, *of: Any) -> Step:
-    try:
+    name = getattr(config, "model_type", type(config).__name__)
+    with reading(
+        f"{name}, scheme {scheme}: a step cannot be counted without weights"
+    ):  # by a stranger's modelling code
         return counted(config, kind, scheme, *of)
-    except InputError:
-        raise
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a stranger's modelling code
-        said = (str(error).splitlines() or [""])[0] or type(error).__name__
-        name = getattr(config, "model_type", type(config).__name__)
-        raise InputError(f"{name}, scheme {scheme}: a step cannot be counted without weights ({said})") from error
 
 
 def compare(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
-from zotune.models.adapters import put_adapter
+from zotune.models.adapters import put_adapter, refuse_other_tokens, unproven
 from zotune.models.ids import pad_id
 from zotune.models.partial import refuse_untrained
 from zotune.options import EvalConfig, PredictConfig
@@ -103,7 +103,9 @@ def predictions(
     examples = [task.example(row, labelled=False) for row in rows]
     if len(rows) < (given := given_rows(source, split)):
         listener.say(f"rows: {some_of(len(rows), given)} of {split} (--eval-size {options.eval_size})")
-    examples, _, found = _outcome(options, task, source, examples, listener, loader, replies=True)
+    examples, asked, found = _outcome(options, task, source, examples, listener, loader, replies=True)
+    if cut := sum(bool(row.cut) for row in asked):
+        listener.say(f"{cut} of {len(asked)} rows are cut to {options.max_length} tokens (--max-length)")
     told = [*_told(task, examples, found)]
     if options.skip_bad_rows:
         told = [{"row": example.where} | line for example, line in zip(examples, told, strict=True)]
@@ -140,7 +142,10 @@ def _outcome(
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
+        refuse_other_tokens(options.adapter, tokenizer)
         ends.take_from_adapter(model, options.adapter)
+        if said := unproven(options.adapter, options.model):
+            listener.say(said)
     if not getattr(options, "trajectory", None):  # whose steps have trained what its run drew
         refuse_untrained(model, f"--model {options.model}")
     if shots:

@@ -15,6 +15,7 @@ from torch import nn
 from zotune.errors import InputError, nearest
 from zotune.models.border import damaged, reading
 from zotune.models.heads import check_count, head_names, label_names
+from zotune.models.ids import refuse_uncounted
 from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, refuse_other, without_adapter
 from zotune.models.partial import heads_of_others, refuse_partial, some
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
@@ -91,6 +92,7 @@ def load_model(
             kwargs["quantization_config"] = quantization(quantize, whole)
             model, missing, unexpected = _pretrained(kind, name, seed, kwargs)
     refuse_partial(model, name, missing, unexpected)
+    refuse_uncounted(model, f"--model {name}")
     if kind == "classifier":
         missing |= heads_of_others(model)
     elif missing:

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 from zotune.errors import InputError
 from zotune.models.finite import refuse_rows
+from zotune.models.ids import padding_counts
 from zotune.models.loading import length_limit
 from zotune.tasks import ends
 from zotune.tasks.chat import end_marks
@@ -77,8 +78,18 @@ def write(
 
     It ends at the tokenizer's end, the model's own (`generation_config`) or one of more_ends, and at the text `end` if one is
     given. reply: of a conversation, up to the mark that the chat template writes; of more tokens. Never more than the model takes.
-    Raises InputError where a prompt leaves no room.
+    Where padding would count (virtual tokens), prompts of one length are answered together. Raises InputError where a prompt leaves
+    no room.
     """
+    if padding_counts(model) and not bool(mask_BT.all()):
+        told: dict[str, Any] = {"pad_id": pad_id, "most": most, "reply": reply, "end": end, "more_ends": [*more_ends]}
+        lengths = mask_BT.sum(1).tolist()
+        found: dict[int, Answer] = {}
+        for length in set(lengths):
+            rows = [b for b, other in enumerate(lengths) if other == length]
+            some = ids_BT[rows, -length:], mask_BT[rows, -length:]
+            found |= dict(zip(rows, write(model, tokenizer, *some, **told), strict=True))
+        return [found[b] for b in range(len(lengths))]
     most = most or (REPLY_TOKENS if reply else MOST_TOKENS)
     takes = length_limit(model)
     if takes is not None and (most := min(most, takes - ids_BT.shape[1])) < 1:
