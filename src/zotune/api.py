@@ -68,7 +68,11 @@ def _resolved(kind: type[T], given: dict[str, Any]) -> T:
     data, tables = given.get("data"), None
     if data is not None and not isinstance(data, (str, Path)):
         tables = _tables(data)
-        digest = hashlib.sha256(json.dumps(tables, default=str, sort_keys=True).encode()).hexdigest()
+        try:
+            written = json.dumps(tables, default=str, sort_keys=True, allow_nan=True)  # for a digest alone
+        except TypeError:
+            raise InputError("data: names of fields are texts; a row has one that is not: rename it") from None
+        digest = hashlib.sha256(written.encode()).hexdigest()
         given = given | {"data": f"rows-{digest[:12]}"}  # names them in the run's record: others do not resume it
     options = resolve(kind, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}, None)
     options.set_tables(tables)

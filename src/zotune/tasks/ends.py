@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 
+from zotune.models.border import reading
 from zotune.models.kinds import without_adapter
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def take_from_adapter(model: nn.Module, folder: str | Path) -> None:
     """What ended the answers that an adapter was trained on ends the model's, if its folder says so."""
     folder = Path(folder).expanduser()
     if (folder / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+        with reading(f"--adapter {folder}", folder / "generation_config.json"):
+            ids = GenerationConfig.from_pretrained(folder).eos_token_id
         teach(model, ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
 
 

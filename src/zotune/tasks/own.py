@@ -103,15 +103,16 @@ def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
             f"{row.where}: fields 'chosen' and 'rejected' are of preference, which is not learned from; "
             '--columns \'{"chosen": "completion"}\' takes the chosen ones as answers to a field prompt'
         )
-    for field in ("messages", "conversations"):
-        if field in has:
-            return Task(name=name, messages_field=field)
+    talks = next((field for field in ("messages", "conversations") if field in has), None)
+    answered = labelled and (talks is not None or ("prompt" in has and "completion" in has))
+    if rated := next((key for key in ("label", "kto_tag") if answered and isinstance(has.get(key), bool)), None):
+        raise InputError(
+            f"{row.where}: field {rated!r} says whether a completion is a good one (unpaired preference, as TRL has it), which is "
+            "not learned from; keep the good ones without it"
+        )
+    if talks is not None:
+        return Task(name=name, messages_field=talks)
     if "prompt" in has and ("completion" in has or not labelled):
-        if labelled and isinstance(has.get("label"), bool):
-            raise InputError(
-                f"{row.where}: field 'label' says whether a completion is a good one (TRL's unpaired preference), which is not "
-                "learned from; keep the good ones without it"
-            )
         if isinstance(has["prompt"], list) or isinstance(has.get("completion"), list):
             return Task(name=name, messages_field="prompt", answer_field="completion")
         if has.get("tools"):
