@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from zotune.bench import plan
 from zotune.bench.plan import make_plan
 from zotune.bench.suite import Suite, expand, load_suite, matches, shipped
 from zotune.errors import InputError
@@ -177,6 +178,22 @@ def test_keys_depend_on_what_is_computed_and_not_on_where(suite_file, tmp_path):
     assert set(keys()).isdisjoint(keys(defaults={"batch_size": 4, "lr": 2e-3}))
     assert set(keys()).isdisjoint(keys(tasks={"words": {"made": "words", "train": 21, "template": "{text}",
                                                         "label_words": {"0": "bad", "1": "good"}}}))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["data", "data_dir", "model"])
+def test_under_the_same_name_other_rows_or_another_model_are_another_run(suite_file, tmp_path, monkeypatch, name):
+    place = tmp_path / "place"
+    file = place / {"data": "train.jsonl", "data_dir": "words/train.jsonl", "model": "model.safetensors"}[name]
+    file.parent.mkdir(parents=True)
+    options = {name: str(place)} | ({"task": "words"} if name == "data_dir" else {})
+    monkeypatch.setattr(plan, "ENDS", 2)
+    told = []
+    for text in ("aaaaaaaa", "aaaaaaab", "baaaaaaa", "aaaabaaa", "aaaaaaaa"):
+        file.write_text(text)
+        told.append(plan.digest(plan._contents(options)))
+    assert told[0] == told[4]
+    assert len(set(told)) == (3 if file.suffix == ".safetensors" else 4)
+    assert plan._contents({name: "owner/hub-name", "task": "sst2"}) == {}
 
 
 def test_the_device_is_part_of_a_probe_and_not_of_a_training_run(suite_file, tmp_path):

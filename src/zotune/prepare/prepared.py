@@ -142,7 +142,7 @@ def prepare(config: TrainConfig) -> Prepared:
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
-        made_of = identity(task, tokenizer, source, drawn, rows, base)
+        made_of = identity(task, tokenizer, source, drawn, rows, base, (config.loss, config.method))
     return Prepared(
         config,
         task,

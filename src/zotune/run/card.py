@@ -116,8 +116,7 @@ def command(config: TrainConfig, without: Collection[str] = ()) -> str:
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
         if key in without or value is None or value == getattr(defaults, key, None):
             continue
-        text = (
-            json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)
-        )
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        text = json.dumps(value, allow_nan=False) if isinstance(value, dict) else text
         parts.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(text)}"))
     return " \\\n  ".join(parts)
