@@ -20,6 +20,7 @@ from zotune.prepare.model import encoder_for, load
 from zotune.tasks import Example, Task
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.evaluation import outcome
+from zotune.tasks.generation import answers_of
 from zotune.tasks.rows import Row
 from zotune.tasks.scoring import score_rows
 
@@ -195,6 +196,22 @@ def test_answers_are_the_same_for_any_batch_size(name, scheme):
     )
     assert one == other
     assert len(set(one)) > 1
+
+
+def test_an_answer_has_as_many_tokens_beside_a_longer_prompt_as_alone():
+    """Near the end of what a model takes; it had those of the longest prompt of its batch."""
+    words, model = families.tokenizer("gpt2"), families.build("gpt2", vocabulary=330)  # takes 64
+    task = Task(name="own", prompt="{text}", answer_field="answer", max_new_tokens=12)
+    texts = ["a", "a b c d " * 6, "a b c d " * 8, "a b c d " * 8 + "a b"]
+    rows = [Encoder(words, None)(task.example(Row({"text": text, "answer": "good"}, "f:1"))) for text in texts]
+    rooms = [min(12, 64 - len(row.prompt)) for row in rows]
+    assert len(set(rooms)) > 2
+    assert min(rooms) > 0
+    one, other = (
+        answers_of(model, words, rows, batch_size=size, pad_id=pad_id(words, model), most=12, end=None)
+        for size in (1, len(rows))
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize("pad", [None, -1])
