@@ -93,8 +93,11 @@ def conversation_ids(
         if not is_learned(message) or i < learned:
             continue
         through = _written(tokenizer, messages[: i + 1], where, False, said).rstrip()
-        begun = through[: through.find(message["content"])]  # where nobody has spoken no template asks for a turn
-        before = _written(tokenizer, messages[:i], where, True, said) if i else begun
+        if i:
+            before = _written(tokenizer, messages[:i], where, True, said)
+        else:  # nobody has spoken, and no template asks for a turn then
+            before, found, _ = through.partition(message["content"].strip())
+            before = before if found else through
         if len(before) < len(through) and through.startswith(before) and whole.startswith(through):
             spans.append((len(before), len(through)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

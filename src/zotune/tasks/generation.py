@@ -93,7 +93,7 @@ def write(
     if len(set(kinds)) > 1:
         told: dict[str, Any] = {"pad_id": pad_id, "most": most, "reply": reply, "end": end, "more_ends": [*more_ends]}
         found: dict[int, Answer] = {}
-        for kind in set(kinds):
+        for kind in sorted(set(kinds)):
             rows = [b for b, other in enumerate(kinds) if other == kind]
             longest = max(lengths[b] for b in rows)
             some = ids_BT[rows, -longest:], mask_BT[rows, -longest:]
