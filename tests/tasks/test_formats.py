@@ -189,10 +189,11 @@ def test_who_speaks_is_written_by_the_template_or_refused():
 
 
 def test_a_conversation_that_the_assistant_begins_is_learned_from_its_first_turn():
-    talk = [{"role": "assistant", "content": "a film"}, *TALK]
-    assert (
-        counted(chatty(), Encoder(chatty(), None)(asked({"messages": talk}))) == "a film</s>good</s>terrible\nbad</s>"
-    )
+    trimming = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+    for template, begins in ((CHATML, "a film"), (trimming, " a film\n")):
+        talk = [{"role": "assistant", "content": begins}, *TALK]
+        encoded = Encoder(chatty(template), None)(asked({"messages": talk}))
+        assert counted(chatty(template), encoded) == "a film</s>good</s>terrible\nbad</s>"
 
 
 def test_whatever_a_template_raises_is_a_line():
