@@ -49,6 +49,38 @@ def steps_apart(plain: ZeroOrderOptimizer, captured: ZeroOrderOptimizer, f, g, b
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["leave-one-out", "own-inputs"])
+def test_captured_steps_find_the_rates_of_steps_without(method):
+    """The first goes by what it found itself and is taken by the host; the others go by steps that have landed."""
+    torch.manual_seed(0)
+    plain = tf.LlamaForCausalLM(CONFIG).to("cuda").eval()
+    captured = copy.deepcopy(plain)
+    batches = [{"input_ids": torch.randint(0, 64, (4, 8), device="cuda")} for _ in range(8)]
+
+    def loss_of(model):
+        def rows(batch):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            return losses.mean(1)
+
+        return rows
+
+    first, second = (
+        ZeroOrderOptimizer(m, method, lr="auto", queries=4, groups="batch", total_steps=8) for m in (plain, captured)
+    )
+    rates: dict[int, list[float]] = {0: [], 1: []}
+    for i, optimizer in enumerate((first, second)):
+        optimizer.watch = lambda record, i=i: rates[i].append(record.lr_G[0])
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
+    first.flush()
+    second.flush()
+    assert second.captured.graphs is not None
+    torch.testing.assert_close(rates[0], rates[1], rtol=1e-4, atol=0)
+    for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("engine", ["sequential", "dual", "lowrank", "batch"])

@@ -18,7 +18,7 @@ from zotune.step.enhancements import Enhancements
 from zotune.trainer.arguments import ZO_FIELDS
 
 FIELDS = StepOptions.model_fields
-OF_A_RUN = {"seed", "max_skipped"}  # that an optimizer takes, and the command line has elsewhere or not
+OF_A_RUN = {"seed", "max_skipped", "total_steps"}  # that an optimizer takes, and the command line has elsewhere or not
 OF_THE_TRAINER = {"method_options", "max_skipped", "calibration_rows"}
 
 

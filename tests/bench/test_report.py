@@ -80,6 +80,17 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
+def test_seeds_that_find_rates_of_their_own_are_runs_of_one_configuration():
+    """Else the best of them would be chosen, as among rates that were searched."""
+    options = {"lr": "auto", "eps": 1e-2, "method": "leave-one-out"}
+    found = [
+        record(seed, seed=seed, options=options, result={"test_after": score, "lr": lr, "validation_best": score})
+        for seed, (score, lr) in enumerate(((70.0, 1e-3), (80.0, 1.2e-3)))
+    ]
+    (group,) = groups_frame(runs_frame(found)).itertuples()
+    assert (group.mean, group.n) == (75.0, 2)
+
+
 def test_tables_hold_mean_spread_and_rank_and_choose_lr_on_validation(results):
     rows = list(csv.DictReader((results / "report" / "summary.csv").open()))
     found = {(r["method"], r["scheme"]): r for r in rows if r["task"] == "sst2" and not r["variant"]}

@@ -242,3 +242,15 @@ def test_an_unknown_suite_names_the_nearest():
 def test_a_suite_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="extra"):
         Suite.model_validate({"name": "x", "grid": {}, "budget": {"steps": 1}, "extra": 1})
+
+
+def test_a_suite_may_leave_the_rate_to_its_runs():
+    suite = Suite.model_validate(
+        {
+            "name": "found",
+            "grid": {"model": ["m"], "task": ["sst2"], "method": ["leave-one-out"], "scheme": ["full"], "seed": [0]},
+            "models": {"m": {"model": "m"}}, "defaults": {"lr": "auto", "groups": "batch"}, "budget": {"steps": 4},
+        }
+    )  # fmt: skip
+    (cell,) = expand(suite).cells
+    assert (cell.options["lr"], cell.options["lr_schedule"]) == ("auto", "linear")

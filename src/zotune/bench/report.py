@@ -181,7 +181,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
             "name": " · ".join(n for n in (group.model, group.task, group.method, group.scheme, group.variant) if n),
             "figure": tables.mean_sd(group) if group.kind == "train" else "",
             "searched": group.searched,
-            "lr": f"{group.lr:g}",
+            "lr": f"{group.lr:g}" if group.lr == group.lr else "",
             "eps": f"{group.eps:g}" if group.eps == group.eps else "",
             "runs": [
                 {

@@ -30,7 +30,7 @@ def values(options: SweepConfig) -> tuple[list[float], list[float]]:
     from zotune.models.schemes import get_scheme
 
     scheme = get_scheme(options.scheme)
-    lrs = options.lrs or ([options.lr] if options.lr is not None else None)
+    lrs = options.lrs or ([options.lr] if isinstance(options.lr, float) else None)
     if lrs is None:
         low, high = min(scheme.lr, scheme.small_lr) / 10, max(scheme.lr, scheme.small_lr) * 10
         count = math.ceil(math.log10(high / low) - 1e-9)

@@ -19,6 +19,7 @@ from zotune.estimates.memory import keep_freed, peak_bytes, readable
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
+from zotune.options.defaults import flags_of
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved
 from zotune.run import train as run
@@ -108,6 +109,8 @@ def dry_run(config: TrainConfig) -> None:
     if one_class := ready.one_class(ready.test):
         table.add_row("always one class", f"{one_class:.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
+    if config.by_default:
+        table.add_row("for want of options", flags_of(config.by_default))
     table.add_row("engine", engine)
     table.add_row(
         "forward passes",

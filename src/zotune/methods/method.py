@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from zotune.estimators import Estimator, TwoSided
 from zotune.updates import Rule, Sgd
@@ -47,9 +48,9 @@ class Method:
             return "zeroth-order"
         return "forward-mode" if self.derivatives else "first-order"
 
-    def own(self, name: str, given: float | None, default: float) -> float:
-        """lr or eps: as given, else the method's own, else the default."""
-        mine: float | None = getattr(self, name)
+    def own(self, name: str, given: Any, default: float) -> Any:
+        """lr or eps: as given (lr "auto" too), else the method's own, else the default."""
+        mine = getattr(self, name)
         return given if given is not None else default if mine is None else mine
 
     @property

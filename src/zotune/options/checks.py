@@ -17,6 +17,8 @@ from zotune.options.commands import (
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.defaults import by_default
+from zotune.step.choices import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     if any(_of_another_command(key, kind) for key in from_file):
         given.pop("output", None)  # the run's own folder
     given |= {key: value for key, value in flags.items() if value is not None}
+    taken = by_default(given) if kind is TrainConfig else {}
+    given = taken | given
     try:
         options = kind.model_validate(given)
     except ValidationError as error:
@@ -44,6 +48,7 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         if isinstance(options, TrainConfig):
             problems += _method_problems(options)
             _say_unused(options.method, given)
+            options.note(taken)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
     if given.get("quantize") is not None and issubclass(kind, TrainConfig) and given.get("scheme", "full") in WHOLE:
@@ -102,6 +107,8 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
 
 def _method_problems(options: TrainConfig) -> list[str]:
     """Options that the method does not have, or that do not go together."""
+    if isinstance(options, SweepConfig) and options.lr == AUTO:
+        return ["--lr auto: a search tries numbers; give --lrs, or leave the search to `zotune train --lr auto`"]
     for name in ("steps", "eval_every"):
         if (getattr(options, name) or 0) % options.fold_every:
             return [

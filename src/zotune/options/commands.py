@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from zotune.files.checked import Options, Positive
 from zotune.options.step import StepOptions, known_name
+from zotune.step.choices import AUTO
 
 
 class ModelOptions(Options):
@@ -132,7 +133,9 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
         [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="what becomes of lr over the run"
+        None,  # as it is seen never: see _falls
+        validate_default=True,
+        description="what becomes of lr over the run [default: constant; with lr auto linear, to 0]",
     )
     tf32: bool = Field(False, description="on CUDA, products of float32 numbers by their first 10 bits: faster")
     calibration_rows: Positive | None = Field(
@@ -167,6 +170,12 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
     )
 
+    @field_validator("lr_schedule", mode="before")
+    @classmethod
+    def _falls(cls, value: Any, info: Any) -> Any:
+        """A rate that is found is one that falls, where nothing is said."""
+        return value or ("linear" if info.data.get("lr") == AUTO else "constant")
+
     @field_validator("report_to", "freeze", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -183,6 +192,16 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     @classmethod
     def _known_scheme(cls, value: str) -> str:
         return known_name("scheme", value)
+
+    _by_default: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def by_default(self) -> dict[str, Any]:
+        """Options of its steps that were not given, and come from a table; see `zotune.options.defaults`."""
+        return self._by_default
+
+    def note(self, by_default: Mapping[str, Any]) -> None:
+        self._by_default = dict(by_default)
 
     @property
     def pairs(self) -> int:

@@ -4,12 +4,14 @@ made of this model. Loads no torch.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from zotune.errors import nearest
 from zotune.files.checked import Options, Positive
+from zotune.step.choices import AUTO
 
 if TYPE_CHECKING:
     from zotune.methods import Method
@@ -28,15 +30,20 @@ ALWAYS = ("eps", "queries", "groups", "rank")  # in a trajectory's header, whate
 
 
 class StepOptions(Options):
-    method: str = Field("zo-sgd", description="see `zotune list methods`")
+    method: str = Field(
+        "zo-sgd",
+        description="see `zotune list methods`; a run without any option of a step takes what is best on its device",
+    )
     direction: Literal["gaussian", "rademacher"] | None = Field(
         None, description="distribution of the directions [default: the method's own, else gaussian]"
     )
     estimator: Literal["two-sided", "one-sided", "leave-one-out"] | None = Field(
         None, description="how the losses give a gradient [default: the method's own, mostly two-sided]"
     )
-    lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="learning rate [default: by scheme and model size]"
+    lr: float | Literal["auto"] | None = Field(
+        None,
+        description="learning rate, or auto: found in the run, by how far its noise carries the weights [default: by scheme and "
+        "model size]",
     )
     eps: Annotated[float, Field(gt=0)] | None = Field(
         None, description="perturbation of the weights [default: by scheme]"
@@ -105,6 +112,19 @@ class StepOptions(Options):
     fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
     engine: str = Field("auto", description="see `zotune list engines`")
 
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value is None or value == AUTO:
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (0 <= number < math.inf):
+            raise ValueError(f"{value!r}: give a number from 0, or auto")
+        return number
+
     @field_validator("groups", mode="before")
     @classmethod
     def _groups(cls, value: Any, info: Any) -> Any:
@@ -141,6 +161,7 @@ class StepOptions(Options):
         given = self.optimizer_options
         more = Enhancements(**{name: given.pop(name) for name in Enhancements.names() if name in given})
         own = {name: value for name, value in given.items() if name not in (*METHOD_OPTIONS, "queries")}
+        own |= {} if self.lr is None else {"lr": self.lr}
         return Choices(self.made_method, self.method, seed, scheme=scheme, enhancements=more, **own)
 
     @property

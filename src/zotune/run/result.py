@@ -56,7 +56,7 @@ def result_of(
         "method": config.method,
         "scheme": config.scheme,
         "engine": optimizer.engine.name,
-        "lr": config.lr,
+        "lr": config.lr if optimizer.rate is None else optimizer.rate.so_far,
         "eps": config.eps,
         "dtype": config.dtype,
         "device": device_name(ready.device),

@@ -9,6 +9,7 @@ from zotune.errors import InputError
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.models.partial import some, untrained
 from zotune.options import TrainConfig
+from zotune.options.defaults import flags_of
 from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved, tokens_together
@@ -50,6 +51,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             listener.say(ready.splits.described())
             if ready.unread:
                 listener.say(ready.unread)
+            if config.by_default and not config.resume:
+                listener.say(f"for want of other options: {flags_of(config.by_default)}")
             if fresh := untrained(ready.model):
                 listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
             if config.resume:
@@ -111,6 +114,8 @@ def _trainer(ready: Prepared, state: RunState, listener: Listener) -> TaskTraine
     optimizer = trainer.zo_optimizer
     if ready.config.engine == "auto":
         listener.say(f"engine {optimizer.chosen_engine}")
+    if optimizer.rate is not None:
+        optimizer.rate.say = listener.say
     optimizer.pairs = ready.config.pairs // ready.config.directions_a_row
     optimizer.folds_by_query = of_before(state.folder / "trajectory.zot", ready.config, listener)
     optimizer.norms = NormsFolder(state.folder / CALIBRATION)

@@ -37,6 +37,7 @@ class CapturedSteps:
             not self.wanted
             or not rule.capturable
             or of.method.first_order
+            or (of.rate is not None and of.rate.unseen)  # a step that goes by what it found itself
             or more.blocks is not None
             or more.hybrid is not None
         ):

@@ -16,6 +16,7 @@ from zotune.step.enhancements import Enhancements
 
 DIRECTIONS = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "compensated")
+AUTO = "auto"  # for lr: the run finds it (`zotune.step.rates`)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Choices:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            self._check(name, _is_number(getattr(self, name)), "a number")
-        self._check("lr", self.lr >= 0, "at least 0")
+            wanted = "a number" if name != "lr" else f"a number or {AUTO!r}"
+            self._check(name, _is_number(getattr(self, name)) or (name == "lr" and self.lr == AUTO), wanted)
+        self._check("lr", self.lr == AUTO or self.lr >= 0, "at least 0")
         self._check("eps", self.eps > 0, "above 0")
         self._check("weight_decay", self.weight_decay >= 0, "at least 0")
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
@@ -131,6 +133,14 @@ class Together(NamedTuple):
 LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 
 TOGETHER: tuple[Together, ...] = (
+    Together(
+        "lr",
+        lambda of: of.lr == AUTO and (of.method.first_order or not of.method.rule.linear),
+        lambda of: (
+            f"lr='auto': is of updates that are lists of coefficients, whose noise they tell; those of method {of.name!r} are "
+            "none; give a number"
+        ),
+    ),
     Together(
         _given,
         lambda of: of.method.first_order and _given(of) != "",

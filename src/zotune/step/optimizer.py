@@ -32,6 +32,7 @@ from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks
 from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
 from zotune.step.probing import shares
+from zotune.step.rates import auto_rate, rates, see
 from zotune.updates import Linear
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
@@ -47,7 +48,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     method: a name of `zotune.methods.METHODS`, `module:NAME` of your own, or a `zotune.Method`; a named method's further options
         (`estimator`, …) are keywords here, and are refused beside a `Method`, which has its own.
     lr, eps, weight_decay: per group. eps in units of the weights; decay is decoupled, θ ← (1 − lr·decay)·θ first. Without lr or
-        eps the method's own, else 1e-6 and 1e-3.
+        eps the method's own, else 1e-6 and 1e-3. lr "auto": the run finds it (`zotune.step.rates`), falling linearly to 0 over
+        `total_steps`, without a scheduler; groups with a number of their own keep it.
     seed: of the run. The directions of step s are noise(seed, s), whatever the device, dtype or torch's own seeds.
     direction: "gaussian" or "rademacher" [the method's own, else gaussian]. queries: directions for the same rows [the method's].
     groups: directions over the rows of a batch: 1, a number, or "batch" for one a row [the method's own, else 1]. More than one
@@ -84,7 +86,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         params: nn.Module | NamedParams | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         method: str | Method = "zo-sgd",
         *,
-        lr: float | None = None,
+        lr: float | str | None = None,
         eps: float | None = None,
         seed: int = 0,
         direction: str | None = None,
@@ -97,6 +99,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         rounding: str | None = None,
         weight_decay: float = 0.0,
         max_skipped: int = 5,
+        total_steps: int | None = None,
         **options: Any,
     ) -> None:
         self.enhancements = more = Enhancements(**{k: options.pop(k) for k in Enhancements.names() if k in options})
@@ -111,9 +114,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         chosen.refuse()
         self.direction = direction or made.direction or "gaussian"
         self.groups, self.fold_every, self.max_skipped = chosen.groups, int(fold_every), max_skipped
-        self.pairs = (
-            1 if self.groups == "batch" else int(self.groups)
-        )  # directions of a full batch: the most seen so far
+        # directions of a full batch: the most seen so far
+        self.pairs = 1 if self.groups == "batch" else int(self.groups)
         self.folds_by_query = False  # low-rank updates are rounded once a query, as they once were, not once a step
         self.forward_passes = 0
         self.watch: Callable[[StepRecord], None] | None = None
@@ -130,6 +132,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.blocks: list[Any] = []
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(by_order(parameter_groups(params), made.first_order, more.hybrid, more.fo_lr), defaults)
+        self.rate = auto_rate(self, total_steps, params if isinstance(params, nn.Module) else None)
         self._build()
         logger.info("engine %s", self.chosen_engine)
 
@@ -249,6 +252,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def took(self, record: StepRecord) -> None:
         """A step is one of the past. Raises NonFiniteLoss where it was one skipped too many."""
         self.last = record
+        see(self, record)
         if self.watch is not None:
             self.watch(record)
         self.skipped_steps += record.skipped
@@ -270,7 +274,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def settings(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """lr, decay and eps by parameter group, as they are now."""
         lr_G, decay_G, eps_G = (tuple(float(g[k]) for g in self.param_groups) for k in ("lr", "weight_decay", "eps"))
-        return lr_G, decay_G, eps_G
+        return (lr_G if self.rate is None else rates(self, self.rate.at(self.steps))), decay_G, eps_G
 
     def given(self, shared: Sequence[int], lr_G: Sequence[float], eps_G: Sequence[float]) -> Given:
         """What a step is given beside its losses, on the host."""
@@ -330,6 +334,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
             "trust": getattr(self.engine, "trust", None),
             "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self.pending],
+            "rate": None if self.rate is None else self.rate.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,19 +344,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             (engine.writer.settle if self._version == self._weights_version() else engine.writer.drop)()
         super().load_state_dict(state_dict)
         self.captured.forget()  # graphs hold the tensors of the state before
-        # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][name] = value.to(param.device, copy=True)
+        _keep_dtypes(self, state_dict)
         counts = state_dict.get("counts", {})
-        self.forward_passes = counts.get("forward_passes", 0)
-        self.skipped_steps = counts.get("skipped_steps", 0)
+        self.forward_passes, self.skipped_steps = counts.get("forward_passes", 0), counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.pairs = counts.get("pairs", self.pairs)
         if isinstance(self.engine, FollowingEngine):
             self.engine.trust = state_dict.get("trust")
+        if self.rate is not None and state_dict.get("rate") is not None:
+            self.rate.load_state_dict(state_dict["rate"])
         self.pending = [
             Displacement(tuple(seeds_Q), tuple(map(tuple, coefs_GQ)))
             for seeds_Q, coefs_GQ in state_dict.get("pending", ())
@@ -383,6 +384,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if self.captured.fold(by):
             return
         rule.displace(Through(self.engine.writer, len(by.seeds_Q)), by, self.state)
+
+
+def _keep_dtypes(of: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for i, param in zip(ids, (p for group in of.param_groups for p in group["params"]), strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                of.state[param][name] = value.to(param.device, copy=True)
 
 
 def _rounded(method: Method, rounding: str | None) -> Method:

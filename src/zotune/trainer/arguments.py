@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from zotune.step.choices import AUTO
 from zotune.trainer.refusals import refuse_arguments
 
 
@@ -44,13 +45,21 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
     calibration_rows: int = field(default=128, metadata={"help": "training rows that a mask of wanda is made from"})
     max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
+    lr: Any = field(
+        default=None,
+        metadata={"help": "instead of learning_rate: a number, or 'auto': the run finds it (`zotune.step.rates`)"},
+    )
     learning_rate: float = 1e-6
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: Any = field(
+        default=None, metadata={"help": "as transformers has them [constant; with lr auto linear]"}
+    )
     max_grad_norm: float = 0.0
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
         refuse_arguments(self)
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "linear" if self.lr == AUTO else "constant"
         super().__post_init__()
         if self.dataloader_pin_memory:
             accelerator: Any = self.accelerator_config
@@ -59,7 +68,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
 
 ZO_FIELDS = (
     "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "fold_every", "rounding", "engine",
-    "method_options", "max_skipped", "calibration_rows",
+    "method_options", "max_skipped", "calibration_rows", "lr",
 )  # fmt: skip
 
 

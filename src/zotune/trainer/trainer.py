@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from zotune.errors import InputError
 from zotune.methods import find
+from zotune.step.choices import AUTO
 from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.step.rates import scale_of
 from zotune.trainer.arguments import ZO_FIELDS, ZOTrainingArguments, options_of
 from zotune.trainer.groups import parameter_groups
 from zotune.trainer.hooks import HookedTrainer, one_card
@@ -101,13 +104,31 @@ class ZOTrainer(HookedTrainer):
         options = options_of(
             self.args, self._given
         )  # as they are now: a search of hyperparameters sets them for each trial
-        told = {name: _plain(options[name]) for name in KEPT} | {RATE: self.args.learning_rate}
+        options["lr"] = self.args.learning_rate if options["lr"] is None else options["lr"]
+        told = {name: _plain(options[name]) for name in KEPT} | {RATE: options["lr"]}
         options |= options.pop("method_options")
         del options["calibration_rows"]
+        if options["lr"] == AUTO:
+            options["total_steps"] = max(1, self.args.max_steps)  # until the schedule tells
         groups = parameter_groups(model, self.args.weight_decay)
-        optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
+        optimizer = _TrainersOptimizer(groups, seed=self.args.seed, **options)
+        if optimizer.rate is not None:
+            optimizer.rate.scale = scale_of([p for group in optimizer.param_groups for p in group["params"]], model)
         optimizer.told = told | {"groups": optimizer.groups}
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's; it is also what a rate that the run finds by itself is laid out by."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        rate = getattr(self.zo_optimizer, "rate", None)
+        if rate is not None:
+            if not isinstance(schedule, LambdaLR):
+                raise InputError(
+                    f"lr_scheduler_type={self.args.lr_scheduler_type!r}: lr='auto' needs a schedule that is known beforehand; "
+                    "use linear, cosine or constant"
+                )
+            rate.plan(num_training_steps, schedule.lr_lambdas[0])
+        return schedule
 
     def calibrate(self) -> int:
         """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
@@ -249,6 +270,8 @@ class ZOTrainer(HookedTrainer):
             if not optimizer.method.first_order:
                 g_Q = optimizer.last.g_GQ[0]
                 logs["projected_gradient"] = sum(g_Q) / len(g_Q)
+            if optimizer.rate is not None:
+                logs["learning_rate"] = max(optimizer.last.lr_G)
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
         told = without_nan(logs)
