@@ -78,7 +78,8 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
 def _metavar(annotation: Any) -> str:
     text = str(annotation)
     if "Literal" in text:
-        return "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"
+        names = "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"
+        return f"F|{names}" if "float" in text and "float32" not in text else names
     if text.startswith("str"):
         return "TEXT"
     for word, metavar in (("dict", "JSON"), ("list", "NAMES"), ("int", "N"), ("float", "F")):
