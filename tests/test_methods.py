@@ -40,7 +40,7 @@ MODELS = {
 FORWARDS = {
     ("zo-sgd", 1): 2, ("zo-sgd", 3): 6, ("zo-sgd-mmt", 2): 4, ("zo-sgd-sign", 1): 2, ("zo-sgd-cons", 1): 5,
     ("zo-sgd-cons", 2): 7, ("zo-adam", 1): 2, ("forward-grad", 1): 1, ("forward-grad", 3): 3, ("fo-sgd", 1): 1,
-    ("fo-adam", 1): 1,
+    ("fo-adam", 1): 1, ("meazo", 2): 4, ("copes", 4): 4, ("lozo-m", 1): 2, ("zo-muon", 4): 5, ("subzero-plus", 9): 10,
 }  # fmt: skip
 
 
@@ -194,6 +194,10 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
         (["--method", "zo-sgd-cons"], 30),
         (["--method", "forward-grad", "--scheme", "lora"], 6),
         (["--method", "zo-sgd-sign", "--sign-mode", "scalar"], 12),
+        (["--method", "grzo"], 12),
+        (["--method", "zo-muon", "--rank", "4", "--queries", "2"], 18),
+        (["--method", "zo-act"], 13),
+        (["--method", "aim-zo", "--queries", "3"], 24),
     ],
 )
 def test_a_run_by_each_kind_of_method(made, tmp_path, capsys, extra, forwards):
@@ -246,6 +250,11 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
         ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--momentum", "0.5"],
         ["--sparsity", "0.5", "--mask", "magnitude", "--mask-refresh", "2"],
         ["--method", "forward-grad", "--sparsity", "0.5", "--sparsity-scope", "global"],
+        ["--method", "meazo", "--queries", "2", "--dtype", "bfloat16"],
+        ["--method", "copes", "--queries", "4", "--dtype", "bfloat16"],
+        ["--method", "grzo", "--lr-schedule", "linear"],
+        ["--method", "lozo-m", "--dtype", "bfloat16"],
+        ["--method", "subzero-plus", "--queries", "3", "--rank", "4"],
     ],
 )
 def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):

@@ -100,6 +100,7 @@ def estimate(
         passes = (
             "sequential" if not shares or (engine == "auto" and not worth) else "dual" if engine == "auto" else engine
         )
+        passes = "lowrank" if needs.low_rank else passes
     at_once = min(places or 2, needs.forwards) if passes in ("dual", "lowrank") else 1
     of_step = _counted(
         config, kind, scheme, passes, at_once, on_card, batch_size, seq_len, answer_tokens, checkpointing, quantised

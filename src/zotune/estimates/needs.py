@@ -11,20 +11,24 @@ from zotune.methods import METHODS, make_method
 
 @dataclass(frozen=True)
 class Needs:
-    """kind: losses alone, a derivative carried forward, or a gradient. forwards: evaluations of the loss on a batch.
+    """kind: losses alone, a derivative carried forward, or a gradient. forwards: evaluations of the loss on a batch;
+    once: those beside them, at a run's first step.
 
     state_copies: of what trains. by_tiles: the update is a rule's arithmetic on tiles of the weights, not coefficients alone.
     paired: each direction is probed at both signs, which engines evaluate in one forward. options: those that it
-    has of its own, queries among them. of_rows: directions know their rows, which no estimate does.
+    has of its own, queries among them. of_rows: directions know their rows, which no estimate does. low_rank: engine
+    lowrank alone evaluates them; the state of those in a subspace is small beside the weights, and left out.
     """
 
     kind: Literal["zeroth-order", "forward-mode", "first-order"]
     forwards: int
+    once: int
     state_copies: int
     by_tiles: bool
     paired: bool
     options: tuple[str, ...]
     of_rows: bool
+    low_rank: bool
 
 
 def needs_of(name: str, queries: int | None = None, estimator: str | None = None) -> Needs:
@@ -42,9 +46,11 @@ def needs_of(name: str, queries: int | None = None, estimator: str | None = None
     return Needs(
         kind,  # type: ignore[arg-type]
         method.forwards,
-        rule.state_copies,
-        by_tiles=kind == "first-order" or not (rule.linear or rule.extra_forwards),
+        method.forwards_once,
+        0 if method.subspace is not None else rule.state_copies,
+        by_tiles=kind == "first-order" or not (rule.linear or rule.extra_forwards or method.subspace is not None),
         paired={*method.signs} == {+1, -1},
         options=options,
         of_rows=method.own_inputs,
+        low_rank=method.low_rank,
     )

@@ -7,10 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from zotune.directions.subspaces import Subspace
 from zotune.errors import OptionError, nearest
-from zotune.estimators import ESTIMATORS, Estimator, LeaveOneOut, OneSided
+from zotune.estimators import ESTIMATORS, Estimator, LeaveOneOut, OneSided, TwoSided
 from zotune.methods.method import Method
-from zotune.updates import STATE_DTYPES, Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
+from zotune.updates import (
+    STATE_DTYPES,
+    Adam,
+    Average,
+    Conservative,
+    MeanSquare,
+    Momentum,
+    Normalised,
+    Orthogonalised,
+    RowNormalised,
+    ScalarSign,
+    Sgd,
+    Sign,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,14 @@ class Preset:
     @property
     def state(self) -> str:
         """What it keeps between steps."""
-        copies = self.build().rule.state_copies
+        method = self.build()
+        if getattr(method.rule, "memory", 0):
+            return "a number"
+        if method.tracked_inputs:
+            return "a basis of each map"
+        copies = method.rule.state_copies
+        if method.subspace is not None:
+            return f"{copies} × core, and the subspace" if copies else "the subspace"
         return f"{copies} × trainable" if copies else "none"
 
 
@@ -133,6 +154,58 @@ def leave_one_out(queries: int = 16) -> Method:
 def fzoo(queries: int = 8) -> Method:
     """θ ← θ − lr·(1/Q) Σ_q (L_q − L_0)/std(L)·z_q, z of signs: in units of the losses' own spread."""
     return Method(OneSided(queries), Normalised(), direction="rademacher", lr=5e-5, eps=1e-4)
+
+
+@preset("meazo", paper="arXiv 2605.03869", forwards="2q")
+def meazo(queries: int = 1, estimator: str = "two-sided") -> Method:
+    """θ ← θ − lr/(√v̂ + 1e-8)·ĝ, v ← 0.999·v + 0.001·ḡ²: Adam's second moment as one number, ḡ the mean of the g_q."""
+    return Method(_estimator(estimator, queries), MeanSquare(), lr=1e-4)
+
+
+@preset("grzo", paper="arXiv 2606.02857", forwards="2")
+def grzo() -> Method:
+    """θ ← θ − lr·Σ_i a_i·z_i/(2·eps·B), a_i = d_i/(std(d) + 1e-8) of row i's d_i, z_i = U∘(r_i·s_iᵀ): signs about one U a step."""
+    return Method(TwoSided(), RowNormalised(), flipout=True, groups="batch", lr=1e-6, eps=1e-3)
+
+
+@preset("copes", paper="arXiv 2608.02391", forwards="q")
+def copes(queries: int = 32) -> Method:
+    """θ ← θ − lr·Σ_k mean over q of set k of ẑ_q·ε_q, ẑ the z-score of L_q among all; q reaches one of 4 random sets at 2·eps."""
+    return Method(LeaveOneOut(queries), Normalised(scale=2.0), sets=4, lr=5e-4, eps=1e-3)
+
+
+@preset("lozo-m", paper="arXiv 2410.07698", forwards="2q")
+def lozo_m(queries: int = 1, estimator: str = "two-sided") -> Method:
+    """W ← W − lr·N·Vᵀ/2, N ← 0.9·N + 0.1·ĝ of z = U·Vᵀ, rank 2: U anew each step, V each 50, when N ← N·(VᵀV′)/D."""
+    normal = Subspace(right="normal", every=50, step=None)
+    return Method(_estimator(estimator, queries), Average(beta=0.9), subspace=normal, rank=2, lr=1e-6, eps=1e-3)
+
+
+@preset("zo-muon", paper="arXiv 2602.17155", forwards="q + 1")
+def zo_muon(queries: int = 4) -> Method:
+    """W ← W − lr·P·msign(M), M = (1/Q) Σ_q g_q·u_q of z = P·u, rank 64: P orthonormal, anew each 100 steps; vectors at 1e-5·lr."""
+    subspace = Subspace(left="orthonormal", every=100)
+    return Method(OneSided(queries), Orthogonalised(), subspace=subspace, rank=64, lr=1e-2, eps=1e-3)
+
+
+@preset("subzero-plus", paper="arXiv 2608.15665", forwards="q + 1")
+def subzero_plus(queries: int = 99) -> Method:
+    """W ← W + P·Δ·Qᵀ, Δ Adam's step on the r × r core of z = P·u·Qᵀ, rank 16: P and Q orthonormal, one pair for the run."""
+    both = Subspace(left="orthonormal", right="orthonormal")
+    return Method(OneSided(queries), Adam(), subspace=both, rank=16, lr=2e-2, eps=1e-3)
+
+
+@preset("zo-act", paper="arXiv 2607.01125", forwards="2q, and 1 a run")
+def zo_act(queries: int = 1, estimator: str = "two-sided") -> Method:
+    """W ← W + Δ·Vᵀ, Δ Adam's step on C (O × r) of z = u·Vᵀ, rank 1: V the main directions of the first batch's inputs of a map."""
+    inputs = Subspace(inputs=True)
+    return Method(_estimator(estimator, queries), Adam(), subspace=inputs, rank=1, lr=1e-3, eps=1e-3)
+
+
+@preset("aim-zo", paper="AIM-ZO", forwards="q + 1")
+def aim_zo(queries: int = 15) -> Method:
+    """W ← W − lr·(1/Q) Σ_q g_q·a_q·(Q·b_q)ᵀ, leave-one-out: Q follows a map's inputs, 64 of its 128 columns active."""
+    return Method(LeaveOneOut(queries), Sgd(), tracked_inputs=True, lr=1e-3, eps=8e-5)
 
 
 @preset("own-inputs", paper="measured here", forwards="2q + 1")

@@ -51,7 +51,11 @@ class StepOptions(Options):
         description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank) [default: the "
         "method's own, mostly 1]",
     )
-    rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    rank: Positive = Field(
+        None,  # as it is seen never: see _rank
+        validate_default=True,
+        description="rank of the directions of engine lowrank, or of a method's subspace [default: the method's own, mostly 1]",
+    )
     forward_tokens: Positive | None = Field(
         None,
         description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
@@ -109,10 +113,15 @@ class StepOptions(Options):
     @classmethod
     def _groups(cls, value: Any, info: Any) -> Any:
         if value is None:
-            return groups_of(info.data.get("method"))
+            return own_of(info.data.get("method"), "groups")
         if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any, info: Any) -> Any:
+        return own_of(info.data.get("method"), "rank") if value is None else value
 
     @field_validator("method", "engine")
     @classmethod
@@ -175,11 +184,11 @@ def known_name(option: str, value: str) -> str:
     return value
 
 
-def groups_of(method: str | None) -> int | str:
-    """Directions over the rows of a batch where nothing is said: the method's own, else 1."""
+def own_of(method: str | None, option: str) -> Any:
+    """groups or rank where nothing is said: the method's own, else 1."""
     from zotune.methods import make_method
 
     try:
-        return make_method(method or "zo-sgd").groups or 1
+        return getattr(make_method(method or "zo-sgd"), option) or 1
     except ValueError:  # is told of the method
         return 1

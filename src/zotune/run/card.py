@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from zotune.methods import make_method
 from zotune.options import TrainConfig
-from zotune.options.step import groups_of
+from zotune.options.step import own_of
 from zotune.record.trajectory import Header
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
@@ -111,7 +111,7 @@ def _cell(value: object) -> str:
 
 def command(config: TrainConfig, without: Collection[str] = ()) -> str:
     """The `zotune train` command that describes the same run. without: keys to leave out."""
-    defaults = TrainConfig.model_construct(groups=groups_of(config.method))
+    defaults = TrainConfig.model_construct(**{name: own_of(config.method, name) for name in ("groups", "rank")})
     parts = ["zotune train"]
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
         if key in without or value is None or value == getattr(defaults, key, None):

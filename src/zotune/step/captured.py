@@ -11,8 +11,9 @@ from torch import Tensor
 from zotune.directions import Displacement
 from zotune.record.steps import StepRecord
 from zotune.step.graphs import Flight, Shape, StepGraphs
+from zotune.step.turning import numbers_of
 from zotune.updates import Linear
-from zotune.updates.rule import passes_for, steps_of
+from zotune.updates.rule import passes_for, steps_of, table
 
 if TYPE_CHECKING:
     from zotune.step.optimizer import ZeroOrderOptimizer
@@ -49,7 +50,8 @@ class CapturedSteps:
         if rule.counts:
             self.land(of)  # how many steps were applied decides what Adam does next
         steps_G = steps_of(of.engine.directions, of.state) if rule.counts else [0] * len(groups)
-        if steps_G is None or ((not rule.linear or any(decay_G)) and passes_for(of.engine.directions) is None):
+        by_pass = of.method.subspace is None and (not rule.linear or any(decay_G))
+        if steps_G is None or (by_pass and passes_for(of.engine.directions) is None):
             return None
         if self.graphs is None or self.graphs.eps_G != eps_G:
             applies = of.fold_every == 1
@@ -57,7 +59,8 @@ class CapturedSteps:
         seeds_Q = of.seeds(of.steps, 0)
         empty = StepRecord(of.steps, seeds_Q, (), (), lr_G, decay_G, shares=shared)
         shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)))
-        flight = self.graphs.step(loss_of, batches, empty, rule.table(lr_G, decay_G, steps_G), shape)
+        numbers = numbers_of if of.method.subspace is not None else rule.numbers_of
+        flight = self.graphs.step(loss_of, batches, empty, table(numbers(lr_G, decay_G, steps_G)), shape)
         if flight is None:
             return None
         self._flying.append(flight)

@@ -69,7 +69,7 @@ class Choices:
 
     @property
     def low_rank(self) -> bool:
-        return self.groups != 1 or self.engine == "lowrank"
+        return self.groups != 1 or self.engine == "lowrank" or self.method.low_rank
 
     @property
     def conservative(self) -> bool:
@@ -78,7 +78,7 @@ class Choices:
     @property
     def brings_its_engine(self) -> bool:
         """Whether method and enhancements are served by one engine alone."""
-        return self.method.kind != "zeroth-order" or self.enhancements.sequential
+        return self.method.kind != "zeroth-order" or self.enhancements.sequential or self.method.sets > 1
 
     def problems(self) -> Iterator[OptionError]:
         """All that does not go together."""
@@ -109,7 +109,7 @@ def _given(of: Choices) -> str:
 
 def _needs_sequential(of: Choices) -> str:
     """What only an engine of its own serves, in words; "" where there is nothing."""
-    if of.method.kind != "zeroth-order":
+    if of.method.kind != "zeroth-order" or of.method.sets > 1:
         return f"method {of.name!r}"
     return _given(of) if of.enhancements.sequential else ""
 
@@ -117,7 +117,8 @@ def _needs_sequential(of: Choices) -> str:
 def _plain(of: Choices) -> bool:
     """Whether an update is a list of coefficients and nothing else."""
     rule = of.method.rule
-    return rule.linear and not of.conservative and not of.method.first_order and not of.enhancements.sequential
+    coefficients = rule.linear and not getattr(rule, "memory", 0) and not of.conservative and not of.method.subspace
+    return coefficients and not of.method.first_order and not of.enhancements.sequential
 
 
 class Together(NamedTuple):
@@ -196,14 +197,34 @@ TOGETHER: tuple[Together, ...] = (
         ),
     ),
     Together(
+        lambda of: _given(of),
+        lambda of: of.method.low_rank and not of.method.own_inputs and of.enhancements.sequential,
+        lambda of: f"{_given(of)}: the directions of method {of.name!r} are low-rank; leave it out, or use zo-sgd",
+    ),
+    Together(
+        "sparsity",
+        lambda of: of.method.sets > 1 and of.enhancements.sparsity is not None,
+        lambda of: f"sparsity: each direction of method {of.name!r} has a mask of its own; leave it out, or use zo-sgd",
+    ),
+    Together(
+        "engine",
+        lambda of: of.method.low_rank and not of.method.own_inputs and of.engine not in ("auto", "lowrank"),
+        lambda of: f"engine={of.engine!r}: method {of.name!r} is served by lowrank alone; use engine='auto'",
+    ),
+    Together(
         "groups",
-        lambda of: of.method.own_inputs and of.groups != "batch",
+        lambda of: (of.method.own_inputs or of.method.flipout) and of.groups != "batch",
         lambda of: f"groups={of.groups!r}: method {of.name!r} gives each row directions of its own; use groups='batch'",
     ),
     Together(
         "rank",
-        lambda of: of.method.own_inputs and of.rank != 1,
+        lambda of: of.method.of_lowrank is not None and of.rank != 1,
         lambda of: f"rank={of.rank}: the directions of method {of.name!r} are of rank 1",
+    ),
+    Together(
+        "fold_every",
+        lambda of: of.method.flipout and of.fold_every > 1,
+        lambda of: f"fold_every={of.fold_every}: the directions of a step of method {of.name!r} share a draw; use 1",
     ),
     Together(
         "fold_every",
@@ -212,12 +233,12 @@ TOGETHER: tuple[Together, ...] = (
     ),
     Together(
         "rounding",
-        lambda of: of.method.own_inputs and of.rounding != "nearest",
+        lambda of: of.method.low_rank and not of.method.tracked_inputs and of.rounding != "nearest",
         lambda of: f"rounding={of.rounding!r}: not of method {of.name!r}; use 'nearest'",
     ),
     Together(
         "scheme",
-        lambda of: of.method.own_inputs and of.scheme in ("prefix", "prompt"),
+        lambda of: of.method.of_inputs and of.scheme in ("prefix", "prompt"),
         lambda of: (
             f"scheme={of.scheme!r}: trains no linear map, whose inputs method {of.name!r} needs; use full, lora or head"
         ),
@@ -249,7 +270,7 @@ TOGETHER: tuple[Together, ...] = (
     ),
     Together(
         "method",
-        lambda of: of.low_rank and (of.conservative or not of.method.rule.linear),
+        lambda of: of.low_rank and not of.method.subspace and (of.conservative or not of.method.rule.linear),
         lambda of: (
             f"method {of.name!r} reads the estimate element by element or compares moves, which low-rank directions "
             "do not serve; use groups=1 and engine='auto', or zo-sgd"

@@ -7,6 +7,7 @@ from typing import Any
 
 from zotune.directions import Directions
 from zotune.directions.masks import Mask, MaskedDirections
+from zotune.directions.partition import PartitionedDirections
 from zotune.engines import choose, make_engine
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.sequential import SequentialEngine
@@ -37,10 +38,13 @@ def engines_over(
 def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any:
     directions = Directions(named, direction)
     if not of.brings_its_engine:
-        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, of.method.own_inputs)
+        kind = of.method.subspace or of.method.of_lowrank
+        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, kind)
+    if of.method.sets > 1:
+        directions = PartitionedDirections(named, direction, of.method.sets, int(of.seed))
     if mask is not None:
-        directions = MaskedDirections(named, direction)
-        directions.mask = mask
+        directions = masked = MaskedDirections(named, direction)
+        masked.mask = mask
     return (ForwardModeEngine if of.method.forward_mode else SequentialEngine)(directions)
 
 
@@ -52,4 +56,4 @@ def reason(name: str, of: Choices) -> str:
         return f"{name}: as asked for"
     if of.brings_its_engine:
         return f"{name}: what the method and its enhancements are served by"
-    return f"{name}: {choose(of.groups)[1]}"
+    return f"{name}: {choose(of.groups, of.method.low_rank)[1]}"

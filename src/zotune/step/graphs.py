@@ -272,7 +272,13 @@ class _Captured:
         self.shares_K = torch.tensor(shape.shares, dtype=torch.float64, device=device)
         self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
         # state and tables, which other graphs use too, are no part of this one's memory
+        if graphs.method.subspace is not None:
+            writer: Any = graphs.engine.writer
+            writer.reserve(graphs.rule, graphs.state)
+            return
         graphs.rule.reserve(graphs.engine.directions.params, graphs.state)
+        if isinstance(graphs.rule, Linear):
+            graphs.rule.memories(graphs.engine.directions, graphs.state)
         if graphs.applies and not graphs.rule.linear:
             graphs.update(graphs.rule.kernel)
         elif shape.decays and graphs.rule.rounding == "nearest":
@@ -296,17 +302,20 @@ class _Captured:
         if not graphs.applies:
             return
         goes = goes & (self.armed != 0)
-        if isinstance(rule, Linear):
+        mean_GQ = (g_GQ.float().double() / self.queries).float()
+        if graphs.method.subspace is not None:
+            writer: Any = graphs.engine.writer
+            writer.move(rule, self.seeds_Q, mean_GQ, self.numbers_GN[:, :3], graphs.state, goes)
+        elif isinstance(rule, Linear):
             self._displace(rule, losses_CK, g_GQ, goes)
         else:
-            mean_GQ = (g_GQ.float().double() / self.queries).float()
             graphs.update(rule.kernel).run(self.seeds_Q, mean_GQ, self.numbers_GN, goes.int())
 
     def _displace(self, rule: Linear, losses_CK: Tensor, g_GQ: Tensor, goes: Tensor) -> None:
         """The update of a rule that is a list of coefficients, zeros where it does not go."""
         graphs = self.graphs
-        coefs_GQ = coefficients(rule, g_GQ, self.given.lr_G)
-        coefs_GQ = [torch.where(goes, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
+        memories = rule.memories(graphs.engine.directions, graphs.state)
+        coefs_GQ = coefficients(rule, g_GQ, self.given.lr_G, goes, memories)
         by = HeldDisplacement(self.seeds_Q, coefs_GQ)
         if isinstance(rule, Conservative):
             signs = graphs.method.signs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.directions import Displacement, joined
 from zotune.directions.calibration import Norms
+from zotune.directions.partition import seed_in
 from zotune.engines.following import FollowingEngine
 from zotune.engines.places import rows_in
 from zotune.engines.writing import Through
@@ -32,6 +33,7 @@ from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks
 from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
 from zotune.step.probing import shares
+from zotune.step.turning import move_cores, turned
 from zotune.updates import Linear
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
@@ -56,9 +58,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         With mask "wanda" the attribute `calibrate` may be a function that evaluates the model on some rows and returns how many
         forward passes it took; without it a mask is made from its step's own batch. The norms that make each mask are
         kept by step in `norms`, which a replay needs.
-    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`. With "dual" the update of a step
-        with a batch is written when the next step reads the weights: call `settle` or `flush` before you read or replace
-        them; `state_dict` does. With all others, "auto" too, weights are current after each step.
+    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank` [the method's own, else 1].
+        With "dual" the update of a step with a batch is written when the next step reads the weights: call `settle` or `flush`
+        before you read or replace them; `state_dict` does. With all others, "auto" too, weights are current after each step.
     forward_tokens: tokens of one forward, at most, where the places of a step share forwards [by memory on CUDA, 1,024 on a CPU; a
         plain pair is then not split].
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
@@ -91,7 +93,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         queries: int | None = None,
         groups: int | str | None = None,
         engine: str = "auto",
-        rank: int = 1,
+        rank: int | None = None,
         forward_tokens: int | None = None,
         fold_every: int = 1,
         rounding: str | None = None,
@@ -104,13 +106,19 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.method = made = _rounded(make_method(method, queries=_whole(queries), **options), rounding)
         lr, eps = made.own("lr", lr, 1e-6), made.own("eps", eps, 1e-3)
         groups = groups if groups is not None else made.groups or 1
+        rank = rank if rank is not None else made.rank or 1
         self.choices = chosen = Choices(
             made, name, seed, direction, groups, engine, rank, fold_every, made.rule.rounding, forward_tokens,
             lr, eps, weight_decay, max_skipped, more,
         )  # fmt: skip
         chosen.refuse()
         self.direction = direction or made.direction or "gaussian"
-        self.groups, self.fold_every, self.max_skipped = chosen.groups, int(fold_every), max_skipped
+        self.groups, self.rank, self.fold_every, self.max_skipped = (
+            chosen.groups,
+            int(rank),
+            int(fold_every),
+            max_skipped,
+        )
         self.pairs = (
             1 if self.groups == "batch" else int(self.groups)
         )  # directions of a full batch: the most seen so far
@@ -193,7 +201,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
         shared = self._shares(closure, batch, batches)
-        self.draw_mask(loss_of, batches)
+        self.prepare(loss_of, batches)
         if batch is not None and (near := self.captured.step(self, loss_of, batches, shared)) is not None:
             return near
         self.land()
@@ -218,9 +226,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.pairs = max(self.pairs, directions)
         return shares(rows, directions)
 
-    def draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
-        """The mask of this step; without a loss one that was drawn from data is made of what is recorded."""
+    def prepare(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
+        """The subspace and the mask of this step; without a loss a mask that was drawn from data is made of what is recorded."""
         masks, directions = self._masks, self.engine.directions
+        self.forward_passes += turned(self, loss_of, batches)
         if masks is None:
             return
         masks.calibrate, masks.norms = self.calibrate, self.norms
@@ -264,8 +273,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def seeds(self, step: int, block: int) -> tuple[int, ...]:
         """Query by query, of each direction over the rows; blocks have their own, or blocks of one shape would move alike."""
         rows = range(self.pairs) if len(self.blocks) == 1 else [block]
-        seed = self.param_groups[0]["seed"]
-        return tuple(noise.step_seed(seed, step, q, k) for q in range(self.method.queries) for k in rows)
+        seed, sets = self.param_groups[0]["seed"], self.method.sets
+        found = ((q, noise.step_seed(seed, step, q, k)) for q in range(self.method.queries) for k in rows)
+        return tuple(one if sets == 1 else seed_in(one, q % sets) for q, one in found)
 
     def settings(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """lr, decay and eps by parameter group, as they are now."""
@@ -289,6 +299,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Updates, in order: through the engine's writer where they are displacements. hold: which may wait further."""
         rule = self.method.rule
         for engine, record in late:
+            if self.method.subspace is not None:
+                move_cores(self, engine, record)
+                continue
             if self.fold_every > 1:
                 assert isinstance(rule, Linear)
                 self.pending.append(rule.displacement(record))

@@ -24,7 +24,7 @@ def apply_record(of: ZeroOrderOptimizer, record: Record) -> None:
     of.settle()
     late: list[tuple[Any, StepRecord]] = []
     blocks = recorded(of, record)
-    of.draw_mask()
+    of.prepare()
     for engine, taken in zip(of.blocks, blocks, strict=True):
         if not taken.skipped:
             late.append((engine, taken))
@@ -46,9 +46,9 @@ def _refuse_rows(of: ZeroOrderOptimizer) -> None:
 def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
     """What `ZeroOrderOptimizer.apply_records` does."""
     _refuse_rows(of)
-    rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1
+    rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1 and not of.method.subspace
     plain = plain and not any(any(record.decay) for record in records)
-    if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or of.method.first_order:
+    if not plain or not isinstance(rule, Linear) or rule.memory or rule.rounding != "nearest" or of.method.first_order:
         for record in records:
             of.apply_record(record)
             if record.folded:

@@ -36,7 +36,9 @@ class ZOTrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch' [the method's own, else 1]"},
     )
-    rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
+    rank: int | None = field(
+        default=None, metadata={"help": "rank of the directions of engine lowrank [the method's own, else 1]"}
+    )
     forward_tokens: int | None = field(default=None, metadata={"help": "tokens of one forward at most"})
     fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
     rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})

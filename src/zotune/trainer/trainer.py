@@ -106,7 +106,7 @@ class ZOTrainer(HookedTrainer):
         del options["calibration_rows"]
         groups = parameter_groups(model, self.args.weight_decay)
         optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
-        optimizer.told = told | {"groups": optimizer.groups}
+        optimizer.told = told | {"groups": optimizer.groups, "rank": optimizer.rank}
         return optimizer
 
     def calibrate(self) -> int:
