@@ -213,7 +213,7 @@ def test_no_eps_stands_where_a_method_has_none(tmp_path):
 def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
     drawn = {path.stem for path in (results / "report").glob("*.png")}
     assert drawn == {
-        "accuracy", "memory", "context", "passes", "queries", "curves", "alignment", "enhancements", "pareto-memory",
+        "accuracy", "memory", "context", "passes", "seconds", "queries", "curves", "alignment", "enhancements", "pareto-memory",
         "pareto-time", "sensitivity",
     }  # fmt: skip
     assert drawn == {path.stem for path in (results / "report").glob("*.svg")}
@@ -222,7 +222,7 @@ def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(resul
     store.put(record(1))
     store.close()
     page = make_report(other).read_text()
-    assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "curves"}
+    assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "seconds", "curves"}
     assert "context length" not in page
 
 

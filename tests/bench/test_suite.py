@@ -16,6 +16,7 @@ from zotune.step.optimizer import ZeroOrderOptimizer
 
 NAMED = {
     "smoke", "sst2", "complexities", "alignment", "memory", "context-length", "query-budget", "enhancements", "paper",
+    "neutral",
 }  # fmt: skip
 
 
