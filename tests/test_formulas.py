@@ -112,6 +112,14 @@ def fzoo(of: Hand, step: int, queries: int) -> None:
     of.descend(of.mean(((losses - here) / losses.std(correction=0)).tolist(), zs))
 
 
+def es(of: Hand, step: int, queries: int) -> None:
+    """θ ← θ + lr/N·Σ zscore(R)_i·z_i with R = −L, as the paper writes it."""
+    zs = [of.z(step, q) for q in range(queries)]
+    rewards = -torch.tensor([of.at(z, EPS) for z in zs], dtype=torch.float64)
+    score = (rewards - rewards.mean()) / rewards.std(correction=0)
+    of.descend(of.mean((-score).tolist(), zs))
+
+
 # method → what a step is, given the step's number and its directions
 FORMULAS: dict[str, Callable[[Hand, int, int], None]] = {
     "zo-sgd": lambda of, step, q: of.descend(of.two_sided(step, q)),
@@ -124,6 +132,8 @@ FORMULAS: dict[str, Callable[[Hand, int, int], None]] = {
     "fo-adam": lambda of, step, q: of.adam(of.gradient(), step),
     "leave-one-out": leave_one_out,
     "fzoo": fzoo,
+    "es": es,
+    "eggroll": leave_one_out,
 }
 OF_ROWS = {
     "own-inputs"
@@ -131,6 +141,8 @@ OF_ROWS = {
 OWN = {
     "leave-one-out": {"queries": 16},
     "fzoo": {"queries": 8, "direction": "rademacher", "lr": 5e-5, "eps": 1e-4},
+    "es": {"queries": 30, "lr": 5e-4},
+    "eggroll": {"queries": 30},
     "own-inputs": {"queries": 16, "lr": 2e-3, "eps": 1e-2, "groups": "batch"},
 }
 COUNTS = [1, 3]
@@ -139,7 +151,7 @@ COUNTS = [1, 3]
 def options_of(name: str, queries: int) -> dict[str, Any]:
     if "queries" not in METHODS[name].options:
         return {}
-    return {"queries": max(queries, 2) if name == "leave-one-out" else queries}
+    return {"queries": max(queries, 2) if make_method(name).signs.count(1) == len(make_method(name).signs) else queries}
 
 
 def test_every_registered_method_has_its_formula():

@@ -17,6 +17,7 @@ class Method:
     derivatives: without an estimator, how many directional derivatives a step takes by forward-mode differentiation; 0: the
         gradient by back-propagation.
     own_inputs: directions u·vᵀ of each linear map, v made of what the row itself gives the map (`zotune.engines.own_inputs`).
+    maximize: what is evaluated at places is a reward: its negative is the loss, here and wherever losses are told of.
     direction, lr, eps, groups: what the method was found to need, where a run does not say; None: the run's own defaults.
 
     >>> from zotune.estimators import OneSided
@@ -29,6 +30,7 @@ class Method:
     rule: Rule = field(default_factory=Sgd)
     derivatives: int = 0
     own_inputs: bool = False
+    maximize: bool = False
     direction: str | None = None
     lr: float | None = None
     eps: float | None = None

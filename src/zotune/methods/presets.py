@@ -10,7 +10,7 @@ from typing import Any
 from zotune.errors import OptionError, nearest
 from zotune.estimators import ESTIMATORS, Estimator, LeaveOneOut, OneSided
 from zotune.methods.method import Method
-from zotune.updates import STATE_DTYPES, Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
+from zotune.updates import STATE_DTYPES, Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign, Standardised
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,13 @@ class Preset:
     def own(self) -> dict[str, Any]:
         """Options that not every method has, with their defaults."""
         given = inspect.signature(self.build).parameters
-        return {k: p.default for k, p in given.items() if k not in ("queries", "estimator")}
+        return {k: p.default for k, p in given.items() if k not in ("queries", "estimator", "maximize")}
+
+    @property
+    def estimator(self) -> str | None:
+        """How the losses give a gradient, where nothing is said and there is a choice."""
+        given = inspect.signature(self.build).parameters
+        return str(given["estimator"].default) if "estimator" in given else None
 
     @property
     def state(self) -> str:
@@ -75,7 +81,7 @@ def zo_sgd_mmt(
     queries: int = 1, estimator: str = "two-sided", momentum: float = 0.9, state_dtype: str = "float32"
 ) -> Method:
     """m ← momentum·m + ĝ, θ ← θ − lr·m."""
-    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_decay_rate("momentum", momentum)))
+    return Method(_estimator(estimator, queries), Momentum(_state(state_dtype), beta=_share("momentum", momentum)))
 
 
 @preset("zo-sgd-sign", paper="arXiv 1810.03737", forwards="2q")
@@ -141,6 +147,29 @@ def own_inputs(queries: int = 16, estimator: str = "two-sided") -> Method:
     return Method(_estimator(estimator, queries), Sgd(), own_inputs=True, groups="batch", lr=2e-3, eps=1e-2)
 
 
+@preset("es", paper="arXiv 2509.24372", forwards="q, or 2q two-sided")
+def es(
+    queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False
+) -> Method:
+    """θ ← θ − lr·(1/Q) Σ_q ẑ(L_q)·z_q, ẑ the z-score over the members of the same rows; two-sided: over antithetic pairs."""
+    rule = (Standardised if estimator == "two-sided" else Normalised)(anchor=_share("anchor", anchor))
+    return Method(_estimator(estimator, queries), rule, maximize=maximize, lr=5e-4, eps=1e-3)
+
+
+@preset("eggroll", paper="arXiv 2511.16652", forwards="q, or 2q two-sided")
+def eggroll(
+    queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False
+) -> Method:
+    """θ ← θ − lr·ĝ, each loss beside the mean of the same rows' others; of low-rank directions, with engine lowrank."""
+    return Method(_estimator(estimator, queries), Sgd(anchor=_share("anchor", anchor)), maximize=maximize)
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise OptionError(name, f"{name}={value!r}: must be at least 0 and under 1")
+    return value
+
+
 def _estimator(name: str, queries: int) -> Estimator:
     if name not in ESTIMATORS:
         raise OptionError("estimator", f"unknown estimator {name!r}; {nearest(name, ESTIMATORS)}")
@@ -151,14 +180,10 @@ def _adam(beta1: float, beta2: float, adam_eps: float, state_dtype: str) -> Adam
     if not adam_eps > 0:
         raise OptionError("adam_eps", f"adam_eps={adam_eps!r}: must be above 0")
     return Adam(
-        _state(state_dtype), beta1=_decay_rate("beta1", beta1), beta2=_decay_rate("beta2", beta2), epsilon=adam_eps
+        _state(state_dtype), beta1=_share("beta1", beta1), beta2=_share("beta2", beta2), epsilon=adam_eps
     )
 
 
-def _decay_rate(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise OptionError(name, f"{name}={value!r}: must be at least 0 and under 1")
-    return value
 
 
 def _state(dtype: str) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zotune.step.choices import Choices
 
 # Of the method; others are of what a step perturbs (`Enhancements`), or of every step.
-METHOD_OPTIONS = ("estimator", "sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
+METHOD_OPTIONS = ("estimator", "sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype", "anchor")
 OWN_PLACE = (
     "method",
     "lr",
@@ -78,6 +78,11 @@ class StepOptions(Options):
     )
     state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
         None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
+    )
+    anchor: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="of es and eggroll: part of the way back to the base that each step takes; costs what trains once more in memory "
+        "[default: 0, none]",
     )
     g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -151,9 +156,9 @@ class StepOptions(Options):
         defaults = {name: field.default for name, field in StepOptions.model_fields.items()}
         given = {k: v for k, v in self.optimizer_options.items() if k not in OWN_PLACE}
         kept = {k: v for k, v in given.items() if k in ALWAYS or v != defaults[k]}
-        known = find(self.method).options
-        kept["queries"] = self.directions_a_row if "queries" in known else self.queries or 1
-        return kept | ({"estimator": self.estimator or "two-sided"} if "estimator" in known else {})
+        found = find(self.method)
+        kept["queries"] = self.directions_a_row if "queries" in found.options else self.queries or 1
+        return kept | ({"estimator": self.estimator or found.estimator} if found.estimator else {})
 
     @property
     def directions_a_row(self) -> int:

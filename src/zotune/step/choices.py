@@ -211,6 +211,11 @@ TOGETHER: tuple[Together, ...] = (
         lambda of: f"fold_every={of.fold_every}: an update of method {of.name!r} needs its step's rows; use 1",
     ),
     Together(
+        "fold_every",
+        lambda of: getattr(of.method.rule, "anchor", 0) and of.fold_every > 1,
+        lambda of: f"fold_every={of.fold_every}: an anchored decay is of each step; use 1, or leave the anchor out",
+    ),
+    Together(
         "rounding",
         lambda of: of.method.own_inputs and of.rounding != "nearest",
         lambda of: f"rounding={of.rounding!r}: not of method {of.name!r}; use 'nearest'",

@@ -69,6 +69,8 @@ def losses_at(
         copies = tuple(Copy(probe.sign, probe.query * pairs + start if probe.sign else 0) for probe in probes)
         found.append(engine.losses(loss, batch, Places(at, copies, shares)))
     losses_CB = (found[0] if len(found) == 1 else torch.cat([some.double() for some in found], 1)).double()
+    if method.maximize:
+        losses_CB = -losses_CB
     if len(shares_K) == 1:
         return losses_CB.mean(1, keepdim=True)
     if losses_CB.shape[1] != sum(shares_K):

@@ -48,7 +48,7 @@ def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
     _refuse_rows(of)
     rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1
     plain = plain and not any(any(record.decay) for record in records)
-    if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or of.method.first_order:
+    if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or rule.anchor or of.method.first_order:
         for record in records:
             of.apply_record(record)
             if record.folded:

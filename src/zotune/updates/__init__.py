@@ -6,7 +6,7 @@ these, and is part of a captured step where it is linear.
 """
 
 from zotune.updates.elementwise import Adam, Momentum, Sign
-from zotune.updates.linear import Conservative, Linear, Normalised, ScalarSign, Sgd
+from zotune.updates.linear import Conservative, Linear, Normalised, ScalarSign, Sgd, Standardised
 from zotune.updates.rule import ROUNDINGS, STATE_DTYPES, Rule
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "ScalarSign",
     "Sgd",
     "Sign",
+    "Standardised",
 ]

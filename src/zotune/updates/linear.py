@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zotune.record.scalars import float32, shrinkage
+from zotune.updates.anchor import pull
 from zotune.updates.rule import Rule, State, shrink
 
 if TYPE_CHECKING:
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear(Rule):
-    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no state, no tensor."""
+    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no state, no tensor.
+
+    anchor: k of a decay towards where the weights began, θ ← θ − k·(θ − θ₀) before each update (`zotune.updates.anchor`); θ₀ is
+    kept beside θ, once the trainable weights' memory. 0: none.
+    """
+
+    anchor: float = 0.0
 
     linear = True
 
@@ -51,6 +58,8 @@ class Linear(Rule):
         return Displacement(by.seeds_Q, tuple(map(tuple, coefs_GQ)))
 
     def apply(self, directions: Any, by: StepRecord, state: State) -> None:
+        if self.anchor:
+            pull(directions.params, state, self.anchor)
         if self.rounding == "compensated":
             factors = [shrinkage(lr, decay) for lr, decay in zip(by.lr_G, by.decay_G, strict=True)]
             self.displace(directions, self.displacement(by), state, factors)
@@ -146,3 +155,17 @@ class Normalised(Sgd):
     def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
         alike_K = d_QK.amax(0) == d_QK.amin(0)  # their spread may be a rounding of the mean
         return (d_QK / d_QK.std(0, correction=0)).where(~alike_K, d_QK * 0)
+
+
+@dataclass(frozen=True)
+class Standardised(Sgd):
+    """θ ← θ − lr·(1/Q) Σ_q d_q/std(L)·z_q: the differences in units of the spread of all losses of the same rows, so that eps
+    cancels.
+
+    std: of the step's C places of the same rows, biased. For antithetic pairs this is the z-score over all 2Q members: with
+    d_q = (L⁺ − L⁻)/2 the mean cancels. Losses that are all alike told nothing, and nothing moves. Source: ES, arXiv 2509.24372.
+    """
+
+    def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
+        alike_K = losses_CK.amax(0) == losses_CK.amin(0)
+        return (d_QK / losses_CK.std(0, correction=0)).where(~alike_K, d_QK * 0)
