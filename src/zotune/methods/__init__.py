@@ -9,7 +9,7 @@ from zotune.errors import OptionError, nearest
 from zotune.methods.method import Method
 from zotune.methods.presets import METHODS, Preset, preset
 
-__all__ = ["METHODS", "Method", "Preset", "find", "has_eps", "make_method", "preset"]
+__all__ = ["METHODS", "Method", "Preset", "find", "has_eps", "make_method", "preset", "queries_of"]
 
 
 def make_method(of: str | Method, **options: Any) -> Method:
@@ -63,6 +63,25 @@ def find(name: str) -> Preset:
             f"method {name!r}: a {type(made).__name__}; it has to be a zotune.Method, or a function that makes one"
         )
     return Preset(name, "outside", "as it says", made)
+
+
+def queries_of(members: int, of: str | Method, **options: Any) -> int:
+    """How many directions for the same rows give so many perturbed models; antithetic pairs are two of one direction.
+
+    Raises OptionError where they give none, or the method is an object that has another number.
+    """
+    if isinstance(of, Method):
+        made = of
+    else:
+        made = make_method(of, **options)
+    if made.kind != "zeroth-order":
+        raise OptionError("method", f"method {of!r}: perturbs no models; es, eggroll and other zeroth-order methods do")
+    each = sum(map(abs, made.signs)) // made.queries
+    if members % each:
+        raise OptionError("members", f"members={members}: of antithetic pairs; give an even number")
+    if isinstance(of, Method) and of.queries != members // each:
+        raise OptionError("members", f"members={members}: method is an object that has {of.queries * each} of its own")
+    return members // each
 
 
 def has_eps(name: str | None) -> bool:

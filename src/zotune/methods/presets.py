@@ -148,18 +148,14 @@ def own_inputs(queries: int = 16, estimator: str = "two-sided") -> Method:
 
 
 @preset("es", paper="arXiv 2509.24372", forwards="q, or 2q two-sided")
-def es(
-    queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False
-) -> Method:
+def es(queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False) -> Method:
     """θ ← θ − lr·(1/Q) Σ_q ẑ(L_q)·z_q, ẑ the z-score over the members of the same rows; two-sided: over antithetic pairs."""
     rule = (Standardised if estimator == "two-sided" else Normalised)(anchor=_share("anchor", anchor))
     return Method(_estimator(estimator, queries), rule, maximize=maximize, lr=5e-4, eps=1e-3)
 
 
 @preset("eggroll", paper="arXiv 2511.16652", forwards="q, or 2q two-sided")
-def eggroll(
-    queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False
-) -> Method:
+def eggroll(queries: int = 30, estimator: str = "leave-one-out", anchor: float = 0.0, maximize: bool = False) -> Method:
     """θ ← θ − lr·ĝ, each loss beside the mean of the same rows' others; of low-rank directions, with engine lowrank."""
     return Method(_estimator(estimator, queries), Sgd(anchor=_share("anchor", anchor)), maximize=maximize)
 
@@ -179,11 +175,7 @@ def _estimator(name: str, queries: int) -> Estimator:
 def _adam(beta1: float, beta2: float, adam_eps: float, state_dtype: str) -> Adam:
     if not adam_eps > 0:
         raise OptionError("adam_eps", f"adam_eps={adam_eps!r}: must be above 0")
-    return Adam(
-        _state(state_dtype), beta1=_share("beta1", beta1), beta2=_share("beta2", beta2), epsilon=adam_eps
-    )
-
-
+    return Adam(_state(state_dtype), beta1=_share("beta1", beta1), beta2=_share("beta2", beta2), epsilon=adam_eps)
 
 
 def _state(dtype: str) -> str:

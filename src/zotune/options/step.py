@@ -81,7 +81,7 @@ class StepOptions(Options):
     )
     anchor: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="of es and eggroll: part of the way back to the base that each step takes; costs what trains once more in memory "
+        description="of es and eggroll: part of the way back to the base that each step takes; keeps what trains twice in memory "
         "[default: 0, none]",
     )
     g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")

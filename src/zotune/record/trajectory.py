@@ -79,7 +79,8 @@ class Header:
 
     method, method_options: the preset's name and its options. seed: the run's; those of a step follow from it.
     planned_steps: the records of a run that was not stopped early. pairs: P, queries × groups of rows.
-    groups: G, the parameter groups. members: M, the rewards of a record, if layout names "rewards", else 0. layout: which of "lr" and "decay" each record holds; the others are constant, here,
+    groups: G, the parameter groups. members: M, the rewards of a record where layout names "rewards", else 0.
+    layout: which of "lr" and "decay" each record holds; the others are constant, here,
     one float32 per parameter group, () for zeros. base: name, revision, hash of the weights, GGUF file. versions:
     of zotune, torch, …. created: ISO 8601, or "". required: features without which a reader would misread the records.
     extra: top-level keys of the JSON that this version does not know; they are kept.
@@ -130,7 +131,12 @@ class Header:
             sizes = {0} if name in self.layout else {0, self.groups}
             _require(len(rounded) in sizes, name, value, "one number per group; none if the records hold it")
             object.__setattr__(self, name, rounded)
-        _require((REWARDS in self.layout) == (self.members > 0), "members", self.members, "above 0 where rewards are recorded")
+        _require(
+            (REWARDS in self.layout) == (self.members > 0),
+            "members",
+            self.members,
+            "above 0 where rewards are recorded",
+        )
         _require(self.pairs * self.groups <= MAX_VALUES, "pairs × groups", self.pairs * self.groups, f"≤ {MAX_VALUES}")
         clash = sorted(self.extra.keys() & {f.name for f in fields(self)})
         _require(not clash, "extra", clash, "free of the header's own names")
