@@ -70,10 +70,7 @@ def queries_of(members: int, of: str | Method, **options: Any) -> int:
 
     Raises OptionError where they give none, or the method is an object that has another number.
     """
-    if isinstance(of, Method):
-        made = of
-    else:
-        made = make_method(of, **options)
+    made = of if isinstance(of, Method) else make_method(of, **options)
     if made.kind != "zeroth-order":
         raise OptionError("method", f"method {of!r}: perturbs no models; es, eggroll and other zeroth-order methods do")
     each = sum(map(abs, made.signs)) // made.queries

@@ -24,7 +24,7 @@ SHOWN = 60  # characters of a text in an error
 
 @dataclass(frozen=True)
 class Written:
-    """An answer to a prompt. text: without special tokens. finished: it ended by itself. member: whose it is, −1 the model's own."""
+    """An answer to a prompt. text: without special tokens. finished: it ended by itself. member: who wrote it, −1 the model."""
 
     prompt: Prompt
     text: str
@@ -40,7 +40,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Scores:
-    """by_function_Fn: what each function gave, NaN for None. total_n: Σ_f w_f·r_f over those that gave a number, NaN where none did."""
+    """by_function_Fn: what each function gave, NaN for None. total_n: Σ_f w_f·r_f over those that gave one, NaN where none did."""
 
     by_function_Fn: list[list[float]]
     total_n: list[float]

@@ -22,8 +22,8 @@ Write = Callable[[Sequence[Request], Sequence[tuple[int, int]], Sequence[float]]
 class WritingEngine:
     """An `Engine` that has the answers written at all places of a step at once, and asks `loss` for a number for each.
 
-    engine: whose directions and writer it is. write: (requests, members, eps by parameter group) → answers. A batch has "prompts", and
-    "rows", their numbers; `loss` gets it with "answers" and "requests" beside, copy by copy and within a copy row by row,
+    engine: whose directions and writer it is. write: (requests, members, eps by parameter group) → answers. A batch has "prompts",
+    and "rows", their numbers; `loss` gets it with "answers" and "requests" beside, copy by copy and within a copy row by row,
     and gives (n,).
     """
 

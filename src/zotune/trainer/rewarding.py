@@ -39,10 +39,11 @@ class RewardTrainer(ZOTrainer):
     """Raises the mean reward of what a causal model writes, by evolution strategies: no gradient of anything.
 
     A step: all members θ + σ·z_m answer its prompts, the functions say what the answers are worth, θ ← θ + (α/N)·Σ_m ẑ(R_m)·z_m
-    (`es`; see docs/methods.md). Logs carry TRL's names: reward, reward_std, rewards/NAME/mean and /std, frac_reward_zero_std (prompts
-    whose members all score alike), completions/mean_length, completions/clipped_ratio, and tokens_per_second.
+    (`es`; see docs/methods.md). Logs carry TRL's names: reward, reward_std, rewards/NAME/mean and rewards/NAME/std,
+    frac_reward_zero_std (of prompts whose members all score alike), completions/mean_length, completions/clipped_ratio, and
+    tokens_per_second.
 
-    model: a causal model, or a name. reward_funcs: functions by TRL's signature, or names (`zotune.rewards.functions`); one or a list.
+    model: a causal model, or a name. reward_funcs: functions by TRL's signature, or names (`zotune.rewards.functions`).
     args: `RewardTrainingArguments`. train_dataset, eval_dataset: dicts, a `datasets.Dataset`, or `Prompt`s: rows with a column
     `prompt`, a text or messages. processing_class: the tokenizer [the model's own]. Everything else is `ZOTrainer`'s.
 
@@ -116,7 +117,8 @@ class RewardTrainer(ZOTrainer):
     def decoder(self) -> Decoder:
         """Made when first asked for, over the optimizer's own directions."""
         if self._decoder is None:
-            engine = self.create_optimizer() and self.zo_optimizer.engine
+            self.create_optimizer()
+            engine = self.zo_optimizer.engine
             rank = int(self.args.rank) if engine.name == "lowrank" else None
             made, why = decoder_for(
                 self.model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder
@@ -209,6 +211,7 @@ class RewardTrainer(ZOTrainer):
 
     def scored(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[Written], Scores]:
         """What the model itself, unperturbed, gets for its answers: statistics, the answers, and their rewards."""
+        self.create_optimizer()
         self.settle()
         requests = [Request(prompt.ids, row) for row, prompt in enumerate(prompts)]
         with torch.no_grad():
