@@ -31,11 +31,9 @@ class ModelOptions(Options):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
 
 
-class DataOptions(Options):
-    task: str | dict[str, Any] | None = Field(
-        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
-    )
-    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+class RowOptions(Options):
+    """Rows of any kind, from files, the hub or memory, and how many of them."""
+
     data: str | None = Field(
         None,
         description="your own rows: a folder of train/validation/test .jsonl, .json, .csv, .tsv (also as .gz) or .parquet, one "
@@ -43,30 +41,16 @@ class DataOptions(Options):
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
     template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
-    label_field: str | None = Field(None, description="field that holds the label [default: label]")
-    label_words: dict[str, str] | None = Field(
-        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
-    )
-    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
-    answer_field: str | None = Field(
-        None, description="field that holds the text to generate, or a list of right ones (generation)"
-    )
     columns: dict[str, str] | None = Field(
         None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
     )
     skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
-    alignment: Literal["template", "none"] = Field(
-        "template", description="none: the task's prompt without its template's words"
-    )
     batch_size: Positive = Field(16, description="rows a step")
     eval_size: Positive | None = Field(
         None, description="at most so many validation and test rows [default: 500, 1000]"
     )
     max_length: Positive | None = Field(
         None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
-    )
-    max_new_tokens: Positive | None = Field(
-        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of the directions, the rows drawn and their order"
@@ -82,7 +66,7 @@ class DataOptions(Options):
     def set_tables(self, tables: dict[str, list[Any]] | None) -> None:
         self._tables = tables
 
-    @field_validator("label_words", "columns", mode="before")
+    @field_validator("label_words", "columns", mode="before", check_fields=False)
     @classmethod
     def _read_words(cls, value: Any, info: Any) -> Any:
         if isinstance(value, str):
@@ -96,6 +80,27 @@ class DataOptions(Options):
         if isinstance(value, Mapping):
             return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
         return value
+
+
+class DataOptions(RowOptions):
+    task: str | dict[str, Any] | None = Field(
+        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
+    )
+    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+    label_field: str | None = Field(None, description="field that holds the label [default: label]")
+    label_words: dict[str, str] | None = Field(
+        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
+    )
+    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
+    answer_field: str | None = Field(
+        None, description="field that holds the text to generate, or a list of right ones (generation)"
+    )
+    alignment: Literal["template", "none"] = Field(
+        "template", description="none: the task's prompt without its template's words"
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
+    )
 
     @field_validator("task", mode="before")
     @classmethod
@@ -126,27 +131,16 @@ class OutputOptions(Options):
     dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
 
 
-class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
+class RunOptions(StepOptions, OutputOptions, RowOptions, ModelOptions):
+    """Of a run that trains, on whatever."""
+
     scheme: str = Field("full", description="what trains, see `zotune list schemes`")
     freeze: list[str] = Field(
         [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="what becomes of lr over the run"
-    )
     tf32: bool = Field(False, description="on CUDA, products of float32 numbers by their first 10 bits: faster")
-    calibration_rows: Positive | None = Field(
-        None, description="training rows that a mask of wanda is made from [default: 128]"
-    )
-    loss: str = Field(
-        "answer",
-        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
-        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
-    )
     steps: Positive = Field(1000, description="updates")
-    accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
-    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
     eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
     early_stop: Positive | None = Field(
         None, description="stop after so many evaluations in a row without a better validation [default: never]"
@@ -172,22 +166,19 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
-    @field_validator("loss")
-    @classmethod
-    def _known_loss(cls, value: str) -> str:
-        from zotune.tasks.objectives import check_name
-
-        return check_name(value)
-
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
         return known_name("scheme", value)
 
     @property
+    def rows_a_step(self) -> int:
+        return self.batch_size
+
+    @property
     def pairs(self) -> int:
         """Directions of a full step."""
-        rows = self.batch_size * self.accumulate
+        rows = self.rows_a_step
         return self.directions_a_row * (rows if self.groups == "batch" else min(int(self.groups), rows))
 
     @property
@@ -199,6 +190,33 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     @property
     def saves_every(self) -> int:
         return self.save_every or self.evaluates_every
+
+
+class TrainConfig(RunOptions, DataOptions):
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="what becomes of lr over the run"
+    )
+    calibration_rows: Positive | None = Field(
+        None, description="training rows that a mask of wanda is made from [default: 128]"
+    )
+    loss: str = Field(
+        "answer",
+        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
+        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
+    )
+    accumulate: Positive = Field(1, description="batches an update")
+    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        from zotune.tasks.objectives import check_name
+
+        return check_name(value)
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batch_size * self.accumulate
 
 
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
