@@ -123,4 +123,16 @@ def decoder_for(
     """
     if name not in ("auto", *DECODERS):
         raise ValueError(f"unknown decoder {name!r}; {nearest(name, ['auto', *DECODERS])}")
-    raise NotImplementedError
+    from zotune.decode.cache import layers_of
+    from zotune.decode.members import Population
+    from zotune.decode.plain import ROWS, GenerateDecoder
+    from zotune.decode.slots import SlotsDecoder
+
+    population = Population(directions, eps, rank)
+    if name == "generate":
+        return GenerateDecoder(model, population, slots or ROWS), None
+    layers = layers_of(model)
+    if isinstance(layers, str):
+        line = f"decoder slots: {layers}; answers are written by generate, one member after the other"
+        return GenerateDecoder(model, population, slots or ROWS), line
+    return SlotsDecoder(model, population, *layers, slots), None

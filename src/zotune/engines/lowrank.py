@@ -80,7 +80,7 @@ class LowRankEngine(FollowingEngine):
             self._stacks[len(parts)] = Stacks(self.directions, self.factored.dense, len(parts))
         stacks = self._stacks[len(parts)]
         stacks.draw(at, parts)
-        return LowRankReads(self, at, parts, stacks, self.factored.drawn(at))
+        return LowRankReads(self, at, parts, stacks.of, self.factored.drawn(at))
 
 
 class LowRankReads(PartedReads):
@@ -91,10 +91,10 @@ class LowRankReads(PartedReads):
         engine: LowRankEngine,
         at: Displacement | HeldDisplacement,
         parts: Parts,
-        stacks: Stacks,
+        stacks: dict[int, Tensor],
         factors: Factors,
     ) -> None:
-        super().__init__(parts, engine.moving, stacks.of)
+        super().__init__(parts, engine.moving, stacks)
         self.engine, self.at, self.factors, self.rank = engine, at, factors, engine.factored.rank
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
         # the x of the last product, how often it had been written, and scale·x·in by weight
