@@ -16,6 +16,7 @@ import zotune
 from zotune import options as config
 from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss, plain
+from zotune.rewards import RewardError
 
 # Typer may bring its own copy of click: its errors are found through typer's.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -57,9 +58,12 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
             help_text += " [required]"
         elif field.default not in (None, False, []):
             help_text += f" [default: {field.default}]"
-        if field.annotation is bool:
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("repeat"):
+            option = typer.Option(flag, help=help_text, show_default=False, metavar="TEXT")
+            annotation: Any = Annotated[Optional[list[str]], option]  # noqa: UP045
+        elif field.annotation is bool:
             option = typer.Option(flag, help=help_text, show_default=False)
-            annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
+            annotation = Annotated[Optional[bool], option]  # noqa: UP045
         else:
             option = typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field.annotation))
             annotation = Annotated[Optional[str], option]  # noqa: UP045
@@ -68,6 +72,7 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
     parameters.append(Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=file))
 
     def body(**flags: Any) -> None:
+        flags = {key: None if value == [] else value for key, value in flags.items()}
         run(config.resolve(kind, flags, flags.pop("config_file")))
 
     body.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -105,6 +110,13 @@ def _train(options: config.TrainConfig) -> None:
     from zotune.cli.train import train
 
     train(options)
+
+
+def _reward(options: config.RewardConfig) -> None:
+    _quiet()
+    from zotune.cli.reward import reward
+
+    reward(options)
 
 
 def _eval(options: config.EvalConfig) -> None:
@@ -156,6 +168,7 @@ def _sweep(options: config.SweepConfig) -> None:
 
 
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
+command("reward", config.RewardConfig, "Raise a reward on what a model writes; the run goes into a folder.", _reward)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
 command("preview", config.PreviewConfig, "Rows as the model will see them.", _preview)
@@ -203,7 +216,7 @@ def run(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (NonFiniteLoss, OSError) as error:
+    except (NonFiniteLoss, RewardError, OSError) as error:
         print(f"zotune: {error}", file=sys.stderr)
         return 1
     except Exception as error:

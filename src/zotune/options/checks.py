@@ -14,9 +14,12 @@ from zotune.files.reading import read_yaml
 from zotune.options.commands import (
     WHOLE,
     DataOptions,
+    RunOptions,
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.reward import RewardConfig
+from zotune.rewards import is_code
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,15 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         flagged = {key for key, value in flags.items() if value is not None}
         problems += [fault_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
     else:
-        if isinstance(options, TrainConfig):
+        if isinstance(options, RewardConfig):
+            problems += _reward_problems(options)
+        elif isinstance(options, RunOptions):
             problems += _method_problems(options)
             _say_unused(options.method, given)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
-    if given.get("quantize") is not None and issubclass(kind, TrainConfig) and given.get("scheme", "full") in WHOLE:
+    problems += _code_in(file, from_file, flags) if kind is RewardConfig else []
+    if given.get("quantize") is not None and issubclass(kind, RunOptions) and given.get("scheme", "full") in WHOLE:
         problems.append(
             f"--quantize {given['quantize']}: scheme {given.get('scheme', 'full')} trains weights of the model itself; "
             "use --scheme lora, prefix or prompt"
@@ -100,7 +106,27 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _method_problems(options: TrainConfig) -> list[str]:
+def _reward_problems(options: RewardConfig) -> list[str]:
+    try:
+        return list(options.problems()) or _method_problems(options.filled)
+    except OptionError as error:
+        return [f"{flag(error.option)}: {error}"]
+
+
+def _code_in(file: str | None, from_file: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Functions that a file names and no flag: a run's folder is a file too, and may be a stranger's."""
+    named = from_file.get("reward")
+    named = named if isinstance(named, list) else [named]
+    if flags.get("reward") is not None:
+        return []
+    return [
+        f"{file}: reward {name!r:.80}: no file has code imported; where you know it, name it again by --reward {name:.80}"
+        for name in named
+        if isinstance(name, str) and is_code(name)
+    ]
+
+
+def _method_problems(options: RunOptions) -> list[str]:
     """Options that the method does not have, or that do not go together."""
     for name in ("steps", "eval_every"):
         if (getattr(options, name) or 0) % options.fold_every:
@@ -114,8 +140,8 @@ def _method_problems(options: TrainConfig) -> list[str]:
         return [f"{flag(error.option)}: {error}"]
     except ValueError as error:
         return [f"--method: {error}"]
-    if options.calibration_rows is not None and options.mask != "wanda":
-        return [f"--calibration-rows: calibration_rows={options.calibration_rows}: means nothing without mask wanda"]
+    if getattr(options, "calibration_rows", None) is not None and options.mask != "wanda":
+        return ["--calibration-rows: means nothing without mask wanda"]
     return [f"{flag(problem.option)}: {problem}" for problem in chosen.problems()]
 
 
@@ -134,4 +160,4 @@ def _say_unused(method: str, given: Mapping[str, Any]) -> None:
 
 def _of_another_command(key: str, kind: type[Options]) -> bool:
     """A run's config.yaml also serves `eval` and `predict`: what only training has is passed over there."""
-    return kind is not TrainConfig and key in TrainConfig.model_fields
+    return not issubclass(kind, RunOptions) and key in {**TrainConfig.model_fields, **RewardConfig.model_fields}

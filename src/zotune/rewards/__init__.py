@@ -10,6 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# The kinds of reward functions that a name gives by itself; whatever else has a colon is somebody's code.
+KINDS = ("exact-match", "token-f1", "json", "length", "regex", "model", "gym")
+
+
+def is_code(name: str) -> bool:
+    """Whether the name is one of somebody's own code, which no file has imported.
+
+    >>> is_code("regex:a+"), is_code("mine.py:score"), is_code("exact-match")
+    (False, True, False)
+    """
+    kind, colon, _ = name.partition(":")
+    return bool(colon) and kind not in KINDS
+
 
 class RewardError(RuntimeError):
     """A reward function failed: it raised, took too long, or gave no number for each answer. The run stops (exit code 1) and can be

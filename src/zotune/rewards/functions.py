@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError, nearest
-from zotune.rewards import Reward
+from zotune.rewards import KINDS, Reward, is_code
 from zotune.rewards.builtin import BUILT_IN
 from zotune.rewards.gym import gym_reward
 from zotune.rewards.models import model_reward
 from zotune.tasks.files import named_function
 
 MAKERS: dict[str, Callable[[str], Callable[..., Any]]] = BUILT_IN | {"model": model_reward, "gym": gym_reward}
+assert set(KINDS) == set(MAKERS)
 
 
 def find(name: str) -> Reward:
@@ -45,12 +46,6 @@ def find(name: str) -> Reward:
     path, _, attribute = name.rpartition(":")
     call = _from_file(path, attribute, name) if path.endswith(".py") else named_function(name, "--reward")
     return Reward(attribute, call, code=True)
-
-
-def is_code(name: str) -> bool:
-    """Whether the name is one of somebody's own code, which no file has imported."""
-    kind, colon, _ = name.partition(":")
-    return bool(colon) and kind not in MAKERS
 
 
 def as_rewards(given: Sequence[Any]) -> list[Reward]:
