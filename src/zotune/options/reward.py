@@ -79,7 +79,7 @@ class RewardConfig(RunOptions):
     @property
     def functions(self) -> list[Any]:
         """The reward functions: those in memory, else their names."""
-        return self._functions or list(self.reward)
+        return [*self._functions] or [*self.reward]
 
     def set_functions(self, functions: list[Callable[..., Any]]) -> None:
         self._functions = functions

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from zotune.errors import InputError
+from zotune.rewards.prompts import Prompt
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.splits import SPLITS, Source
 from zotune.tasks.task import Example, Task
@@ -46,6 +47,27 @@ def identity(
         "tokenizer": _digest([_vocabulary(tokenizer)]),
         "template": _digest([(task.prompt, task.plain, chat)]),
         "task": _digest([_asked(task)]),
+        "base": base,
+    }
+
+
+def identity_of_prompts(
+    tokenizer: Any, prompts: Mapping[str, Sequence[Prompt]], asked: tuple[Any, ...], base: str
+) -> dict[str, Any]:
+    """The same of prompts, whose columns count too: reward functions see them all. asked: how rows were made prompts."""
+    chat = getattr(tokenizer, "chat_template", None)
+    some = [prompt for part in prompts.values() for prompt in part]
+    return {
+        "format": FORMAT,
+        "rows": {
+            name: _digest((p.prompt, sorted(map(repr, p.columns.items()))) for p in part)
+            for name, part in prompts.items()
+        },
+        "seen": {},
+        "texts": _digest(repr(p.prompt) for p in some),
+        "tokenizer": _digest([_vocabulary(tokenizer)]),
+        "template": _digest([(*asked, chat if any(p.conversational for p in some) else None)]),
+        "task": _digest([]),
         "base": base,
     }
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
@@ -15,52 +14,33 @@ from zotune.errors import InputError
 from zotune.estimates.memory import AdamCost, adam_cost
 from zotune.methods import find, make_method
 from zotune.models import schemes
-from zotune.models.ids import pad_id
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
+from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import fingerprint
-from zotune.tasks import Task, ends
+from zotune.tasks import ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.objectives import objective
 from zotune.tasks.own import data_of, encoded
-from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
 
-@dataclass
-class Prepared:
+@dataclass(kw_only=True)
+class Prepared(Ready):
     """A model with its scheme on, and the rows that it will see."""
 
     config: TrainConfig
-    task: Task
-    model: nn.Module
-    tokenizer: Any
     splits: Splits
-    bad: BadRows
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
-    unread: str | None = None  # a line on files that are no split's
-    base: str = ""  # fingerprint of the model as it was loaded
-    ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
-    made_of: dict[str, Any] = field(
-        default_factory=dict
-    )  # rows, tokenizer, template and task by content; see `identity`
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def pad_id(self) -> int:
-        return pad_id(self.tokenizer, self.model)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""
@@ -144,12 +124,12 @@ def prepare(config: TrainConfig) -> Prepared:
         drawn = {"train": train, "validation": validation, "test": test}
         made_of = identity(task, tokenizer, source, drawn, rows, base)
     return Prepared(
-        config,
-        task,
-        model,
-        tokenizer,
-        splits,
-        source.bad,
+        config=config,
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        splits=splits,
+        bad=source.bad,
         **rows,
         unread=source.unread,
         base=base,

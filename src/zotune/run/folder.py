@@ -23,7 +23,19 @@ CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
 STAGING = ".tmp"  # what is being written or deleted; a suffix too, of single files
 CARD = "README.md"
-OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", CARD, "progress.json")
+STEPS, COMPLETIONS = "steps.jsonl", "completions.jsonl"  # of a run on rewards
+OWN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "trajectory.zot",
+    CALIBRATION,
+    "model",
+    CARD,
+    "progress.json",
+    STEPS,
+    COMPLETIONS,
+)
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
 FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "device", "save_every", "keep", "sync_every"}
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's fault, not the folder's

@@ -14,6 +14,7 @@ from zotune.models.adapters import save
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.prepare.prepared import Prepared
+from zotune.prepare.ready import Ready
 from zotune.run.card import model_card
 from zotune.run.state import RunState
 from zotune.step.optimizer import ZeroOrderOptimizer
@@ -66,10 +67,15 @@ def result_of(
     }
 
 
-def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
-    """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
+def save_weights(ready: Ready, path: Path) -> None:
+    """The weights as `from_pretrained` (or PEFT) loads them, with the tokenizer."""
     save(ready.model, ready.tokenizer, path)
     ends.save_beside_adapter(ready.model, path)
+
+
+def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
+    """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
+    save_weights(ready, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 
 

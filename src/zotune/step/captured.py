@@ -36,7 +36,7 @@ class CapturedSteps:
         if (
             not self.wanted
             or not rule.capturable
-            or getattr(rule, "anchor", 0)
+            or getattr(rule, "anchor", False)
             or of.method.first_order
             or more.blocks is not None
             or more.hybrid is not None

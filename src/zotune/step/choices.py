@@ -212,7 +212,7 @@ TOGETHER: tuple[Together, ...] = (
     ),
     Together(
         "fold_every",
-        lambda of: getattr(of.method.rule, "anchor", 0) and of.fold_every > 1,
+        lambda of: getattr(of.method.rule, "anchor", False) and of.fold_every > 1,
         lambda of: f"fold_every={of.fold_every}: an anchored decay is of each step; use 1, or leave the anchor out",
     ),
     Together(

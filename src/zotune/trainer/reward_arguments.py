@@ -8,6 +8,7 @@ from typing import Any
 
 from zotune.errors import InputError
 from zotune.methods import queries_of
+from zotune.step.enhancements import Enhancements
 from zotune.trainer.arguments import ZOTrainingArguments
 
 SCHEDULES = ("cosine", "constant")
@@ -52,7 +53,7 @@ class RewardTrainingArguments(ZOTrainingArguments):
     slots: int | None = field(default=None, metadata={"help": "answers written at a time, at most"})
     log_completions: bool = field(default=False, metadata={"help": "print some answers with their rewards at each log"})
     num_completions_to_print: int = field(default=4, metadata={"help": "how many of them"})
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
@@ -64,7 +65,8 @@ class RewardTrainingArguments(ZOTrainingArguments):
             raise InputError(f"eps={self.eps!r}: of rewards it is sigma, how far members are from the model")
         if self.members < 2:
             raise InputError(f"members={self.members}: members are compared with each other; give 2 or more")
-        queries = queries_of(self.members, self.method, **self.method_options)
+        own = {name: value for name, value in self.method_options.items() if name not in Enhancements.names()}
+        queries = queries_of(self.members, self.method, **own)
         if self.queries not in (None, queries):
             raise InputError(f"queries={self.queries!r}: of rewards it is members, the perturbed models a step")
         if self.gradient_accumulation_steps > 1:

@@ -109,7 +109,7 @@ class RewardTrainer(ZOTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate keeps its proportion to σ."""
         if self.lr_scheduler is None:
-            own = self.optimizer if optimizer is None else optimizer
+            own: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = LambdaLR(own, lambda step: self.args.factor(step, num_training_steps))
         return self.lr_scheduler
 
@@ -118,11 +118,10 @@ class RewardTrainer(ZOTrainer):
         """Made when first asked for, over the optimizer's own directions."""
         if self._decoder is None:
             self.create_optimizer()
-            engine = self.zo_optimizer.engine
+            engine, model = self.zo_optimizer.engine, self.model
+            assert model is not None
             rank = int(self.args.rank) if engine.name == "lowrank" else None
-            made, why = decoder_for(
-                self.model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder
-            )
+            made, why = decoder_for(model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder)
             if why:
                 self.say(why)
             self._decoder = made
@@ -243,7 +242,7 @@ class RewardTrainer(ZOTrainer):
 
     def since_last(self, step: int) -> dict[str, float]:
         """The means over the steps behind the last line, up to this one; of those that are known."""
-        last = max((line["step"] for line in self.state.log_history if "loss" in line), default=0)
+        last = max((int(line["step"]) for line in self.state.log_history if "loss" in line), default=0)
         return joined([self.told[s] for s in range(last + 1, step + 1) if s in self.told])
 
 
