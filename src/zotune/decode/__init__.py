@@ -86,7 +86,8 @@ class Answer:
 class Decoder(Protocol):
     """name: see `DECODERS`."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def generate(
         self,

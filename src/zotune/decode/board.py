@@ -80,8 +80,8 @@ class Board:
         if not self.settings.temperature:
             return None
         if slots_n is not self.slots.all_S:
-            return Draws(*logits_nV.shape, logits_nV.device).draw(self.seeds_SK[slots_n, at_n])
-        self._draws = self._draws or Draws(*logits_nV.shape, logits_nV.device)
+            return Draws(logits_nV).draw(self.seeds_SK[slots_n, at_n])
+        self._draws = self._draws or Draws(logits_nV)
         return self._draws.draw(self.seeds_SK[slots_n, at_n])
 
     def read(self, alive: Sequence[bool]) -> dict[int, Answer]:
@@ -101,13 +101,19 @@ class Board:
             self.requests[slot] = None
         return found
 
-    def keep(self, slots: Sequence[int]) -> Tensor:
-        """(n,) int64: these slots alone, in this order."""
+    def clear(self) -> None:
+        """All slots are empty."""
+        self.requests = [None] * len(self.slots)
+        self.alive_S.zero_()
+
+    def take(self, other: Board, slots: Sequence[int]) -> Tensor:
+        """(n,) int64: another's slots, which are the first of this one, and the others empty."""
+        self.clear()
         slots_n = torch.tensor(slots, device=self.token_S.device)
         for name, value in vars(self).items():
             if name.endswith(("_S", "_SK")):
-                setattr(self, name, value[slots_n])
-        self.requests = [self.requests[s] for s in slots]
-        self._draws = None
-        self.slots.keep(slots_n)
+                value[: len(slots)] = getattr(other, name)[slots_n]
+        self.slots.at_S[: len(slots)] = other.slots.at_S[slots_n]
+        self.requests[: len(slots)] = [other.requests[s] for s in slots]
+        self.seen = other.seen
         return slots_n

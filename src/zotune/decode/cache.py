@@ -32,9 +32,6 @@ class Slots:
     def __len__(self) -> int:
         return len(self.at_S)
 
-    def keep(self, slots_n: Tensor) -> None:
-        self.at_S, self.all_S = self.at_S[slots_n], self.all_S[: len(slots_n)]
-
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys (S, H, L, D), and its values."""
@@ -69,12 +66,17 @@ class SlotLayer(CacheLayerMixin):
         self.values[slots.all_S, :, slots.at_S] = value_states[:, :, 0]
         return self.keys[:, :, : slots.columns], self.values[:, :, : slots.columns]
 
-    def keep(self, slots_n: Tensor) -> None:
-        """These slots alone, in this order."""
-        if self.is_initialized:
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys, self.values = self.keys[slots_n], self.values[slots_n]
+    def take(self, other: SlotLayer, slots_n: Tensor) -> None:
+        """The first slots' keys and values ← those of another's slots."""
+        if other.keys is None or other.values is None:
+            return
+        if not self.is_initialized:
+            self.lazy_initialization(other.keys, other.values)
+        assert self.keys is not None
+        assert self.values is not None
+        columns = min(self.slots.room, other.slots.room)
+        self.keys[: len(slots_n), :, :columns] = other.keys[slots_n, :, :columns]
+        self.values[: len(slots_n), :, :columns] = other.values[slots_n, :, :columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.slots.reading is not None else self.slots.columns), 0
@@ -93,10 +95,12 @@ class SlotCache(Cache):
     def __init__(self, layers: int, slots: Slots) -> None:
         super().__init__(layers=[SlotLayer(slots) for _ in range(layers)])
 
-    def keep(self, slots_n: Tensor) -> None:
-        for layer in self.layers:
+    def take(self, other: SlotCache, slots_n: Tensor) -> None:
+        """The first slots' keys and values ← those of another's slots."""
+        for mine, layer in zip(self.layers, other.layers, strict=True):
+            assert isinstance(mine, SlotLayer)
             assert isinstance(layer, SlotLayer)
-            layer.keep(slots_n)
+            mine.take(layer, slots_n)
 
 
 class Windows:
@@ -135,7 +139,7 @@ def layers_of(model: nn.Module) -> tuple[int, Windows] | str:
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation!r}, not 'sdpa' or 'eager'"
     try:
-        layers = StaticCache(config=config, max_cache_len=8).layers
+        layers: list[Any] = StaticCache(config=config, max_cache_len=8).layers
     except Exception as error:
         return f"transformers has no static cache for it ({(str(error).splitlines() or [type(error).__name__])[0]})"
     other = next((layer for layer in layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)), None)

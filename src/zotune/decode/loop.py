@@ -5,44 +5,60 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune.decode import Request
+from zotune.decode import Request, Settings
 from zotune.decode.board import Board
-from zotune.decode.cache import SlotCache, Windows
-from zotune.decode.seats import SeatReads
+from zotune.decode.cache import SlotCache, Slots, Windows
+from zotune.decode.seats import MemberWeights, SeatReads
 from zotune.engines.modules import FusedModules
+from zotune.engines.parts import kernels_for
 from zotune.models.kinds import without_adapter
+from zotune.step.graphs import capture
+
+logger = logging.getLogger(__name__)
+
+
+LOOK = 8  # steps on CUDA before the host looks at what came of them, and waits for it
 
 
 class Loop:
     """Requests answered by so many slots, at weights that stay as they are meanwhile.
 
-    reads: makes the mode under which rows of these members are computed; None: the model's weights as they are.
-    fused: the modules for which kernels stand in, beside a mode. learn: look for them in each forward.
+    weights: the members', drawn; None: all slots read the model's as they are. room: columns, of the longest prompt and its answer.
+    On CUDA a step is captured as a graph once one has been taken without. Whatever it reads stays in its place, so that a loop
+    serves later requests too, after `clear`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        cache: SlotCache,
-        windows: Windows,
-        board: Board,
-        reads: Callable[[Sequence[int]], SeatReads] | None,
-        fused: FusedModules,
-        learn: bool = False,
+        reader: Reader,
+        slots: int,
+        room: int,
+        settings: Settings,
+        weights: MemberWeights | None,
     ) -> None:
-        self.model, self.cache, self.windows, self.board, self.reads = model, cache, windows, board, reads
-        self.fused, self.learn = fused, learn
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
-        self._members = [-1] * len(board.slots)
-        self._mode: SeatReads | None = None
+        self.reader, self.weights = reader, weights
+        self.slots = Slots(slots, room, reader.device)
+        self.board = Board(self.slots, settings)
+        self.cache = SlotCache(reader.layers, self.slots)
+        self._members = [-1] * slots
+        self._mode = None if weights is None else weights.reads(self._members)
+        self._dealt = True
+        self._graph: Any = None
+        self._warm = False  # a step has been taken
+
+    def clear(self, seen: dict[int | None, list[Tensor]] | None = None) -> None:
+        """Nobody's answers, and the members' weights as they are drawn now. seen: is given the logits of each request's tokens."""
+        self.board.clear()
+        self.board.seen = seen
+        self._members = [-1] * len(self.slots)
         self._dealt = False
 
     def prefill(self, slots_n: Tensor, requests: Sequence[Request], multiple: int = 1) -> None:
@@ -50,7 +66,7 @@ class Loop:
 
         Padding is behind a prompt, whose last token sees none of it; what it leaves in a slot is written over before anybody looks.
         """
-        device, slots = slots_n.device, self.board.slots
+        device, slots = slots_n.device, self.slots
         lengths = [len(request.prompt) for request in requests]
         tokens = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, slots.room))
         ids_nT = torch.full((len(requests), tokens), self.board.settings.pad)
@@ -59,72 +75,100 @@ class Loop:
         last_n = torch.tensor(lengths, device=device) - 1
         at_nT = torch.arange(tokens, device=device).expand(ids_nT.shape)
         members = [request.member for request in requests]
-        mode = None if self.reads is None else self.reads(members)
+        mode = None if self.weights is None else self.weights.reads(members)
         slots.reading = slots_n
         try:
-            with _last_alone(self.model, last_n) as alone:
-                logits_nTV = self._forward(mode, ids_nT.to(device), at_nT, None)
+            logits_nV = self.reader.last_logits(mode, self.cache, ids_nT.to(device), at_nT, last_n)
         finally:
             slots.reading = None
-        rows_n = torch.arange(len(requests), device=device)
-        self.board.write(slots_n, logits_nTV[:, -1] if alone else logits_nTV[rows_n, last_n])
+        self.board.write(slots_n, logits_nV)
         for slot, member in zip(slots_n.tolist(), members, strict=True):
             self._members[slot] = member
         self._dealt = False
 
     def steps(self) -> None:
         """As many steps as are taken before the host looks at what came of them."""
-        if not self._dealt:
-            self._deal()
-        slots = self.board.slots
-        slots.columns = 1 + int(torch.where(self.board.alive_S, slots.at_S, 0).max())
-        self.step()
+        if not self._dealt and self._mode is not None:
+            self._mode.deal(self._members)
+        self._dealt = True
+        if self.reader.device.type == "cuda":
+            for _ in range(LOOK):
+                self._next()
+        else:
+            self.slots.columns = 1 + int(torch.where(self.board.alive_S, self.slots.at_S, 0).max())
+            self._step()
 
-    def step(self) -> None:
-        """The next token of each slot."""
-        slots = self.board.slots
-        mask = self.windows.mask(slots, self.dtype)
-        logits_S1V = self._forward(self._mode, self.board.token_S[:, None], slots.at_S[:, None], mask)
-        self.board.write(slots.all_S, logits_S1V[:, -1])
-
-    def keep(self, slots: Sequence[int]) -> None:
-        """These slots alone, in this order."""
-        self.cache.keep(self.board.keep(slots))
-        self._members = [self._members[s] for s in slots]
+    def take(self, other: Loop, slots: Sequence[int]) -> None:
+        """Another's slots, which go on in the first of this one."""
+        self.cache.take(other.cache, self.board.take(other.board, slots))
+        self._members = [other._members[s] for s in slots] + [-1] * (len(self.slots) - len(slots))
         self._dealt = False
 
-    def _deal(self) -> None:
-        """The slots' members for the steps to come."""
-        self._dealt = True
-        if self.reads is None:
-            return
-        if self._mode is None or len(self._mode.parts) != len(self._members):
-            self._mode = self.reads(self._members)
+    def _next(self) -> None:
+        """A step, by the graph of one from the second on."""
+        if self._warm and self._graph is None and self.reader.captures and self.board.seen is None:
+            self._graph = self.reader.captured(self._step)
+        if self._graph is None:
+            self._step()
+            self._warm = True
         else:
-            self._mode.deal(self._members)
+            self._graph.replay()
 
-    def _forward(self, mode: SeatReads | None, ids_nT: Tensor, at_nT: Tensor, mask: Any) -> Tensor:
+    def _step(self) -> None:
+        """The next token of each slot."""
+        mask = self.reader.windows.mask(self.slots, self.reader.dtype)
+        ids_S1, at_S1 = self.board.token_S[:, None], self.slots.at_S[:, None]
+        self.board.write(self.slots.all_S, self.reader.logits(self._mode, self.cache, ids_S1, at_S1, mask)[:, -1])
+
+
+class Reader:
+    """How a model is called. layers: of keys and values. windows: what their tokens see. params: those that members displace."""
+
+    def __init__(self, model: nn.Module, layers: int, windows: Windows, params: Sequence[nn.Parameter]) -> None:
+        self.model, self.layers, self.windows = model, layers, windows
+        first = next(p for p in model.parameters() if p.is_floating_point())
+        self.dtype, self.device = first.dtype, first.device
+        self.positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
+        self.learns = kernels_for(first) is not None  # whether modules that kernels serve are still looked for
+        self.captures = True  # until a step could not be
+        self._fused = FusedModules(params)
+        self._pool: Any = None
+
+    def logits(
+        self, mode: SeatReads | None, cache: SlotCache, ids_nT: Tensor, at_nT: Tensor, mask: Any = None
+    ) -> Tensor:
+        """(n, T, V), or (n, 1, V) within `last_logits`."""
         given: dict[str, Any] = {"position_ids": at_nT} if self.positions else {}
-        given |= {"input_ids": ids_nT, "attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
+        given |= {"input_ids": ids_nT, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if mode is None:
             logits: Tensor = self.model(**given).logits
             return logits
-        learning = self.fused.learning() if self.learn else nullcontext()
-        with mode, learning, self.fused.standing_in(mode):
+        learning = self._fused.learning() if self.learns else nullcontext()
+        with mode, learning, self._fused.standing_in(mode):
             logits = self.model(**given).logits
         return logits
 
+    def last_logits(
+        self, mode: SeatReads | None, cache: SlotCache, ids_nT: Tensor, at_nT: Tensor, last_n: Tensor
+    ) -> Tensor:
+        """(n, V): after each row's last token, which alone the output head sees, where the model says which that is."""
+        head: Any = without_adapter(self.model).get_output_embeddings()
+        rows_n = torch.arange(len(last_n), device=last_n.device)
+        if head is None:
+            return self.logits(mode, cache, ids_nT, at_nT)[rows_n, last_n]
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows_n, last_n][:, None], *args[1:]))
+        try:
+            return self.logits(mode, cache, ids_nT, at_nT)[:, -1]
+        finally:
+            handle.remove()
 
-@contextmanager
-def _last_alone(model: nn.Module, last_n: Tensor) -> Iterator[bool]:
-    """The output head sees each row's last hidden state alone, (n, 1, …); whether there is such a head."""
-    head: Any = without_adapter(model).get_output_embeddings()
-    if head is None:
-        yield False
-        return
-    rows_n = torch.arange(len(last_n), device=last_n.device)
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows_n, last_n][:, None], *args[1:]))
-    try:
-        yield True
-    finally:
-        handle.remove()
+    def captured(self, step: Callable[[], None]) -> Any:
+        """The step as a CUDA graph, or None where it cannot be one; then none of the later ones can."""
+        try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            return capture(step, self._pool)
+        except Exception as error:  # anything a model does may be what a graph cannot hold
+            self.captures = False
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("decode steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
+            return None

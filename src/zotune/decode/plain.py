@@ -63,6 +63,26 @@ def only(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
         base.generation_config = own
 
 
+# What a checkpoint's generation_config may hold that changes no answer, or that settings always say.
+SAID = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache",
+    "transformers_version", "cache_implementation", "cache_config", "return_dict_in_generate",
+}  # fmt: skip
+
+
+def left_out(model: nn.Module) -> str | None:
+    """A line about what the checkpoint asks of `generate` and no decoder of ours does; None where that is nothing."""
+    config: Any = getattr(without_adapter(model), "generation_config", None)
+    asked = {} if config is None else config.to_diff_dict()
+    more = [f"{name} {asked[name]}" for name in asked if name not in SAID and not name.startswith(("_", "output_"))]
+    if not more:
+        return None
+    return (
+        f"the checkpoint's generation_config asks for {', '.join(more)}; this is left out: what is said of temperature, top_k and "
+        "top_p counts alone, in training and evaluation"
+    )
+
+
 class _Choice(LogitsProcessor):
     """Leaves each row the token that `choose` takes, and remembers whether the logits before it were numbers."""
 
@@ -75,7 +95,7 @@ class _Choice(LogitsProcessor):
         self.finite.append(scores.amax(-1).isfinite())  # NaN goes through a maximum
         if self.settings.temperature == 0:
             return scores
-        self._draws = self._draws or Draws(*scores.shape, scores.device)
+        self._draws = self._draws or Draws(scores)
         gumbel_BV = self._draws.draw(self.seeds_BK[:, input_ids.shape[1] - self.first])
         chosen_B = choose(scores, self.settings, gumbel_BV)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0)

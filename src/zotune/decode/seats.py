@@ -15,24 +15,37 @@ import torch
 from torch import Tensor
 
 from zotune.decode.members import Population
-from zotune.directions import PartsOf
+from zotune.directions import Displacement, PartsOf
+from zotune.engines.factors import Factors
 from zotune.engines.lowrank import LowRankReads
 from zotune.engines.parts import Parts
 from zotune.engines.stacks import Stacks
 
 
 class MemberWeights:
-    """What the members' weights are made of: factors of the matrices, small parameters whole (the unperturbed last)."""
+    """What the members' weights are made of: factors of the matrices, small parameters whole (the unperturbed last).
 
-    def __init__(self, population: Population, members: Sequence[tuple[int, int]]) -> None:
+    Drawn by `draw`, into memory that the next as many members will have.
+    """
+
+    at: Displacement
+    factors: Factors
+
+    def __init__(self, population: Population, count: int) -> None:
         assert population.engine is not None
-        self.engine = population.engine
-        self.at = population.at(members)
+        self.population, self.engine, self.count = population, population.engine, count
+        self._stacks = Stacks(population.directions, self.engine.factored.dense, count + 1)
+        self._parts = PartsOf([*range(count), 0], [1] * count + [0])
+
+    def draw(self, members: Sequence[tuple[int, int]]) -> None:
+        self.at = self.population.at(members)
         self.factors = self.engine.factored.drawn(self.at)
-        count = len(members)
-        stacks = Stacks(population.directions, self.engine.factored.dense, count + 1)
-        stacks.draw(self.at, PartsOf([*range(count), 0], [1] * count + [0]))
-        self.small = stacks.of
+        self._stacks.draw(self.at, self._parts)
+
+    @property
+    def small(self) -> dict[int, Tensor]:
+        """(M + 1, …) of each small parameter."""
+        return self._stacks.of
 
     def reads(self, members: Sequence[int]) -> SeatReads:
         """The mode for a row of each of these, −1 for the unperturbed model."""
@@ -54,6 +67,7 @@ class SeatReads(LowRankReads):
 
     def deal(self, members: Sequence[int]) -> None:
         """The member of each seat. Its sign is in the displacement; a part's is whether it is displaced at all."""
+        self.at = self.weights.at
         self.parts.direction_P = tuple(max(member, 0) for member in members)
         self.parts.sign_P = tuple(int(member >= 0) for member in members)
         self._seated_S.copy_(torch.tensor(self.parts.direction_P, dtype=torch.int32))

@@ -20,23 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from zotune.decode import Answer, Request, Settings
-from zotune.decode.board import Board
-from zotune.decode.cache import SlotCache, Slots, Windows
+from zotune.decode.cache import Windows
 from zotune.decode.choosing import draw_seeds
-from zotune.decode.loop import Loop
+from zotune.decode.loop import Loop, Reader
 from zotune.decode.members import Population
 from zotune.decode.plain import GenerateDecoder, in_eval_mode, room_of
-from zotune.decode.seats import MemberWeights, SeatReads
+from zotune.decode.seats import MemberWeights
 from zotune.engines.following import most_tokens
-from zotune.engines.modules import FusedModules
-from zotune.engines.parts import kernels_for
 
 logger = logging.getLogger(__name__)
 
 SLOTS_ON_CPU, SLOTS_ON_CUDA = 32, 256  # where nothing else is said
 REFILL = 8  # one slot in so many is free before others are begun: the prefill of a prompt costs a step by itself
-SHRINK = 2  # without further requests a loop goes on with the slots that are alive, once they are one in so many
-BUCKET = 16  # prompts are padded to a multiple of it on CUDA, so that few shapes are met
+SHRINK, SHRINK_ON_CUDA = (
+    2,
+    4,
+)  # without further requests a loop goes on with a part of its slots: of each size a graph is captured
+BUCKET, ROOM = (
+    16,
+    64,
+)  # to multiples of these prompts are padded, and the columns of slots allotted, on CUDA: few shapes are met
 
 # Of a first answer's logits, what may be off beside their spread, against those of a forward over the whole sequence.
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -44,32 +47,34 @@ NEAR_IN_16_BITS = 0.1
 CHECKED, CHECKED_TOKENS = 4, 4  # requests, and tokens of each
 
 
+KEPT = 4  # loops of other slots, room or settings that wait to be used again on CUDA
+
+
 class SlotsDecoder:
     """See `zotune.decode.Decoder`. slots: rows of a step, at most.
 
     The first answers are looked at again by forwards over whole sequences: a model that mixes rows, or does not take its positions
     from what it is given, is found out. Then, and where a forward cannot be followed, `generate` does the work, and a line says so.
+    On CUDA loops keep their memory and their graphs; what is in the memory is written anew before it is read.
     """
 
     def __init__(
         self, model: nn.Module, population: Population, layers: int, windows: Windows, slots: int | None
     ) -> None:
-        self.model, self.population, self.layers, self.windows = model, population, layers, windows
-        self.device = next(model.parameters()).device
-        self.slots = slots or (SLOTS_ON_CUDA if self.device.type == "cuda" else SLOTS_ON_CPU)
+        self.model, self.population = model, population
+        self.reader = Reader(model, layers, windows, population.directions.params)
+        self.on_card = self.reader.device.type == "cuda"
+        self.shrink = SHRINK_ON_CUDA if self.on_card else SHRINK
+        self.slots = slots or (SLOTS_ON_CUDA if self.on_card else SLOTS_ON_CPU)
         self.plain = GenerateDecoder(model, population, self.slots)
-        self.fused = FusedModules(population.directions.params)
         self.usable: bool | None = None  # not known before the first answers
         self.why = ""
+        self._kept: dict[Any, Loop] = {}
+        self._weights: MemberWeights | None = None
 
     @property
     def name(self) -> str:
         return self.plain.name if self.usable is False else "slots"
-
-    @property
-    def learns(self) -> bool:
-        """Whether modules that kernels serve are still looked for."""
-        return self.usable is None and kernels_for(self.population.directions.params[0]) is not None
 
     def generate(
         self,
@@ -87,8 +92,29 @@ class SlotsDecoder:
                 self._try(requests, members, settings)
             if self.usable is False:
                 return self.plain.generate(requests, members, settings=settings, seed=seed, step=step, advance=advance)
-            work = _Work(self, requests, limits, settings, (seed, step), self.slots, advance)
-            return work.answers_of(members)
+            return _Work(self, requests, limits, settings, (seed, step), self.slots, advance).answers_of(members)
+
+    def weights(self, members: Sequence[tuple[int, int]]) -> MemberWeights:
+        """Of low-rank members, drawn; on CUDA where those of the last as many were."""
+        drawn = self._weights
+        if drawn is None or drawn.count != len(members):
+            drawn = MemberWeights(self.population, len(members))
+        drawn.draw(members)
+        self._weights = drawn if self.on_card else None
+        return drawn
+
+    def loop(self, slots: int, room: int, settings: Settings, weights: MemberWeights | None) -> Loop:
+        """An empty one; on CUDA one that was there before, if the weights still are where its graph finds them."""
+        if not self.on_card:
+            return Loop(self.reader, slots, room, settings, weights)
+        room = -(-room // ROOM) * ROOM
+        where = tuple(p.data_ptr() for p in self.model.parameters())
+        key = slots, room, settings, id(weights), where
+        loop = self._kept.pop(key, None) or Loop(self.reader, slots, room, settings, weights)
+        self._kept[key] = loop
+        while len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return loop
 
     def _try(self, requests: Sequence[Request], members: Sequence[tuple[int, int]], settings: Settings) -> None:
         """Whether answers by slots are those of the model, found out on a few of these requests."""
@@ -101,8 +127,8 @@ class SlotsDecoder:
             return
         if off is None:
             return
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        self.usable = off <= NEAR.get(dtype, NEAR_IN_16_BITS)
+        self.reader.learns = False
+        self.usable = off <= NEAR.get(self.reader.dtype, NEAR_IN_16_BITS)
         if not self.usable:
             self._give_up(f"its logits are {off:.2g} of their spread off those of whole sequences")
 
@@ -128,7 +154,7 @@ class SlotsDecoder:
 
     def _whole(self, request: Request, answer: Answer, members: Sequence[tuple[int, int]]) -> Tensor:
         """(T, V): the logits of all but the answer's last token, by one forward without a cache."""
-        ids_1T = torch.tensor([[*request.prompt, *answer.tokens[:-1]]], device=self.device)
+        ids_1T = torch.tensor([[*request.prompt, *answer.tokens[:-1]]], device=self.reader.device)
 
         def logits() -> Any:
             return self.model(input_ids=ids_1T, use_cache=False).logits[0]
@@ -172,10 +198,10 @@ class _Work:
 
     def answers_of(self, members: Sequence[tuple[int, int]]) -> list[Answer]:
         """In the order of the requests."""
-        population, of = self.decoder.population, lambda i: self.requests[i].member
+        population, of = self.decoder.population, self._member
         every = range(len(self.requests))
         if population.engine is not None and any(of(i) >= 0 for i in every):
-            self._answer(every, MemberWeights(population, members).reads)
+            self._answer(every, self.decoder.weights(members))
         else:
             at, copies = population.at(members), dict[int, Tensor]()
             for member, chosen in groupby(sorted(every, key=of), of):
@@ -183,41 +209,37 @@ class _Work:
                     self._answer(list(chosen), None)
         return [self.answers[i] for i in every]
 
-    def _answer(self, chosen: Sequence[int], reads: Callable[[Sequence[int]], SeatReads] | None) -> None:
-        """One loop over these requests. reads: see `Loop`."""
-        decoder, device = self.decoder, self.decoder.device
-        columns = max(len(self.requests[i].prompt) + self.limits[i] for i in chosen)
-        slots = Slots(min(self.slots, len(chosen)), columns, device)
-        board = Board(slots, self.settings, self.seen)
-        loop = Loop(
-            decoder.model,
-            SlotCache(decoder.layers, slots),
-            decoder.windows,
-            board,
-            reads,
-            decoder.fused,
-            decoder.learns,
-        )
+    def _member(self, number: int) -> int:
+        return self.requests[number].member
+
+    def _answer(self, chosen: Sequence[int], weights: MemberWeights | None) -> None:
+        """One loop over these requests. weights: see `Loop`."""
+        room = max(len(self.requests[i].prompt) + self.limits[i] for i in chosen)
+        slots = min(self.slots, len(chosen))
+        loop = self.decoder.loop(slots, room, self.settings, weights)
+        loop.clear(self.seen)
         # the long ones begin first, and prompts of like length together
         queue = deque(sorted(chosen, key=lambda i: -len(self.requests[i].prompt)))
         while True:
-            alive = board.alive_S.tolist()
-            if found := board.read(alive):
+            alive = loop.board.alive_S.tolist()
+            if found := loop.board.read(alive):
                 self.answers |= found
                 self.advance(len(found))
             free = [slot for slot, going in enumerate(alive) if not going]
-            if queue and len(free) >= max(1, min(len(queue), len(slots) // REFILL)):
+            if queue and len(free) >= max(1, min(len(queue), slots // REFILL)):
                 self._begin(loop, queue, free)
-            elif len(free) == len(slots):
+                continue
+            if len(free) == slots:
                 return
-            else:
-                if len(free) >= len(slots) - len(slots) // SHRINK:
-                    loop.keep([slot for slot, going in enumerate(alive) if going])
-                loop.steps()
+            if slots - len(free) <= (fewer := slots // self.decoder.shrink):
+                smaller = self.decoder.loop(fewer, room, self.settings, weights)
+                smaller.take(loop, [slot for slot, going in enumerate(alive) if going])
+                slots, loop = fewer, smaller
+            loop.steps()
 
     def _begin(self, loop: Loop, queue: deque[int], free: list[int]) -> None:
         """The next requests into the free slots, as many prompts at a time as a forward may have tokens."""
-        device = self.decoder.device
+        device = self.decoder.reader.device
         while queue and free:
             each = max(1, most_tokens(device) // len(self.requests[queue[0]].prompt))
             numbers = [queue.popleft() for _ in range(min(len(queue), len(free), each))]
@@ -226,4 +248,4 @@ class _Work:
             seeds_nK = draw_seeds(*self.drawn_by, [request.row for request in some], draws, device)
             slots_n = loop.board.seat(free[: len(some)], numbers, some, [self.limits[i] for i in numbers], seeds_nK)
             free = free[len(some) :]
-            loop.prefill(slots_n, some, BUCKET if device.type == "cuda" else 1)
+            loop.prefill(slots_n, some, BUCKET if self.decoder.on_card else 1)

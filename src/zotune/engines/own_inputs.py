@@ -25,7 +25,6 @@ from zotune.engines.inputs import AnswerTokens, InputVectors
 from zotune.engines.lowrank import LowRankEngine, LowRankReads
 from zotune.engines.parts import PartedReads, Parts, Values
 from zotune.engines.places import Places, rows_in
-from zotune.engines.stacks import Stacks
 from zotune.engines.writing import Writer
 
 
@@ -57,7 +56,7 @@ class OwnInputsEngine(LowRankEngine):
         return super().loss(closure, at)
 
     def _reads(self, at: Displacement | HeldDisplacement, parts: Parts) -> PartedReads:
-        return _OwnInputsReads(self, at, parts, Stacks(self.directions, [], len(parts)), self.factored.drawn(at))
+        return _OwnInputsReads(self, at, parts, {}, self.factored.drawn(at))
 
 
 class Outputs(Factored):

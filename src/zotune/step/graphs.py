@@ -36,7 +36,7 @@ from zotune.updates.rule import DECAY, NUMBERS, passes_for
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 24  # shapes of batch; further ones run without
-_ONE_AT_A_TIME = threading.Lock()  # captures: runs may share a process, each on a thread and a stream of its own
+_ONE_AT_A_TIME = threading.RLock()  # captures: runs may share a process, each on a thread and a stream of its own
 
 
 class Flight:
@@ -200,12 +200,7 @@ class StepGraphs:
                     torch.cuda.set_rng_state(draws, device)
                     raise RuntimeError("the loss draws from torch's generator (dropout?)")
                 torch.cuda.synchronize(device)
-                captured.graph = torch.cuda.CUDAGraph()
-                with (
-                    _uncollected(),
-                    torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"),
-                ):
-                    captured.run()
+                captured.graph = capture(captured.run, self._pool)
             except Exception as error:  # anything a model does may be what a graph cannot hold
                 self.usable = False
                 first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -223,6 +218,18 @@ class StepGraphs:
             yield
         finally:
             self.engine.scratch = outer
+
+
+def capture(run: Callable[[], Any], pool: Any = None) -> Any:
+    """A CUDA graph of what `run` does, whose kernels have all run before. Raises what a model does that a graph cannot hold."""
+    graph = torch.cuda.CUDAGraph()
+    with (
+        _ONE_AT_A_TIME,
+        _uncollected(),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph
 
 
 @contextmanager
