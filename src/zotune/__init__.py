@@ -1,8 +1,8 @@
 """Fine-tune language models without back-propagation, in the memory of inference.
 
 ``zotune.ZeroOrderOptimizer`` is a ``torch.optim.Optimizer`` whose ``step(closure)`` needs no backward;
-``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it; ``zotune.train``, ``evaluate`` and ``predict`` are the
-commands as functions. Names load on first use, so that
+``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it, ``zotune.RewardTrainer`` one that raises a reward on what the
+model writes; ``zotune.train``, ``reward``, ``evaluate`` and ``predict`` are the commands as functions. Names load on first use, so that
 ``import zotune`` and ``zotune --help`` start without torch.
 """
 
@@ -12,22 +12,27 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zotune.api import evaluate, predict, train
+    from zotune.api import evaluate, predict, reward, train
     from zotune.errors import InputError, NonFiniteLoss
     from zotune.methods import Method
     from zotune.step.optimizer import ZeroOrderOptimizer
     from zotune.trainer import ZOTrainer, ZOTrainingArguments
+    from zotune.trainer.reward_arguments import RewardTrainingArguments
+    from zotune.trainer.rewarding import RewardTrainer
 
 __all__ = [
     "InputError",
     "Method",
     "NonFiniteLoss",
+    "RewardTrainer",
+    "RewardTrainingArguments",
     "ZOTrainer",
     "ZOTrainingArguments",
     "ZeroOrderOptimizer",
     "__version__",
     "evaluate",
     "predict",
+    "reward",
     "train",
 ]
 
@@ -35,11 +40,14 @@ _HOME = {
     "InputError": "zotune.errors",
     "NonFiniteLoss": "zotune.errors",
     "Method": "zotune.methods",
+    "RewardTrainer": "zotune.trainer.rewarding",
+    "RewardTrainingArguments": "zotune.trainer.reward_arguments",
     "ZeroOrderOptimizer": "zotune.step.optimizer",
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",
     "evaluate": "zotune.api",
     "predict": "zotune.api",
+    "reward": "zotune.api",
     "train": "zotune.api",
 }
 
