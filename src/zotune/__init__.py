@@ -2,8 +2,8 @@
 
 ``zotune.ZeroOrderOptimizer`` is a ``torch.optim.Optimizer`` whose ``step(closure)`` needs no backward;
 ``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it, ``zotune.RewardTrainer`` one that raises a reward on what the
-model writes; ``zotune.train``, ``reward``, ``evaluate`` and ``predict`` are the commands as functions. Names load on first use, so that
-``import zotune`` and ``zotune --help`` start without torch.
+model writes; ``zotune.train``, ``reward``, ``evaluate`` and ``predict`` are the commands as functions. Names load on first use,
+so that ``import zotune`` and ``zotune --help`` start without torch.
 """
 
 from __future__ import annotations

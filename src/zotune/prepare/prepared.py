@@ -22,7 +22,7 @@ from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
 from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import fingerprint
-from zotune.tasks import ends
+from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import outcome
 from zotune.tasks.objectives import objective
@@ -37,6 +37,7 @@ class Prepared(Ready):
     """A model with its scheme on, and the rows that it will see."""
 
     config: TrainConfig
+    task: Task
     splits: Splits
     train: list[Encoded]
     validation: list[Encoded]

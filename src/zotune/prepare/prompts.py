@@ -26,11 +26,18 @@ from zotune.rewards import Reward
 from zotune.rewards.functions import as_rewards
 from zotune.rewards.gym import GYM, gym_rows
 from zotune.rewards.prompts import Prompt, PromptEncoder, asked, ends_of
-from zotune.tasks import Task, ends
+from zotune.tasks import ends
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.splits import Source, draw, find_source, some_of
 
-METRIC = "reward"
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What a run on rewards is on: its prompts, by name."""
+
+    name: str
+    metric: str = "reward"
+    labels: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -78,12 +85,11 @@ def prepare_reward(config: RewardConfig) -> PreparedReward:
     train, validation, test = (source.usable(part, encode) for part in (rows.train, rows.validation, rows.test))
     own = ends_of(tokenizer, sorted(ends.of(model)), encode.conversational)
     parts = {"train": train, "validation": validation, "test": test}
-    task = Task(name=str(config.data), prompt=config.template or "{prompt}", answer_field="answer", metric=METRIC)
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         made_of = identity_of_prompts(tokenizer, parts, (config.template, config.chat), base)
     return PreparedReward(
-        config=config, task=task, model=model, tokenizer=tokenizer, bad=source.bad, unread=source.unread, base=base,
+        config=config, task=Rewarded(str(config.data)), model=model, tokenizer=tokenizer, bad=source.bad, unread=source.unread, base=base,
         ends=list(own), made_of=made_of, functions=functions, **parts, test_split=rows.test_split, given=dict(rows.given),
     )  # fmt: skip
 

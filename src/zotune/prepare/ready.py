@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from zotune.models.ids import pad_id
 from zotune.options import RunOptions
-from zotune.tasks import Task
 from zotune.tasks.rows import BadRows
+
+
+class Asked(Protocol):
+    """What a run is on, as its record and its choice of a step know it: a task, or prompts with a reward."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def labels(self) -> list[str]: ...
 
 
 @dataclass(kw_only=True)
@@ -23,7 +33,7 @@ class Ready:
     """
 
     config: RunOptions
-    task: Task
+    task: Asked
     model: nn.Module
     tokenizer: Any
     bad: BadRows
