@@ -296,6 +296,12 @@ class EstimateConfig(Options):
     batch_size: Positive = Field(16, description="rows a step")
     seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
+    members: Positive | None = Field(
+        None,
+        description="of `zotune reward`: a step whose --batch-size prompts of --seq-len tokens so many members answer",
+    )
+    max_new_tokens: Positive = Field(64, description="with members: tokens of an answer")
+    slots: Positive | None = Field(None, description="with members: answers written at a time [default: by device]")
     queries: Positive | None = Field(
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )

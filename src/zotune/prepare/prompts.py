@@ -89,8 +89,9 @@ def prepare_reward(config: RewardConfig) -> PreparedReward:
     if not config.dry_run:
         made_of = identity_of_prompts(tokenizer, parts, (config.template, config.chat), base)
     return PreparedReward(
-        config=config, task=Rewarded(str(config.data)), model=model, tokenizer=tokenizer, bad=source.bad, unread=source.unread, base=base,
-        ends=list(own), made_of=made_of, functions=functions, **parts, test_split=rows.test_split, given=dict(rows.given),
+        config=config, task=Rewarded(str(config.data)), model=model, tokenizer=tokenizer, bad=source.bad, base=base,
+        unread=source.unread, ends=list(own), made_of=made_of, functions=functions, test_split=rows.test_split,
+        given=dict(rows.given), **parts,
     )  # fmt: skip
 
 
