@@ -65,7 +65,7 @@ class Bars(Listener):
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")
 
     def advance(self, what: str, done: int, **shown: float) -> None:
-        fine = ("loss", "reward", "± members", "alike", "cut")
+        fine = ("loss", "reward", "held-out", "± members", "alike", "cut")
         text = "  ".join(
             f"{name} {value:.3f}" if name in fine else f"{name} {value:.1f}" for name, value in shown.items()
         )

@@ -54,7 +54,8 @@ def writing_cost(
     prompt = estimate(config, batch_size=slots, seq_len=seq_len, **common)
     token = estimate(config, batch_size=slots, seq_len=1, **common)
     cache = cache_bytes(config, slots, seq_len + new_tokens, dtype)
-    each = forward_seconds(token, rates) + cache / 2 / rates.bandwidth
+    read = max(token.flops / rates.flops, (token.weights + cache / 2) / rates.bandwidth)
+    each = read + token.calls * (rates.call if rates.node is None else rates.node)  # one graph a token on a card
     rounds = -(-answers // slots)
     seconds = rounds * (forward_seconds(prompt, rates) + new_tokens * each)
     return Writing(prompt.weights, cache, prompt.peak + cache, answers, slots, seconds)

@@ -42,7 +42,9 @@ def find(name: str) -> Reward:
         except InputError as error:
             raise InputError(f"--reward {name}: {error}") from None
     if not is_code(name):
-        raise InputError(f"--reward {name}: {nearest(kind, MAKERS)}, or FILE.py:function, package.module:function")
+        raise InputError(
+            f"--reward {name}: {nearest(kind, MAKERS)} (your own are FILE.py:function or package.module:function)"
+        )
     path, _, attribute = name.rpartition(":")
     call = _from_file(path, attribute, name) if path.endswith(".py") else named_function(name, "--reward")
     return Reward(attribute, call, code=True)

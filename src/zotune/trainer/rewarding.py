@@ -217,7 +217,7 @@ class RewardTrainer(ZOTrainer):
             answers = self._write(requests, (), [self.args.sigma] * len(self.zo_optimizer.param_groups), HELD_OUT)
         written = self.read(prompts, requests, answers)
         scores = self.rewards(written, self.state)
-        found = statistics(self.rewards.names, written, scores, torch.tensor(scores.total_n).double()[None])
+        found = statistics(self.rewards.names, written, scores, torch.tensor([scores.total_n], dtype=torch.float64))
         del found["reward_std"], found["frac_reward_zero_std"]
         return found, written, scores
 
