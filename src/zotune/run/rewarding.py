@@ -112,7 +112,7 @@ class RewardRecorder(Recorder):
                 shown[name] = told[key]
         if told.get("seconds"):
             shown["tokens/s"] = told["tokens"] / told["seconds"]
-        held_out = {"held-out": value for value in self.validation.values()}
+        held_out = {"held-out": self.validation["reward"]} if self.validation else {}
         self.listener.advance("train", 1, **shown, **held_out)
         if last.skipped:
             self.listener.say(f"step {step}: a reward or an update is not finite; the step is skipped")
