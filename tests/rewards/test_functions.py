@@ -53,7 +53,7 @@ def test_a_row_without_an_answer_gets_no_reward_rather_than_none_right():
 
 
 def test_a_column_that_no_row_has_is_named():
-    with pytest.raises(RewardError, match=r"no column 'answer' \(but 'gold'"):
+    with pytest.raises(RewardError, match=r"no column 'answer' \(but 'gold'\)"):
         scored("exact-match", "a", gold=["a"])
 
 
@@ -265,7 +265,7 @@ def test_a_row_that_cannot_be_asked_says_so(fields, chat, said):
 
 def test_a_prompt_that_fills_the_model_leaves_no_room():
     with pytest.raises(InputError, match="leaves no room to answer"):
-        encoder(takes=3)(Row({"prompt": "abc"}, "p:1"))
+        encoder(takes=4)(Row({"prompt": "xyz"}, "p:1"))
 
 
 def test_samples_reach_from_the_least_reward_to_the_most():

@@ -12,6 +12,7 @@ from zotune.errors import InputError
 from zotune.tasks.metrics import exact, text_f1
 from zotune.tasks.rows import missing
 
+GIVEN = ("prompts", "completion_ids", "completions_ids", "trainer_state")  # beside the rows' columns
 ANSWER = "answer"  # the column that holds what is right, where none is named
 
 
@@ -30,7 +31,7 @@ def compared(score: Callable[[str, Sequence[str]], float]) -> Callable[[str], Ca
 
         def call(completions: Sequence[Any], **columns: Any) -> list[float | None]:
             if column not in columns:
-                known = [name for name, value in columns.items() if isinstance(value, list) and "_ids" not in name]
+                known = [name for name in columns if name not in GIVEN]
                 raise ValueError(f"the rows have no column {column!r} (but {', '.join(map(repr, known))})")
             return [
                 None if missing(gold) else score(text_of(text).strip(), _golds(gold))
