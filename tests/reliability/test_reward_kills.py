@@ -8,6 +8,8 @@ import pytest
 import tiny
 from processes import zotune
 
+from zotune.record.trajectory import read_file
+
 # At each step that KILLS names the process is killed once, by a signal that no Python code sees.
 REWARD = """
 import os, signal
@@ -55,9 +57,9 @@ def test_a_killed_run_on_rewards_ends_to_the_same_bits(tmp_path, changes):
     whole, killed = ends["whole"], ends["killed"]
     for path in sorted((whole / "model").glob("*.safetensors")):
         assert path.read_bytes() == (killed / "model" / path.name).read_bytes()
-    bodies = [(run / "trajectory.zot").read_bytes() for run in (whole, killed)]
-    a, b = (body[16 + int.from_bytes(body[12:16], "little") :] for body in bodies)
-    assert len(a) == len(b)
+    one, other = (read_file(run / "trajectory.zot") for run in (whole, killed))
+    assert list(one.records) == list(other.records)
+    assert one.chosen_step == other.chosen_step
     found, wanted = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (killed, whole)
     )

@@ -84,6 +84,7 @@ def prepare_reward(config: RewardConfig) -> PreparedReward:
     encode = prompt_encoder(model, tokenizer, config)
     train, validation, test = (source.usable(part, encode) for part in (rows.train, rows.validation, rows.test))
     own = ends_of(tokenizer, sorted(ends.of(model)), encode.conversational)
+    ends.teach(model, own)  # what stops answers here stops whoever generates with the trained model
     parts = {"train": train, "validation": validation, "test": test}
     made_of: dict[str, Any] = {}
     if not config.dry_run:

@@ -87,10 +87,10 @@ class RewardTrainer(ZOTrainer):
         self._nothing_in_a_row = 0
         self._decoder: Decoder | None = None
         self._found: dict[str, Any] = {}
+        # Without the tokenizer, by which the Trainer would alter the model's own ends and padding.
         super().__init__(
-            model, args, train_dataset=prompts[0], eval_dataset=prompts[1], data_collator=collate,
-            processing_class=processing_class, **kwargs,
-        )  # fmt: skip
+            model, args, train_dataset=prompts[0], eval_dataset=prompts[1], data_collator=collate, **kwargs
+        )
 
     # The optimizer: the population's, with an engine that has answers written.
 
@@ -233,6 +233,12 @@ class RewardTrainer(ZOTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """With the tokenizer, but into checkpoints."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Beside the loss (−R) what the steps since the last line found."""
