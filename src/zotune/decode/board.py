@@ -73,7 +73,7 @@ class Board:
         self.count_S[slots_n] = count_n
         self.finished_S[slots_n] |= ended_n
         self.alive_S[slots_n] = going_n & (count_n < self.limit_S[slots_n])
-        self.token_S[slots_n] = torch.where(going_n, chosen_n, self.settings.pad)
+        self.token_S[slots_n] = chosen_n.masked_fill(~going_n, self.settings.pad)
         self.slots.at_S[slots_n] = (self.start_S[slots_n] + count_n - 1).clamp(min=0)
 
     def _gumbel(self, slots_n: Tensor, at_n: Tensor, logits_nV: Tensor) -> Tensor | None:

@@ -133,6 +133,8 @@ class Windows:
 def layers_of(model: nn.Module) -> tuple[int, Windows] | str:
     """How many layers of keys and values the model's static cache has, and what these see; or why slots cannot stand in for it."""
     config: Any = model.config
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "its adapter puts tokens of its own before a prompt"
     if getattr(config, "is_encoder_decoder", False):
         return "its decoder reads what an encoder makes"
     config = config.get_text_config(decoder=True)

@@ -25,7 +25,7 @@ from zotune.step.graphs import capture
 logger = logging.getLogger(__name__)
 
 
-LOOK = 8  # steps on CUDA before the host looks at what came of them, and waits for it
+LOOK = 8  # steps by graphs before the host looks at what came of them, and waits for it
 
 
 class Loop:
@@ -91,7 +91,7 @@ class Loop:
         if not self._dealt and self._mode is not None:
             self._mode.deal(self._members)
         self._dealt = True
-        if self.reader.device.type == "cuda":
+        if self.reader.graphs:
             for _ in range(LOOK):
                 self._next()
         else:
@@ -130,6 +130,7 @@ class Reader:
         self.dtype, self.device = first.dtype, first.device
         self.positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
         self.learns = kernels_for(first) is not None  # whether modules that kernels serve are still looked for
+        self.graphs = self.device.type == "cuda"
         self.captures = True  # until a step could not be
         self._fused = FusedModules(params)
         self._pool: Any = None

@@ -23,10 +23,12 @@ from zotune.models.loading import length_limit
 ROWS = 32  # of a call of generate, where nothing else is said
 
 
-def room_of(model: nn.Module, requests: Sequence[Request], most: int) -> list[int]:
+def room_of(model: nn.Module, requests: Sequence[Request], members: int, most: int) -> list[int]:
     """How many tokens each answer may have. Raises InputError for a prompt without a token, or without room for one more."""
     takes = length_limit(model)
     for request in requests:
+        if not -1 <= request.member < members:
+            raise ValueError(f"a request is to member {request.member}, and there are {members}, counted from 0")
         if not request.prompt:
             raise InputError(f"prompt {request.row} has no token; give it a text, or a token to begin with")
         if takes is not None and len(request.prompt) >= takes:
@@ -119,7 +121,7 @@ class GenerateDecoder:
         step: int,
         advance: Callable[[int], None] = lambda answers: None,
     ) -> list[Answer]:
-        room = room_of(self.model, requests, settings.max_new_tokens)
+        room = room_of(self.model, requests, len(members), settings.max_new_tokens)
         at = self.population.at(members)
         answers: dict[int, Answer] = {}
         copies: dict[int, Tensor] = {}

@@ -86,7 +86,7 @@ class SlotsDecoder:
         step: int,
         advance: Callable[[int], None] = lambda answers: None,
     ) -> list[Answer]:
-        limits = room_of(self.model, requests, settings.max_new_tokens)
+        limits = room_of(self.model, requests, len(members), settings.max_new_tokens)
         with in_eval_mode(self.model):
             if self.usable is None and requests:
                 self._try(requests, members, settings)
@@ -140,7 +140,7 @@ class SlotsDecoder:
             some.append(requests[len(some)])
         few = replace(settings, max_new_tokens=CHECKED_TOKENS, temperature=0.0, top_k=None, top_p=None, ends=())
         seen: dict[int | None, list[Tensor]] = {}
-        limits = room_of(self.model, some, CHECKED_TOKENS)
+        limits = room_of(self.model, some, len(members), CHECKED_TOKENS)
         slots = max(1, min(self.slots, len(some) // 2))  # so that slots are used again
         answers = _Work(self, some, limits, few, (0, 0), slots, lambda answers: None, seen).answers_of(members)
         worst = None
