@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from zotune.decode import Answer, Decoder, Request, Settings, decoder_for
+from zotune.decode.plain import left_out
 from zotune.errors import InputError
 from zotune.models.ids import embedding_rows, pad_id
 from zotune.models.loading import length_limit, load_model, load_tokenizer
@@ -122,8 +123,9 @@ class RewardTrainer(ZOTrainer):
             assert model is not None
             rank = int(self.args.rank) if engine.name == "lowrank" else None
             made, why = decoder_for(model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder)
-            if why:
-                self.say(why)
+            for line in (why, left_out(model)):
+                if line:
+                    self.say(line)
             self._decoder = made
         return self._decoder
 
