@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from zotune.engines.following import most_tokens
 from zotune.errors import InputError
 from zotune.models import schemes
 from zotune.models.ids import embedding_rows
@@ -111,6 +112,8 @@ def resolved_reward(config: RewardConfig, model: nn.Module) -> RewardConfig:
             "dtype": dtype,
             "direction": config.direction or filled.made_method.direction or "gaussian",
             "rounding": config.rounding or ("compensated" if narrow else "nearest"),
+            # no forward of a step shares places here, but a record that lacks the key is of a zotune that rounded otherwise
+            "forward_tokens": config.forward_tokens or most_tokens(next(model.parameters()).device),
             "eval_every": config.evaluates_every,
             "show_every": config.shows_every,
         }
