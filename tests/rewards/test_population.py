@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+import transformers as tf
 from torch import nn
 
 from zotune import ZeroOrderOptimizer, noise
@@ -66,7 +67,7 @@ def test_antithetic_pairs_are_the_z_score_over_all_their_members():
     for z in zs:
         for sign in (1, -1):
             by_hand.w.data = start + sign * 0.1 * z
-            rewards.append(float(by_hand.reward()))
+            rewards.append(float(by_hand.reward().detach()))
     found = torch.tensor(rewards, dtype=torch.float64)
     score = (found - found.mean()) / found.std(correction=0)
     wanted = start + sum(0.05 / 8 * (score[2 * q] - score[2 * q + 1]) * z.double() for q, z in enumerate(zs))
@@ -217,10 +218,6 @@ def share_of_e(completions, **_):
     return [text.count("e") / max(1, len(text)) for text in completions]
 
 
-def share_of_low_ids(completion_ids, **_):
-    return [sum(i < tiny.VOCABULARY // 2 for i in ids) / max(1, len(ids)) for ids in completion_ids]
-
-
 def trainer(tmp_path, functions=share_of_e, prompts=TEXTS, **changes) -> RewardTrainer:
     options = {
         "output_dir": str(tmp_path), "max_steps": 3, "members": 8, "sigma": 5e-2, "max_completion_length": 6,
@@ -233,19 +230,82 @@ def trainer(tmp_path, functions=share_of_e, prompts=TEXTS, **changes) -> RewardT
 
 
 def test_the_trainer_raises_a_reward(tmp_path):
-    made = trainer(tmp_path, share_of_low_ids, max_steps=25, members=24, temperature=1.0)
+    """Of a model with twelve tokens: the share of one of them, drawn."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=32, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    args = RewardTrainingArguments(
+        output_dir=str(tmp_path), max_steps=30, members=24, sigma=0.1, learning_rate=0.2, temperature=1.0, use_cpu=True,
+        max_completion_length=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    prompts = [Prompt((3 + i, 4), "a", f"p:{i}") for i in range(4)]
+
+    def share_of_five(completion_ids, **_):
+        return [sum(i == 5 for i in ids) / max(1, len(ids)) for ids in completion_ids]
+
+    model = tf.LlamaForCausalLM(config).eval()
+    made = RewardTrainer(model, share_of_five, args, prompts, prompts, processing_class=tiny.tokenizer(bos=True))
     before = made.evaluate()["eval_reward"]
     made.train()
     after = made.evaluate()["eval_reward"]
-    assert after > before + 0.15
+    assert before < 0.3
+    assert after > 0.6
     last = [line for line in made.state.log_history if "reward_std" in line][-1]
     assert {
-        "rewards/share_of_low_ids/mean",
+        "rewards/share_of_five/mean",
         "frac_reward_zero_std",
         "completions/mean_length",
         "tokens_per_second",
     } <= set(last)
     assert last["loss"] == pytest.approx(-last["reward"], abs=1e-6)
+
+
+def drawn_z(name: str, shape: torch.Size, seed: int, low_rank: bool) -> torch.Tensor:
+    """z of a parameter, by the definition: noise of its name, or of its two factors."""
+
+    def fill(name: str, count: int) -> torch.Tensor:
+        out = torch.empty(count)
+        noise.fill(out, seed, noise.parameter_id(name), "gaussian")
+        return out
+
+    if low_rank and len(shape) > 1:
+        return fill(f"{name}.U", shape[0])[:, None] * fill(f"{name}.V", shape[1])[None]
+    return fill(name, shape.numel()).view(shape)
+
+
+@pytest.mark.parametrize("engine", ["lowrank", "sequential"])
+def test_a_step_is_the_formula_on_what_displaced_copies_generate(tmp_path, engine):
+    """θ₁ − θ₀ = (α/N)·Σ ẑ(R_m)·z_m, with R_m of answers by transformers' `generate` on copies that are displaced by hand."""
+    made = trainer(tmp_path, max_steps=1, engine=engine, prompts=TEXTS[:4], members=6, temperature=0.0)
+    model = made.model
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = list(start)
+    zs = []
+    for m in range(6):
+        seed = noise.step_seed(1, 0, m)
+        zs.append({name: drawn_z(name, start[name].shape, seed, engine == "lowrank") for name in names})
+    rewards = []
+    for z in zs:
+        copy_of = copy.deepcopy(model)
+        for name, p in copy_of.named_parameters():
+            p.data = start[name] + 5e-2 * z[name]
+        found = []
+        for prompt in made.train_dataset:
+            ids = torch.tensor([prompt.ids])
+            whole = copy_of.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                                     eos_token_id=list(made.settings.ends), pad_token_id=1)  # fmt: skip
+            text = made.tokenizer.decode(whole[0, len(prompt.ids) :], skip_special_tokens=True)
+            found.append(share_of_e([text])[0])
+        rewards.append(sum(found) / len(found))
+    made.train()
+    r = torch.tensor(rewards, dtype=torch.float64)
+    score = (r - r.mean()) / r.std(correction=0)
+    assert r.std() > 0
+    for name, p in model.named_parameters():
+        wanted = start[name].double() + sum(0.025 / 6 * s * z[name].double() for s, z in zip(score, zs, strict=True))
+        torch.testing.assert_close(p.double(), wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
