@@ -238,7 +238,8 @@ def test_the_trainer_raises_a_reward(tmp_path):
     )  # fmt: skip
     args = RewardTrainingArguments(
         output_dir=str(tmp_path), max_steps=30, members=24, sigma=0.1, learning_rate=0.2, temperature=1.0, use_cpu=True,
-        max_completion_length=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+        max_completion_length=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
     prompts = [Prompt((3 + i, 4), "a", f"p:{i}") for i in range(4)]
 
