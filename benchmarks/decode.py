@@ -38,7 +38,7 @@ KINDS = ("members", "plain", "dense", "generate", "static")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], choices=MODELS)
-    parser.add_argument("--path", help="a model's folder, in the place of --models")
+    parser.add_argument("--path", type=Path, help="a model's folder, in the place of --models")
     parser.add_argument("--slots", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--prompts", type=int, help="[slots]")
     parser.add_argument("--members", type=int, help="that answer each prompt [one; each prompt its own]")
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     report = report_of("decode.py", args)
-    for name in [args.path] if args.path else args.models:
+    for name in [str(args.path)] if args.path else args.models:
         model = load(name, args)
         for slots in args.slots:
             for row in measure(model, slots, args):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from test_decoders import EPS, MEMBERS, REQUESTS, directions_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,3 +148,18 @@ def test_directions_that_are_drawn_from_groups_have_an_eps_each():
     requests = [Request(r.prompt, r.row, r.member) for r in REQUESTS]
     wanted = alone.generate(requests, MEMBERS, settings=settings, seed=0, step=0)
     assert both.generate(requests, MEMBERS, settings=settings, seed=0, step=0) == wanted
+
+
+def test_a_padded_prompt_asks_for_no_position_that_a_table_lacks(monkeypatch):
+    """Prompts are padded to 64 tokens there, and the table has 50 positions."""
+    torch.manual_seed(0)
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=50)).eval()
+    decoder, _ = decoder_for(model, directions_of(model), EPS, rank=1, slots=4)
+    tapes = on_a_card(monkeypatch, decoder)
+    plain, _ = decoder_for(model, directions_of(model), EPS, rank=1, name="generate")
+    requests = [Request(tuple(range(1, 1 + n)), row, 0) for row, n in enumerate((49, 47, 20))]
+    settings = Settings(max_new_tokens=12)
+    wanted = plain.generate(requests, MEMBERS, settings=settings, seed=0, step=0)
+    assert decoder.generate(requests, MEMBERS, settings=settings, seed=0, step=0) == wanted
+    assert decoder.name == "slots"
+    assert tapes

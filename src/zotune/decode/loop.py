@@ -73,7 +73,7 @@ class Loop:
         for row, request in enumerate(requests):
             ids_nT[row, : lengths[row]] = torch.tensor(request.prompt)
         last_n = torch.tensor(lengths, device=device) - 1
-        at_nT = torch.arange(tokens, device=device).expand(ids_nT.shape)
+        at_nT = torch.arange(tokens, device=device).minimum(last_n[:, None])  # a table of positions may have no more
         members = [request.member for request in requests]
         mode = None if self.weights is None else self.weights.reads(members)
         slots.reading = slots_n

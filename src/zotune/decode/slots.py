@@ -32,22 +32,16 @@ logger = logging.getLogger(__name__)
 
 SLOTS_ON_CPU, SLOTS_ON_CUDA = 32, 256  # where nothing else is said
 REFILL = 8  # one slot in so many is free before others are begun: the prefill of a prompt costs a step by itself
-SHRINK, SHRINK_ON_CUDA = (
-    2,
-    4,
-)  # without further requests a loop goes on with a part of its slots: of each size a graph is captured
-BUCKET, ROOM = (
-    16,
-    64,
-)  # to multiples of these prompts are padded, and the columns of slots allotted, on CUDA: few shapes are met
+# Without further requests a loop goes on with a part of its slots, one in so many; on CUDA a graph is captured of each size.
+SHRINK, SHRINK_ON_CUDA = 2, 4
+# On CUDA prompts are padded to a multiple of the one, and the columns of slots allotted to one of the other: few shapes are met.
+BUCKET, ROOM = 16, 64
+KEPT = 4  # loops of other slots, room or settings that wait to be used again on CUDA
 
 # Of a first answer's logits, what may be off beside their spread, against those of a forward over the whole sequence.
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}
 NEAR_IN_16_BITS = 0.1
 CHECKED, CHECKED_TOKENS = 4, 4  # requests, and tokens of each
-
-
-KEPT = 4  # loops of other slots, room or settings that wait to be used again on CUDA
 
 
 class SlotsDecoder:
