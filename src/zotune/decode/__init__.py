@@ -8,11 +8,10 @@ cannot leave anything stale. It knows no task, no reward and no tokenizer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from zotune.decode.asked import Answer, Decoder, Member, Request, Settings
+from zotune.decode.asking import Answer, Decoder, Member, Request, Settings
 from zotune.errors import nearest
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from zotune.directions import Directions
 
 __all__ = ["DECODERS", "Answer", "Decoder", "Member", "Request", "Settings", "decoder_for"]
-
-logger = logging.getLogger(__name__)
 
 DECODERS = {
     "slots": "all members in one loop over one copy of the weights, each slot with a low-rank direction of its own",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zotune.decode.asked import Answer, Request, Settings
+from zotune.decode.asking import Answer, Request, Settings
 from zotune.decode.cache import Slots
 from zotune.decode.choosing import Draws, choose
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.decode.asked import Settings
+from zotune.decode.asking import Settings
 from zotune.noise.reference import words
 
 

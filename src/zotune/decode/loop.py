@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.decode.asked import Request, Settings
+from zotune.decode.asking import Request, Settings
 from zotune.decode.board import Board
 from zotune.decode.cache import SlotCache, Slots, Windows
 from zotune.decode.seats import MemberWeights, SeatReads

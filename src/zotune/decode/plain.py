@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
-from zotune.decode.asked import Answer, Request, Settings
+from zotune.decode.asking import Answer, Request, Settings
 from zotune.decode.choosing import Draws, choose, draw_seeds
 from zotune.decode.members import Population
 from zotune.errors import InputError

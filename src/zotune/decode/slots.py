@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zotune.decode.asked import Answer, Request, Settings
+from zotune.decode.asking import Answer, Request, Settings
 from zotune.decode.cache import Windows
 from zotune.decode.choosing import draw_seeds
 from zotune.decode.loop import Loop, Reader

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.decode.asked import Answer, Request
+from zotune.decode.asking import Answer, Request
 from zotune.directions import Displacement, HeldDisplacement
 from zotune.engines.places import Places, as_losses
 

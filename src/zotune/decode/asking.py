@@ -63,7 +63,7 @@ class Answer:
 
 
 class Decoder(Protocol):
-    """name: see `DECODERS`."""
+    """name: see `zotune.decode.DECODERS`."""
 
     @property
     def name(self) -> str: ...
