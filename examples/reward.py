@@ -45,7 +45,7 @@ def tokenizer():
 
 
 def pretrained(tokens, steps, seed=0):
-    """A model of 100,000 weights that has read sums, four in five of them in words."""
+    """A model of about 85,000 weights that has read sums, four in five of them in words."""
     torch.manual_seed(seed)
     config = tf.LlamaConfig(
         vocab_size=len(tokens), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
