@@ -47,7 +47,10 @@ REQUESTS = [Request(prompt, row, member) for member in (-1, 0, 1, 2) for row, pr
 def model_of(name: str) -> torch.nn.Module:
     """Weights three times as large as fresh ones, so that logits are apart and members differ."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy((FAMILIES | OTHERS)[name])).eval()
+    config = copy.deepcopy((FAMILIES | OTHERS)[name])
+    if name in ("gemma", "bloom"):  # with one table they write the same token over and over, whatever a member is
+        config.tie_word_embeddings = False
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
     for param in model.parameters():
         if param.dim() > 1:
             param.data.mul_(3)

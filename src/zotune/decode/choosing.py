@@ -55,7 +55,7 @@ def choose(logits_SV: Tensor, settings: Settings, gumbel_SV: Tensor | None = Non
     if settings.top_k is not None:
         least_S1 = scores_SV.topk(min(settings.top_k, scores_SV.shape[1]), -1).values[:, -1:]
         scores_SV = scores_SV.masked_fill(scores_SV < least_S1, float("-inf"))
-    if settings.top_p is not None:
+    if settings.top_p is not None and settings.top_p < 1:
         sorted_SV, order_SV = scores_SV.sort(-1, descending=True)
         shares_SV = sorted_SV.softmax(-1)
         beyond_SV = shares_SV.cumsum(-1) - shares_SV >= settings.top_p  # the likelier ones have p without it
