@@ -73,7 +73,8 @@ def expected(ready: Prepared) -> Expected:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             base = copy.deepcopy(getattr(ready.model, "config"))  # noqa: B009
-            largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **common)
+            together = sequences * min(size, config.micro_batch or size) // size
+            largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **(common | {"batch_size": together}))
             step = estimate(base, seq_len=_padded(round(sum(usual) / len(usual)), on_cpu), **common)
     except Exception as error:  # an estimate is no reason for a run to fail
         return Expected(why=(str(error).splitlines() or [type(error).__name__])[0])

@@ -49,6 +49,10 @@ class Engine(Protocol):
         """
         ...
 
+    def overlook(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> None:
+        """Take from a batch that somebody else evaluates at its places what the update needs of it."""
+        ...
+
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         """What the closure returns at θ + displacement, as it returns it."""
         ...

@@ -77,6 +77,9 @@ class SequentialEngine:
         """A forward a copy of the batch: see `zotune.engines.Engine`."""
         return self._apart(loss, batch, places)
 
+    def overlook(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> None:
+        """Nothing: directions follow from seeds alone."""
+
     def replayed(self) -> None:
         """A captured step was replayed: what it wrote into buffers is not what the host left there."""
 

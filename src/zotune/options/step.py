@@ -56,6 +56,9 @@ class StepOptions(Options):
         None,
         description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
     )
+    micro_batch: Positive | None = Field(
+        None, description="rows of a step that are evaluated together, what workers share out [default: all of a batch]"
+    )
     fold_every: Positive = Field(
         1, description="apply the updates of so many steps together, in one pass over the weights"
     )

@@ -175,9 +175,10 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
 
 
 def tokens_together(ready: Prepared) -> int:
-    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any batch at least."""
+    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any piece of a batch at least."""
     config = ready.config
     longest = max(ready.train, key=lambda row: row.tokens)
     multiple = LENGTHS if ready.device.type == "cuda" else 1
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
-    return max(most_tokens(ready.device), 2 * tokens_in(asked.collate([longest] * config.batch_size)))
+    rows = min(config.batch_size, config.micro_batch or config.batch_size)
+    return max(most_tokens(ready.device), 2 * tokens_in(asked.collate([longest] * rows)))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zotune.record.trajectory import Header, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
+from zotune.workers import Workers
 
+T = TypeVar("T")
 MADE_OF = "made_of"  # key of progress.json: rows, tokenizer, template and task by content
 
 
@@ -19,7 +22,7 @@ class RunState:
 
     progress: what progress.json holds; `save` writes it. checkpoint: what the run goes on from. header: of its trajectory, None
     where a step is no list of scalars (back-propagation). recorded: steps that were taken before a kill, to be applied again.
-    stop: the signal that asked for an end. peak: bytes, of the steps alone.
+    asked: the signal that this process was sent. workers: that take the run together. peak: bytes, of the steps alone.
     """
 
     folder: RunFolder
@@ -28,7 +31,8 @@ class RunState:
     header: Header | None = None
     trajectory: TrajectoryWriter | None = None
     recorded: Records | None = None
-    stop: int | None = None
+    asked: int | None = None
+    workers: Workers | None = None
     peak: int = 0
     began: float = field(default_factory=time.monotonic)
     earlier: float = 0.0  # seconds before this process
@@ -47,4 +51,20 @@ class RunState:
         self.folder.write_json("progress.json", self.progress)
 
     def ask_to_stop(self, number: int) -> None:
-        self.stop = number
+        self.asked = number
+        if self.workers is not None:
+            self.workers.asked = number
+
+    @property
+    def stop(self) -> int | None:
+        """The signal by which the run ends: of several workers, one that all have heard of at the same step."""
+        return self.asked if self.workers is None else self.workers.stop
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's folder. Other workers keep a record of their own, which goes with them."""
+        return self.workers is None or self.workers.first
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What the work gives, done once where workers share a run."""
+        return work() if self.workers is None else self.workers.from_first(work)

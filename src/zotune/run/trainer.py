@@ -24,6 +24,7 @@ from zotune.run.process import stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
+from zotune.step.pieces import pieces
 from zotune.tasks.objectives import objective
 from zotune.trainer import ZOTrainer
 
@@ -61,7 +62,9 @@ class TaskTrainer(ZOTrainer):
         if recorded is None or step >= len(recorded) or not self.accelerator.sync_gradients:
             if step == 0 and self.run.header is not None and self.args.gradient_accumulation_steps == 1:
                 with torch.no_grad():  # once, to see whether probes see the same loss
-                    rows = self._rows_of(model.eval())(self.on_device(inputs))
+                    loss, batch = self._rows_of(model.eval()), self.on_device(inputs)
+                    most = optimizer.micro_batch
+                    rows = loss(batch) if most is None else torch.cat([loss(p.batch) for p in pieces([batch], most)])
                 self.recorder.guards.at_rest = float(rows.double().mean())
             return super().training_step(model, inputs, num_items_in_batch)
         batches, self._micro_batches = len(self._micro_batches) + 1, []
@@ -83,7 +86,8 @@ class TaskTrainer(ZOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.settle()
         with stops_the_run(f"step {self.state.global_step}: validation"):
-            metrics = {self._metric: self.ready.score(self.ready.validation, self.listener, "validation")}
+            score = lambda: self.ready.score(self.ready.validation, self.listener, "validation")  # noqa: E731
+            metrics = {self._metric: self.run.by_first(score)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -113,7 +117,9 @@ class TaskTrainer(ZOTrainer):
         return found
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
-        """What it relies on goes to the disk before it, and older ones after it."""
+        """What it relies on goes to the disk before it, and older ones after it. Of several workers the first does so."""
+        if not self.run.writes:
+            return
         folder = self.run.folder
         self.recorder.sync()
         with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:

@@ -41,6 +41,7 @@ class Choices:
     max_skipped: int = 5
     enhancements: Enhancements = field(default_factory=Enhancements)
     scheme: str = "full"
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -52,8 +53,8 @@ class Choices:
         self._check("seed", whole and 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1")
         for name in ("max_skipped", "rank", "fold_every"):
             self._check(name, _is_count(getattr(self, name)), "a whole number from 1")
-        if self.forward_tokens is not None:
-            self._check("forward_tokens", _is_count(self.forward_tokens), "a whole number from 1")
+        for name in ("forward_tokens", "micro_batch"):
+            self._check(name, getattr(self, name) is None or _is_count(getattr(self, name)), "a whole number from 1")
         if isinstance(self.groups, str) and self.groups.isdecimal():
             object.__setattr__(self, "groups", int(self.groups))
         counted = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
@@ -229,6 +230,17 @@ TOGETHER: tuple[Together, ...] = (
             and of.engine not in ("auto", "sequential", *(["forward-mode"] if of.method.forward_mode else []))
         ),
         lambda of: f"engine={of.engine!r}: does not serve {_needs_sequential(of)}; use engine='auto'",
+    ),
+    Together(
+        "micro_batch",
+        lambda of: (
+            of.micro_batch is not None and (of.method.kind != "zeroth-order" or of.enhancements.hybrid is not None)
+        ),
+        lambda of: (
+            f"micro_batch={of.micro_batch}: cuts a batch into rows with places of their own; "
+            + ("hybrid" if of.enhancements.hybrid is not None else f"method {of.name!r}")
+            + " differentiates the whole of it; use accumulate, or leave it out"
+        ),
     ),
     Together(
         "groups",

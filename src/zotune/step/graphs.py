@@ -29,6 +29,7 @@ from zotune.engines.writing import Through
 from zotune.methods import Method
 from zotune.record.steps import StepRecord
 from zotune.step.arithmetic import Given, applicable, coefficients, near, weights_of
+from zotune.step.pieces import Sharing
 from zotune.step.probing import best_of_three, look
 from zotune.updates import Conservative, Linear
 from zotune.updates.rule import DECAY, NUMBERS, passes_for
@@ -70,13 +71,14 @@ class Shape:
     """What a graph is of, besides its batches' shapes.
 
     shares: rows of each direction. pairs: directions of a full batch. decays: whether any group has weight decay. at_once: how many
-    low-rank directions of the update are summed before they are rounded.
+    low-rank directions of the update are summed before they are rounded. micro_batch: rows that are evaluated together; None: all.
     """
 
     shares: tuple[int, ...]
     pairs: int
     decays: bool
     at_once: int
+    micro_batch: int | None = None
 
 
 class StepGraphs:
@@ -246,6 +248,7 @@ class _Captured:
     ) -> None:
         self.graphs, self.loss, self.shape = graphs, loss, shape
         self.graph: Any = None
+        self.sharing = Sharing(shape.micro_batch)
         self.batches = [{name: t.clone() for name, t in batch.items()} for batch in batches]
         self.device = device = next(iter(self.batches[0].values())).device
         groups, method = len(graphs.eps_G), graphs.method
@@ -289,7 +292,9 @@ class _Captured:
     @torch.no_grad()
     def run(self) -> None:
         graphs, rule, given, shares = self.graphs, self.graphs.rule, self.given, self.shape.shares
-        losses_CK, g_GQ = look(graphs.engine, graphs.method, self.loss, self.batches, self.at, given, shares)
+        losses_CK, g_GQ = look(
+            graphs.engine, graphs.method, self.loss, self.batches, self.at, given, shares, self.sharing
+        )
         goes = applicable(rule, losses_CK, g_GQ, given)
         self.found[:-1].copy_(torch.cat([losses_CK.flatten(), g_GQ.flatten(), goes.view(1)]))
         self.loss_near.copy_(near(graphs.method.estimator, losses_CK, self.shares_K))
@@ -310,7 +315,9 @@ class _Captured:
         by = HeldDisplacement(self.seeds_Q, coefs_GQ)
         if isinstance(rule, Conservative):
             signs = graphs.method.signs
-            choice = goes * best_of_three(graphs.engine, rule, self.loss, self.batches, losses_CK, signs, by)
+            choice = goes * best_of_three(
+                graphs.engine, rule, self.loss, self.batches, losses_CK, signs, by, self.sharing
+            )
             self.found[-1].copy_(choice)
             sign = (choice == 1).float() - (choice == 2).float()
             by = HeldDisplacement(self.seeds_Q, [sign * coefs_Q for coefs_Q in coefs_GQ])

@@ -75,7 +75,7 @@ class HostStep:
         given = of.given(shares, lr_G, eps_G)
         each_G = eps_G if method.estimator is not None else (1.0,) * len(eps_G)
         at = Displacement(seeds_Q, tuple((each,) * len(seeds_Q) for each in each_G))
-        losses_CK, g_GQ = look(engine, method, self.loss, self.batches, at, given, shares)
+        losses_CK, g_GQ = look(engine, method, self.loss, self.batches, at, given, shares, of.sharing)
         finite = losses_CK if first is None else torch.cat([losses_CK.flatten(), torch.tensor([first]).double()])
         skipped = not bool(applicable(method.rule, finite, g_GQ, given))
         losses_P = tuple(losses_CK.flatten().tolist())
@@ -84,7 +84,8 @@ class HostStep:
         )
         if not skipped and isinstance(method.rule, Conservative):
             move = method.rule.displacement(replace(record, choice=1))
-            choice = best_of_three(engine, method.rule, self.loss, self.batches, losses_CK, method.signs, move)
+            signs = method.signs
+            choice = best_of_three(engine, method.rule, self.loss, self.batches, losses_CK, signs, move, of.sharing)
             record = replace(record, choice=int(choice))
         return record, float(near(method.estimator, losses_CK, torch.tensor(shares).double()))
 

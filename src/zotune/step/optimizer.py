@@ -31,8 +31,10 @@ from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks
 from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
+from zotune.step.pieces import Sharing
 from zotune.step.probing import shares
 from zotune.updates import Linear
+from zotune.workers import Workers
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
 
@@ -61,6 +63,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         them; `state_dict` does. With all others, "auto" too, weights are current after each step.
     forward_tokens: tokens of one forward, at most, where the places of a step share forwards [by memory on CUDA, 1,024 on a CPU; a
         plain pair is then not split].
+    micro_batch: rows of a step that are evaluated together, at all their places; needs a step's batch and a loss a row [all].
+    workers: the processes that share out these rows, see `zotune.workers.join`. Each is given the same batch, evaluates some of it
+        and applies all; weights are those of one process, bit for bit. Needs micro_batch.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.
     rounding: "nearest", or "compensated", see `zotune.updates.Rule`.
@@ -93,6 +98,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         engine: str = "auto",
         rank: int = 1,
         forward_tokens: int | None = None,
+        micro_batch: int | None = None,
+        workers: Workers | None = None,
         fold_every: int = 1,
         rounding: str | None = None,
         weight_decay: float = 0.0,
@@ -106,7 +113,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         groups = groups if groups is not None else made.groups or 1
         self.choices = chosen = Choices(
             made, name, seed, direction, groups, engine, rank, fold_every, made.rule.rounding, forward_tokens,
-            lr, eps, weight_decay, max_skipped, more,
+            lr, eps, weight_decay, max_skipped, more, micro_batch=micro_batch,
         )  # fmt: skip
         chosen.refuse()
         self.direction = direction or made.direction or "gaussian"
@@ -115,6 +122,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             1 if self.groups == "batch" else int(self.groups)
         )  # directions of a full batch: the most seen so far
         self.folds_by_query = False  # low-rank updates are rounded once a query, as they once were, not once a step
+        self.micro_batch = micro_batch
+        self.workers = workers
         self.forward_passes = 0
         self.watch: Callable[[StepRecord], None] | None = None
         self.last: StepRecord | None = None  # the last step that has landed: see `land`
@@ -194,6 +203,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         batches = batch if isinstance(batch, list) else [batch]
         shared = self._shares(closure, batch, batches)
         self.draw_mask(loss_of, batches)
+        self.sharing.begin(self, batches)
         if batch is not None and (near := self.captured.step(self, loss_of, batches, shared)) is not None:
             return near
         self.land()
@@ -217,6 +227,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         directions = rows if self.groups == "batch" else min(int(self.groups), rows)
         self.pairs = max(self.pairs, directions)
         return shares(rows, directions)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How the rows of a step are evaluated."""
+        return Sharing(self.micro_batch, self.workers)
 
     def draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
         """The mask of this step; without a loss one that was drawn from data is made of what is recorded."""

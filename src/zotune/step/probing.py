@@ -18,6 +18,7 @@ from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.places import Copy, Places, as_losses, rows_in
 from zotune.engines.reads import same_draws
 from zotune.step.arithmetic import Given, clipped, projected
+from zotune.step.pieces import Piece, Sharing
 
 if TYPE_CHECKING:
     from zotune.methods import Method
@@ -34,6 +35,7 @@ def look(
     at: Displacement | HeldDisplacement,
     given: Given,
     shares_K: Sequence[int],
+    sharing: Sharing,
 ) -> tuple[Tensor, Tensor]:
     """Losses (C, K) float64 and projected gradients (G, Q): what the method sees of these batches.
 
@@ -41,7 +43,7 @@ def look(
     """
     if method.estimator is None:
         return derivatives(engine, loss, batches, at, given)
-    losses_CK = losses_at(engine, method, loss, batches, at, shares_K, given.pairs)
+    losses_CK = losses_at(engine, method, loss, batches, at, shares_K, given.pairs, sharing)
     if not isinstance(at, HeldDisplacement):  # the host's own numbers follow: one wait for the device
         losses_CK = losses_CK.cpu()
     return losses_CK, projected(method.estimator, method.rule, losses_CK, given)
@@ -55,19 +57,28 @@ def losses_at(
     at: Displacement | HeldDisplacement,
     shares_K: Sequence[int],
     pairs: int,
+    sharing: Sharing,
 ) -> Tensor:
     """(C, K) float64: the mean over the rows of each place. The rows of a step run on over its batches."""
     assert method.estimator is not None
     probes, first = method.estimator.probes, 0
+
+    def places(first: int, rows: int) -> Places:
+        """Of rows first, first + 1, … of the step."""
+        start, shares = window(shares_K, first, rows) if len(shares_K) > 1 else (0, (1,))
+        return Places(at, tuple(Copy(p.sign, p.query * pairs + start if p.sign else 0) for p in probes), shares)
+
+    if not sharing.whole:
+        return sharing.means(
+            engine, batches, shares_K, len(probes),
+            evaluate=lambda piece: engine.losses(loss, piece.batch, places(piece.first, piece.rows)),
+            overlook=lambda piece: engine.overlook(loss, piece.batch, places(piece.first, piece.rows)),
+        )  # fmt: skip
     found = []
     for batch in batches:
-        start, shares = 0, tuple[int, ...]((1,))
-        if len(shares_K) > 1:
-            rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)
-            start, shares = window(shares_K, first, rows)
-            first += rows
-        copies = tuple(Copy(probe.sign, probe.query * pairs + start if probe.sign else 0) for probe in probes)
-        found.append(engine.losses(loss, batch, Places(at, copies, shares)))
+        rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)
+        found.append(engine.losses(loss, batch, places(first, rows)))
+        first += rows
     losses_CB = (found[0] if len(found) == 1 else torch.cat([some.double() for some in found], 1)).double()
     if len(shares_K) == 1:
         return losses_CB.mean(1, keepdim=True)
@@ -104,11 +115,25 @@ def best_of_three(
     losses_CK: Tensor,
     signs: Sequence[int],
     move: Displacement | HeldDisplacement,
+    sharing: Sharing,
 ) -> Tensor:
     """0-d: which of θ, θ + move and θ − move has the least loss on the step's batches: 0, 1 or 2."""
     redraw = same_draws(engine.directions.params)
     here = [losses_CK[c, 0] for c, sign in enumerate(signs) if sign == 0][:1]
     places: list[Displacement | HeldDisplacement] = [Displacement(), move, move.negated()]
+    if not sharing.whole:
+        there = places[len(here) :]
+
+        def evaluate(piece: Piece) -> Tensor:
+            again = same_draws(engine.directions.params)
+            found = []
+            for at in there:
+                again()
+                found.append(as_losses(engine.loss(partial(loss, piece.batch), at)))
+            return torch.stack(found)
+
+        means_C1 = sharing.means(engine, batches, (1,), len(there), evaluate, lambda piece: None)
+        return rule.choose(torch.stack([*here, *means_C1[:, 0].to(losses_CK.device)]))
     found = []
     for at in places[len(here) :]:
         redraw()

@@ -38,6 +38,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
     )
     rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
     forward_tokens: int | None = field(default=None, metadata={"help": "tokens of one forward at most"})
+    micro_batch: int | None = field(default=None, metadata={"help": "rows of a step that are evaluated together"})
     fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
     rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
@@ -58,7 +59,7 @@ class ZOTrainingArguments(transformers.TrainingArguments):
 
 
 ZO_FIELDS = (
-    "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "fold_every", "rounding", "engine",
+    "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "micro_batch", "fold_every", "rounding", "engine",
     "method_options", "max_skipped", "calibration_rows",
 )  # fmt: skip
 

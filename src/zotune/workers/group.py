@@ -1,0 +1,220 @@
+"""The group of a run's processes, as torchrun (or whatever sets the same variables) starts them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from zotune.errors import Elsewhere, InputError, NonFiniteLoss, WorkerError
+from zotune.workers.message import DREW, FAILED, Message
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+WAITS = 1800  # seconds for the others, at most: rank 0 may be scoring a large model, or saving one
+EVERY = 64  # steps between comparisons of weights
+# What a launcher sets, and what others in the process would begin groups of their own by.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def asked_for() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    try:
+        return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError:
+        raise InputError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: no number; a launcher such as torchrun sets it"
+        ) from None
+
+
+def launch() -> str:
+    """The launch that this process belongs to, the same when an elastic launcher starts its group again; "" for others."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def started_again() -> bool:
+    """Whether the launcher has started this group before, and it has failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Workers:
+    """The processes of a run, of which this is number `rank` of `size`.
+
+    sent: bytes of this worker's last message. stop: the signal that all have agreed to stop by; asked: the one that this process
+    was sent, which its next message tells. weights, batches: check sums that the next message has, or 0. width: bytes of a loss,
+    once one is known.
+    """
+
+    def __init__(self, rank: int, size: int, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+        self.sent = 0
+        self.asked: int | None = None
+        self.stop: int | None = None
+        self.weights = self.batches = 0
+        self.width = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes the run's folder and talks."""
+        return self.rank == 0
+
+    def deal(self, pieces: int, rank: int | None = None) -> range:
+        """The pieces of a worker: every N-th.
+
+        >>> Workers(1, 3).deal(5)
+        range(1, 5, 3)
+        """
+        return range(self.rank if rank is None else rank, pieces, self.size)
+
+    def exchange(self, mine: Message, size: int, failure: Exception | None = None) -> list[Message]:
+        """Everybody's message, by rank. size: bytes of the losses' field. failure: why this one's part was not done.
+
+        Raises where any has failed (the first of them its failure), and where they differ.
+        """
+        mine = mine._replace(signal=self.asked or 0, weights=self.weights, batches=self.batches)
+        self.weights = self.batches = 0
+        data = mine.encode(size)
+        self.sent = len(data)
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with self._heard():
+            dist.all_gather(found, own, group=self._group)
+        told = [Message.decode(one.numpy().tobytes()) for one in found]
+        self.stop = max((one.signal for one in told), default=0) or self.stop
+        if any(one.status == FAILED for one in told):
+            speaker = next(rank for rank, one in enumerate(told) if one.status == FAILED)
+            if failure is not None and speaker == self.rank:
+                raise failure
+            raise Elsewhere(f"worker {speaker} failed", 1)
+        if any(one.status == DREW for one in told):
+            raise InputError(
+                "the loss draws from torch's generators (dropout?): what workers draw would depend on how many they are; call "
+                "model.eval(), or run one process"
+            )
+        for what, sums in (("weights", [one.weights for one in told]), ("rows", [one.batches for one in told])):
+            other = next((rank for rank, one in enumerate(sums) if one != sums[0]), None)
+            if other is not None:
+                hint = (
+                    "give every worker the same batch" if what == "rows" else "go on from what is saved, with --resume"
+                )
+                raise WorkerError(f"worker {other} has other {what} than worker 0; stopped before this step: {hint}")
+        return told
+
+    def everyone(self, value: T) -> list[T]:
+        """Everybody's value, by rank. Any that pickles: between processes of one launch alone."""
+        found: list[Any] = [None] * self.size
+        with self._heard():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def together(self, work: Callable[[], T]) -> tuple[T, list[Any]]:
+        """What this worker's work gives, once that of all is done, and everybody's. Where one raises, all do: the first of them
+        says why."""
+        error: Exception | None = None
+        value: Any = None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        found = self.everyone((value, None if error is None else exit_code(error)))
+        codes = [code for _, code in found]
+        speaker = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        if speaker is None:
+            return value, [one for one, _ in found]
+        if error is not None and speaker == self.rank:
+            raise error
+        raise Elsewhere(f"worker {speaker} failed", codes[speaker]) from error
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What worker 0's work gives, or raises."""
+        return self.together(lambda: work() if self.first else None)[1][0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Others that are gone, or silent for too long, as one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            why = "have been silent for too long" if "imed out" in said or "timeout" in said.lower() else "are gone"
+            raise WorkerError(f"the other workers {why}; go on with the same command and --resume") from error
+
+
+def exit_code(error: Exception) -> int:
+    """With which the command line would end."""
+    code = getattr(error, "code", None)
+    return code if isinstance(code, int) else 2 if isinstance(error, InputError) else 1
+
+
+def join(seconds: float = WAITS) -> Workers | None:
+    """The group that torchrun has started this process in; None where it has started no other.
+
+    For a loop of your own: every process takes the same steps on the same batches, `ZeroOrderOptimizer(…, micro_batch=M,
+    workers=join())`. A process group that torch.distributed has already is used. seconds: to wait for others, at most.
+    """
+    size = asked_for()
+    if size == 1:
+        return None
+    if dist.is_initialized():
+        return Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
+    rank, where = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    except (RuntimeError, ValueError) as error:  # torch's own kinds are RuntimeErrors
+        said = str(error).splitlines()[0]
+        if "EADDRINUSE" in said or "in use" in said:
+            raise InputError(f"MASTER_PORT {where}: the port is in use; give torchrun another --master-port") from None
+        raise WorkerError(f"MASTER_ADDR {where}: {size} workers did not meet ({said[:120]})") from None
+    return Workers(rank, size)
+
+
+@contextmanager
+def joined(seconds: float = WAITS) -> Iterator[Workers | None]:
+    """`join` for as long as a run lasts. Inside, everybody else in the process sees no launcher: the Trainer takes one process's
+    run, whose steps the workers share. Of several on one machine each has a card of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    workers = join(seconds)
+    if workers is None:
+        yield None
+        return
+    if local is not None and not torch.cuda.is_initialized() and (cards := _cards()):
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(local) % len(cards)]
+    hidden = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+    level = logging.root.manager.disable
+    if not workers.first:
+        logging.disable(logging.WARNING)
+    try:
+        yield workers
+    except WorkerError as error:
+        raise WorkerError(f"worker {workers.rank} ({socket.gethostname()}): {error}") from error
+    except InputError as error:
+        raise (error if workers.first else InputError(f"worker {workers.rank}: {error}")) from None
+    except Exception as error:
+        if not workers.first and (isinstance(error, NonFiniteLoss) or getattr(error, "code", None) in (130, 143)):
+            raise Elsewhere(str(error), exit_code(error)) from error  # all workers end so, and the first says it
+        raise
+    finally:
+        os.environ.update(hidden)
+        logging.disable(level)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _cards() -> list[str]:
+    """What this machine's processes may use, as CUDA_VISIBLE_DEVICES has it."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [card for card in given.split(",") if card]
+    return [str(card) for card in range(torch.cuda.device_count())]
