@@ -15,7 +15,7 @@ import typer
 import zotune
 from zotune import options as config
 from zotune.cli import bench, tasks
-from zotune.errors import InputError, NonFiniteLoss, plain
+from zotune.errors import Elsewhere, InputError, NonFiniteLoss, WorkerError, plain
 
 # Typer may bring its own copy of click: its errors are found through typer's.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -203,7 +203,9 @@ def run(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (NonFiniteLoss, OSError) as error:
+    except Elsewhere as error:
+        return error.code
+    except (NonFiniteLoss, WorkerError, OSError) as error:
         print(f"zotune: {error}", file=sys.stderr)
         return 1
     except Exception as error:

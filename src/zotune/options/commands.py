@@ -162,6 +162,9 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     sync_every: Positive = Field(
         64, description="steps until the trajectory is surely on the disk: what a power loss can cost"
     )
+    worker_timeout: Positive = Field(
+        1800, description="under torchrun, seconds that a worker waits for the others, which may be scoring or saving"
+    )
     deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on CUDA")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"

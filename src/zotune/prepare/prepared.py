@@ -175,7 +175,7 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
 
 
 def tokens_together(ready: Prepared) -> int:
-    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any piece of a batch at least."""
+    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any piece."""
     config = ready.config
     longest = max(ready.train, key=lambda row: row.tokens)
     multiple = LENGTHS if ready.device.type == "cuda" else 1

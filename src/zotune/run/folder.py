@@ -25,7 +25,18 @@ STAGING = ".tmp"  # what is being written or deleted; a suffix too, of single fi
 CARD = "README.md"
 OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", CARD, "progress.json")
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
-FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "device", "save_every", "keep", "sync_every"}
+FREE = {
+    "output",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "report_to",
+    "device",
+    "save_every",
+    "keep",
+    "sync_every",
+    "worker_timeout",
+}
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's fault, not the folder's
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from zotune.record.trajectory import Header, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
 from zotune.workers import Workers
 
-T = TypeVar("T")
 MADE_OF = "made_of"  # key of progress.json: rows, tokenizer, template and task by content
 
 
@@ -32,17 +30,17 @@ class RunState:
     trajectory: TrajectoryWriter | None = None
     recorded: Records | None = None
     asked: int | None = None
-    workers: Workers | None = None
+    workers: Workers = field(default_factory=lambda: Workers(0, 1))
     peak: int = 0
     began: float = field(default_factory=time.monotonic)
     earlier: float = 0.0  # seconds before this process
 
     @classmethod
-    def found(cls, folder: RunFolder) -> RunState:
+    def found(cls, folder: RunFolder, workers: Workers) -> RunState:
         """Of the run that the folder holds, or of one that begins."""
         fresh: dict[str, Any] = {"resumed_at": [], "wall_seconds": 0.0}
         progress = fresh | folder.read_json("progress.json")
-        return cls(folder, progress, folder.last_checkpoint(), earlier=progress["wall_seconds"])
+        return cls(folder, progress, folder.last_checkpoint(), workers=workers, earlier=progress["wall_seconds"])
 
     def wall(self) -> float:
         return self.earlier + time.monotonic() - self.began
@@ -51,20 +49,9 @@ class RunState:
         self.folder.write_json("progress.json", self.progress)
 
     def ask_to_stop(self, number: int) -> None:
-        self.asked = number
-        if self.workers is not None:
-            self.workers.asked = number
+        self.asked = self.workers.asked = number
 
     @property
     def stop(self) -> int | None:
         """The signal by which the run ends: of several workers, one that all have heard of at the same step."""
-        return self.asked if self.workers is None else self.workers.stop
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the run's folder. Other workers keep a record of their own, which goes with them."""
-        return self.workers is None or self.workers.first
-
-    def by_first(self, work: Callable[[], T]) -> T:
-        """What the work gives, done once where workers share a run."""
-        return work() if self.workers is None else self.workers.from_first(work)
+        return self.asked if self.workers.size == 1 else self.workers.stop

@@ -87,7 +87,7 @@ class TaskTrainer(ZOTrainer):
         self.settle()
         with stops_the_run(f"step {self.state.global_step}: validation"):
             score = lambda: self.ready.score(self.ready.validation, self.listener, "validation")  # noqa: E731
-            metrics = {self._metric: self.run.by_first(score)}
+            metrics = {self._metric: self.run.workers.from_first(score)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -118,7 +118,7 @@ class TaskTrainer(ZOTrainer):
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
         """What it relies on goes to the disk before it, and older ones after it. Of several workers the first does so."""
-        if not self.run.writes:
+        if not self.run.workers.first:
             return
         folder = self.run.folder
         self.recorder.sync()

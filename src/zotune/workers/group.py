@@ -111,14 +111,16 @@ class Workers:
 
     def everyone(self, value: T) -> list[T]:
         """Everybody's value, by rank. Any that pickles: between processes of one launch alone."""
-        found: list[Any] = [None] * self.size
+        found: list[Any] = [value] * self.size
+        if self.size == 1:
+            return found
         with self._heard():
             dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def together(self, work: Callable[[], T]) -> tuple[T, list[Any]]:
-        """What this worker's work gives, once that of all is done, and everybody's. Where one raises, all do: the first of them
-        says why."""
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What everybody's work gives, by rank, once all of it is done; it has to pickle. Where one raises, all do: the first of
+        them says why."""
         error: Exception | None = None
         value: Any = None
         try:
@@ -126,17 +128,18 @@ class Workers:
         except Exception as raised:
             error = raised
         found = self.everyone((value, None if error is None else exit_code(error)))
-        codes = [code for _, code in found]
-        speaker = next((rank for rank, code in enumerate(codes) if code is not None), None)
-        if speaker is None:
-            return value, [one for one, _ in found]
+        failed = [(rank, code) for rank, (_, code) in enumerate(found) if code is not None]
+        if not failed:
+            return [one for one, _ in found]
+        speaker, code = failed[0]
         if error is not None and speaker == self.rank:
             raise error
-        raise Elsewhere(f"worker {speaker} failed", codes[speaker]) from error
+        raise Elsewhere(f"worker {speaker} failed", code) from error
 
     def from_first(self, work: Callable[[], T]) -> T:
         """What worker 0's work gives, or raises."""
-        return self.together(lambda: work() if self.first else None)[1][0]  # type: ignore[no-any-return]
+        found: list[Any] = self.together(lambda: work() if self.first else None)
+        return found[0]
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -181,13 +184,13 @@ def join(seconds: float = WAITS) -> Workers | None:
 
 
 @contextmanager
-def joined(seconds: float = WAITS) -> Iterator[Workers | None]:
+def joined(seconds: float = WAITS) -> Iterator[Workers]:
     """`join` for as long as a run lasts. Inside, everybody else in the process sees no launcher: the Trainer takes one process's
-    run, whose steps the workers share. Of several on one machine each has a card of its own."""
+    run, whose steps the workers share. Of several on one machine each has a card of its own. Without a launcher, a group of one."""
     local = os.environ.get("LOCAL_RANK")
     workers = join(seconds)
     if workers is None:
-        yield None
+        yield Workers(0, 1)
         return
     if local is not None and not torch.cuda.is_initialized() and (cards := _cards()):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(local) % len(cards)]

@@ -46,7 +46,7 @@ class Message(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        return cls(*_HEAD.unpack_from(data), data[_HEAD.size :])
+        return cls._make((*_HEAD.unpack_from(data), data[_HEAD.size :]))
 
 
 def weights_sum(params: Iterable[Tensor]) -> int:
