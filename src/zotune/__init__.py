@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zotune.methods import Method
     from zotune.step.optimizer import ZeroOrderOptimizer
     from zotune.trainer import ZOTrainer, ZOTrainingArguments
+    from zotune.workers.group import join
 
 __all__ = [
     "InputError",
@@ -27,6 +28,7 @@ __all__ = [
     "ZeroOrderOptimizer",
     "__version__",
     "evaluate",
+    "join",
     "predict",
     "train",
 ]
@@ -39,6 +41,7 @@ _HOME = {
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",
     "evaluate": "zotune.api",
+    "join": "zotune.workers.group",
     "predict": "zotune.api",
     "train": "zotune.api",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -16,6 +17,7 @@ import zotune
 from zotune import options as config
 from zotune.cli import bench, tasks
 from zotune.errors import Elsewhere, InputError, NonFiniteLoss, WorkerError, plain
+from zotune.workers import launcher
 
 # Typer may bring its own copy of click: its errors are found through typer's.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -36,15 +38,23 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+SHARED = ("train",)  # commands that the processes of a launcher take together
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
             "--version", help="the version; `zotune env` has the libraries' too", callback=_version, is_eager=True
         ),
     ] = False,
-) -> None: ...
+) -> None:
+    if (count := launcher.asked_for()) > 1 and context.invoked_subcommand not in SHARED:
+        raise InputError(
+            f"zotune {context.invoked_subcommand}: is one process's work, torchrun has started {count}; run it without torchrun"
+        )
 
 
 def command(name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None]) -> None:
@@ -204,7 +214,7 @@ def run(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Elsewhere as error:
-        return error.code
+        return _silently(error.code)
     except (NonFiniteLoss, WorkerError, OSError) as error:
         print(f"zotune: {error}", file=sys.stderr)
         return 1
@@ -216,7 +226,16 @@ def run(argv: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0  # Ctrl-C comes back as a number
 
 
+def _silently(code: int) -> int:
+    """Not before the worker that says why has said it: torchrun ends all others when one has ended."""
+    time.sleep(1)
+    return code
+
+
 def _fail(message: str, context: Any = None) -> int:
+    """What is wrong, a line each. What all workers of one machine see as they begin is said by one of them."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not message.startswith("worker "):
+        return _silently(2)
     for line in message.splitlines():
         print(f"zotune: {plain(line)}", file=sys.stderr)
     if context is not None and context.command is not None:

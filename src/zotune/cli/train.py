@@ -27,13 +27,19 @@ from zotune.run.folder import RunFolder
 from zotune.run.result import device_name
 from zotune.tasks.metrics import figure
 from zotune.tasks.objectives import objective
+from zotune.workers.launcher import is_first
 
 
 def train(config: TrainConfig) -> None:
+    first = is_first()  # of the workers that torchrun has started
     if config.dry_run:
-        dry_run(config)
+        if first:
+            dry_run(config)
         return
     keep_freed()
+    if not first:
+        run.train(config)
+        return
     with Bars() as bars:
         result = run.train(config, bars)
     summary(result, config.output, bars.expected)

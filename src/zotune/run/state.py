@@ -9,7 +9,7 @@ from typing import Any
 
 from zotune.record.trajectory import Header, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
-from zotune.workers import Workers
+from zotune.workers.group import Workers
 
 MADE_OF = "made_of"  # key of progress.json: rows, tokenizer, template and task by content
 

@@ -21,10 +21,16 @@ from zotune.prepare.prepared import Prepared
 from zotune.record.fingerprints import start
 from zotune.run.folder import CALIBRATION, FREE, RunFolder
 from zotune.run.state import RunState
-from zotune.workers import Workers
-from zotune.workers.group import launch, started_again
+from zotune.workers.group import Workers
+from zotune.workers.launcher import launch, started_again
 
 LAUNCH = "launch"  # key of progress.json: of the launcher that may start the run's processes again
+PLACES = {
+    "model",
+    "gguf_file",
+    "data",
+    "data_dir",
+}  # may have other names on other machines; what they hold is compared
 NAMES = {"code": "zotune code", "torch": "torch", "threads": "threads", "base": "base weights", "start": "first values"}
 
 
@@ -60,7 +66,7 @@ def goes_on(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 def facts(ready: Prepared) -> dict[str, Any]:
     """What all workers have to have in common."""
     config = ready.config
-    own = {key: value for key, value in config.model_dump(exclude=FREE).items() if key != "forward_tokens"}
+    own = config.model_dump(exclude=FREE | PLACES | {"forward_tokens"})
     return {
         "code": _code(),
         "torch": torch.__version__,

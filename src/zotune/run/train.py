@@ -24,7 +24,7 @@ from zotune.run.together import facts, goes_on, refuse_few, refuse_unlike, state
 from zotune.run.trainer import TaskTrainer
 from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
-from zotune.workers import Workers, joined
+from zotune.workers.group import Workers, joined
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
 RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens")

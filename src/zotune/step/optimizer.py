@@ -34,7 +34,7 @@ from zotune.step.parameters import NamedParams, by_order, named_group, parameter
 from zotune.step.pieces import Sharing
 from zotune.step.probing import shares
 from zotune.updates import Linear
-from zotune.workers import Workers
+from zotune.workers.group import Workers
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
 
@@ -64,7 +64,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     forward_tokens: tokens of one forward, at most, where the places of a step share forwards [by memory on CUDA, 1,024 on a CPU; a
         plain pair is then not split].
     micro_batch: rows of a step that are evaluated together, at all their places; needs a step's batch and a loss a row [all].
-    workers: the processes that share out these rows, see `zotune.workers.join`. Each is given the same batch, evaluates some of it
+    workers: the processes that share out these rows, see `zotune.join`. Each is given the same batch, evaluates some of it
         and applies all; weights are those of one process, bit for bit. Needs micro_batch.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.

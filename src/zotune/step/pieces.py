@@ -26,7 +26,7 @@ from zotune.workers.message import DONE, DREW, FAILED, Message, batches_sum, wei
 
 if TYPE_CHECKING:
     from zotune.step.optimizer import ZeroOrderOptimizer
-    from zotune.workers import Workers
+    from zotune.workers.group import Workers
 
 COARSE, FINE = 2.0**-24, 2.0**-66
 Bounds = Sequence[tuple[int, int]]  # of the rows of each direction: the first, and the one behind the last
@@ -160,7 +160,7 @@ class _Dealt:
     def __init__(self, workers: Workers, engine: Any, parts: Sequence[Piece], bounds: Bounds, copies: int) -> None:
         self.workers, self.engine, self.parts, self.bounds, self.copies = workers, engine, parts, bounds, copies
         self.found: dict[int, Tensor] = {}
-        self.aside, self.drew = -1, False
+        self.aside, self.drew, self.width = -1, False, 8
 
     def means(self, apart: bool, evaluate: Callable[[Piece], Tensor], overlook: Callable[[Piece], None]) -> Tensor:
         told = self._tell(apart, self._evaluate(evaluate, overlook, 0))
@@ -175,7 +175,7 @@ class _Dealt:
             return _mean(torch.stack(sums).sum(0), self.bounds)
         losses_CK = torch.empty(self.copies, len(self.bounds), dtype=torch.float64)
         for rank, one in enumerate(told):
-            flat = torch.frombuffer(bytearray(one.losses), dtype=_DTYPES[self.workers.width])
+            flat = torch.frombuffer(bytearray(one.losses), dtype=_DTYPES[self.width])
             rows = self._rows(rank)
             losses_CK[:, rows] = flat[: self.copies * len(rows)].view(self.copies, -1).double()
         return losses_CK
@@ -207,7 +207,7 @@ class _Dealt:
     def _tell(self, apart: bool, failure: Exception | None) -> list[Message]:
         """Everybody's message, after which all know of what width losses are."""
         workers, own = self.workers, self.workers.deal(len(self.parts))
-        width = workers.width or 8
+        width = workers.widths.get(self.engine, 8)
         most = max(len(self._rows(rank)) for rank in range(workers.size))
         size = self.copies * (width * most if apart else 16 * len(self.bounds))
         if failure is None and any(_width(one) > width for one in self.found.values()):
@@ -224,10 +224,8 @@ class _Dealt:
             data = torch.stack(sums).sum(0).numpy().tobytes()
         known = max(map(_width, self.found.values()), default=0)
         told = workers.exchange(Message(DREW if self.drew else DONE, width=known, aside=self.aside, losses=data), size)
-        if not workers.width and (known := max(one.width for one in told)):
-            workers.width = known
-            if width != known and apart:  # as the losses are read
-                told = [one._replace(losses=_narrowed(one.losses)) for one in told]
+        workers.widths.setdefault(self.engine, max(one.width for one in told))
+        self.width = width
         return told
 
     def _rows(self, rank: int) -> list[int]:
@@ -238,7 +236,3 @@ class _Dealt:
 
 def _width(losses: Tensor) -> int:
     return 8 if losses.dtype == torch.float64 else 4
-
-
-def _narrowed(losses: bytes) -> bytes:
-    return torch.frombuffer(bytearray(losses), dtype=torch.float64).float().numpy().tobytes()

@@ -1,8 +1,4 @@
 """Processes that take one run together: each has the model and all rows, evaluates some of a step's, and applies all of it.
 
-Scalars travel, over gloo, and nothing else: `message` says which.
+launcher.py says what started them, group.py has `Workers` and how to `join` them, message.py what travels: scalars, over gloo.
 """
-
-from zotune.workers.group import Workers, join, joined
-
-__all__ = ["Workers", "join", "joined"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -9,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from zotune.errors import Elsewhere, InputError, NonFiniteLoss, WorkerError
+from zotune.workers.launcher import VARIABLES, asked_for
 from zotune.workers.message import DREW, FAILED, Message
 
 logger = logging.getLogger(__name__)
@@ -21,37 +24,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAITS = 1800  # seconds for the others, at most: rank 0 may be scoring a large model, or saving one
 EVERY = 64  # steps between comparisons of weights
-# What a launcher sets, and what others in the process would begin groups of their own by.
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def asked_for() -> int:
-    """How many processes the launcher has started; 1 without one."""
-    try:
-        return max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError:
-        raise InputError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: no number; a launcher such as torchrun sets it"
-        ) from None
-
-
-def launch() -> str:
-    """The launch that this process belongs to, the same when an elastic launcher starts its group again; "" for others."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else name
-
-
-def started_again() -> bool:
-    """Whether the launcher has started this group before, and it has failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+_JOINS = itertools.count()
 
 
 class Workers:
     """The processes of a run, of which this is number `rank` of `size`.
 
     sent: bytes of this worker's last message. stop: the signal that all have agreed to stop by; asked: the one that this process
-    was sent, which its next message tells. weights, batches: check sums that the next message has, or 0. width: bytes of a loss,
-    once one is known.
+    was sent, which its next message tells. weights, batches: check sums that the next message has, or 0. widths: by engine,
+    bytes of a row's loss; 8 until one is known.
     """
 
     def __init__(self, rank: int, size: int, group: Any = None) -> None:
@@ -60,7 +41,7 @@ class Workers:
         self.asked: int | None = None
         self.stop: int | None = None
         self.weights = self.batches = 0
-        self.width = 0
+        self.widths: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     @property
     def first(self) -> bool:
@@ -96,9 +77,11 @@ class Workers:
                 raise failure
             raise Elsewhere(f"worker {speaker} failed", 1)
         if any(one.status == DREW for one in told):
-            raise InputError(
-                "the loss draws from torch's generators (dropout?): what workers draw would depend on how many they are; call "
-                "model.eval(), or run one process"
+            raise self._said_once(
+                InputError(
+                    "the loss draws from torch's generators (dropout?): what workers draw would depend on how many they are; call "
+                    "model.eval(), or run one process"
+                )
             )
         for what, sums in (("weights", [one.weights for one in told]), ("rows", [one.batches for one in told])):
             other = next((rank for rank, one in enumerate(sums) if one != sums[0]), None)
@@ -106,8 +89,13 @@ class Workers:
                 hint = (
                     "give every worker the same batch" if what == "rows" else "go on from what is saved, with --resume"
                 )
-                raise WorkerError(f"worker {other} has other {what} than worker 0; stopped before this step: {hint}")
+                said = f"worker {other} has other {what} than worker 0; stopped before this step: {hint}"
+                raise self._said_once(WorkerError(said))
         return told
+
+    def _said_once(self, error: Exception) -> Exception:
+        """What all workers see at the same time, of which the first tells."""
+        return error if self.first else Elsewhere(str(error), exit_code(error))
 
     def everyone(self, value: T) -> list[T]:
         """Everybody's value, by rank. Any that pickles: between processes of one launch alone."""
@@ -173,8 +161,11 @@ def join(seconds: float = WAITS) -> Workers | None:
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
     rank, where = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    wait, number = timedelta(seconds=seconds), next(_JOINS)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=wait))
+        store = dist.PrefixStore(f"zotune/{number}", store)  # a process may join again when it has left
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:  # torch's own kinds are RuntimeErrors
         said = str(error).splitlines()[0]
         if "EADDRINUSE" in said or "in use" in said:
@@ -201,7 +192,9 @@ def joined(seconds: float = WAITS) -> Iterator[Workers]:
     try:
         yield workers
     except WorkerError as error:
-        raise WorkerError(f"worker {workers.rank} ({socket.gethostname()}): {error}") from error
+        raise (
+            error if workers.first else WorkerError(f"worker {workers.rank} ({socket.gethostname()}): {error}")
+        ) from error
     except InputError as error:
         raise (error if workers.first else InputError(f"worker {workers.rank}: {error}")) from None
     except Exception as error:
