@@ -136,5 +136,5 @@ def test_a_run_records_it_replays_and_goes_on_with_no_other(tmp_path):
     assert run(["replay", *flags]) == 0
     name = "model.safetensors"
     assert Path(tmp_path / "again" / name).read_bytes() == Path(tmp_path / "run" / "model" / name).read_bytes()
-    with pytest.raises(zotune.InputError, match="micro_batch was 2, is now 3"):
+    with pytest.raises(zotune.InputError, match="micro_batch was 2, is 3"):
         zotune.train(**(options | {"micro_batch": 3, "resume": True}))

@@ -157,7 +157,7 @@ def join(seconds: float = WAITS) -> Workers | None:
         return None
     if dist.is_initialized():
         return Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
     rank, where = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -178,12 +178,9 @@ def join(seconds: float = WAITS) -> Workers | None:
 def joined(seconds: float = WAITS) -> Iterator[Workers]:
     """`join` for as long as a run lasts. Inside, everybody else in the process sees no launcher: the Trainer takes one process's
     run, whose steps the workers share. Of several on one machine each has a card of its own. Without a launcher, a group of one."""
-    local = os.environ.get("LOCAL_RANK")
-    workers = join(seconds)
-    if workers is None:
-        yield Workers(0, 1)
-        return
-    if local is not None and not torch.cuda.is_initialized() and (cards := _cards()):
+    local, ours = os.environ.get("LOCAL_RANK"), not dist.is_initialized()
+    workers = join(seconds) or Workers(0, 1)
+    if workers.size > 1 and local is not None and not torch.cuda.is_initialized() and (cards := _cards()):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(local) % len(cards)]
     hidden = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
     level = logging.root.manager.disable
@@ -191,20 +188,19 @@ def joined(seconds: float = WAITS) -> Iterator[Workers]:
         logging.disable(logging.WARNING)
     try:
         yield workers
-    except WorkerError as error:
-        raise (
-            error if workers.first else WorkerError(f"worker {workers.rank} ({socket.gethostname()}): {error}")
-        ) from error
-    except InputError as error:
-        raise (error if workers.first else InputError(f"worker {workers.rank}: {error}")) from None
     except Exception as error:
-        if not workers.first and (isinstance(error, NonFiniteLoss) or getattr(error, "code", None) in (130, 143)):
+        if workers.first:
+            raise
+        if isinstance(error, (WorkerError, InputError)):
+            kind = WorkerError if isinstance(error, WorkerError) else InputError
+            raise kind(f"worker {workers.rank} ({socket.gethostname()}): {error}") from error
+        if isinstance(error, NonFiniteLoss) or getattr(error, "code", None) in (130, 143):
             raise Elsewhere(str(error), exit_code(error)) from error  # all workers end so, and the first says it
         raise
     finally:
         os.environ.update(hidden)
         logging.disable(level)
-        if dist.is_initialized():
+        if workers.size > 1 and ours and dist.is_initialized():
             dist.destroy_process_group()
 
 

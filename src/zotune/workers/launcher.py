@@ -12,6 +12,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 def asked_for() -> int:
     """How many processes the launcher has started; 1 without one."""
+    if "RANK" not in os.environ:
+        return 1
     try:
         return max(1, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError:
