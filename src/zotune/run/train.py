@@ -169,7 +169,7 @@ def _trainer(ready: Prepared, state: RunState, listener: Listener) -> TaskTraine
     optimizer, workers = trainer.zo_optimizer, state.workers
     if ready.config.engine == "auto":
         listener.say(f"engine {optimizer.chosen_engine}")
-    optimizer.workers = workers if workers.size > 1 else None
+    optimizer.sharing.workers = workers if workers.size > 1 else None
     optimizer.pairs = ready.config.pairs // ready.config.directions_a_row
     optimizer.folds_by_query = of_before(state.folder / "trajectory.zot", ready.config, listener)
     optimizer.norms = NormsFolder(state.folder / CALIBRATION)

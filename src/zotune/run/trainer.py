@@ -63,7 +63,7 @@ class TaskTrainer(ZOTrainer):
             if step == 0 and self.run.header is not None and self.args.gradient_accumulation_steps == 1:
                 with torch.no_grad():  # once, to see whether probes see the same loss
                     loss, batch = self._rows_of(model.eval()), self.on_device(inputs)
-                    most = optimizer.micro_batch
+                    most = optimizer.sharing.micro_batch
                     rows = loss(batch) if most is None else torch.cat([loss(p.batch) for p in pieces([batch], most)])
                 self.recorder.guards.at_rest = float(rows.double().mean())
             return super().training_step(model, inputs, num_items_in_batch)

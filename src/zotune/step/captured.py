@@ -35,7 +35,7 @@ class CapturedSteps:
         groups, rule, more = of.param_groups, of.method.rule, of.enhancements
         if (
             not self.wanted
-            or of.workers is not None  # the host meets the others between losses and update
+            or of.sharing.workers is not None  # the host meets the others between losses and update
             or not rule.capturable
             or of.method.first_order
             or more.blocks is not None
@@ -57,7 +57,7 @@ class CapturedSteps:
             self.graphs = StepGraphs(of.engine, of.method, eps_G, of.room(), more.g_clip, of.state, applies)
         seeds_Q = of.seeds(of.steps, 0)
         empty = StepRecord(of.steps, seeds_Q, (), (), lr_G, decay_G, shares=shared)
-        shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)), of.micro_batch)
+        shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)), of.sharing.micro_batch)
         flight = self.graphs.step(loss_of, batches, empty, rule.table(lr_G, decay_G, steps_G), shape)
         if flight is None:
             return None

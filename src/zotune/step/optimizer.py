@@ -16,7 +16,6 @@ from zotune import noise
 from zotune.directions import Displacement, joined
 from zotune.directions.calibration import Norms
 from zotune.engines.following import FollowingEngine
-from zotune.engines.places import rows_in
 from zotune.engines.writing import Through
 from zotune.errors import NonFiniteLoss
 from zotune.methods import Method, make_method
@@ -63,9 +62,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         them; `state_dict` does. With all others, "auto" too, weights are current after each step.
     forward_tokens: tokens of one forward, at most, where the places of a step share forwards [by memory on CUDA, 1,024 on a CPU; a
         plain pair is then not split].
-    micro_batch: rows of a step that are evaluated together, at all their places; needs a step's batch and a loss a row [all].
-    workers: the processes that share out these rows, see `zotune.join`. Each is given the same batch, evaluates some of it
-        and applies all; weights are those of one process, bit for bit. Needs micro_batch.
+    micro_batch: rows of a step that are evaluated together [all]; needs a batch and a loss a row. workers: the processes that share
+        them out, see `zotune.join`: weights are those of one process, bit for bit.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.
     rounding: "nearest", or "compensated", see `zotune.updates.Rule`.
@@ -122,8 +120,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             1 if self.groups == "batch" else int(self.groups)
         )  # directions of a full batch: the most seen so far
         self.folds_by_query = False  # low-rank updates are rounded once a query, as they once were, not once a step
-        self.micro_batch = micro_batch
-        self.workers = workers
+        self.sharing = Sharing(micro_batch, workers)
         self.forward_passes = 0
         self.watch: Callable[[StepRecord], None] | None = None
         self.last: StepRecord | None = None  # the last step that has landed: see `land`
@@ -218,7 +215,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if self.groups == 1:
             return (1,)
         if batch is not None:
-            rows = sum(rows_in(b) for b in batches)
+            rows = self.sharing.rows(batches)
         else:  # a closure says how many rows it has by what it returns, at θ
             losses = self.engine.loss(closure, Displacement())
             if not isinstance(losses, Tensor) or losses.dim() != 1:
@@ -227,11 +224,6 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         directions = rows if self.groups == "batch" else min(int(self.groups), rows)
         self.pairs = max(self.pairs, directions)
         return shares(rows, directions)
-
-    @property
-    def sharing(self) -> Sharing:
-        """How the rows of a step are evaluated."""
-        return Sharing(self.micro_batch, self.workers)
 
     def draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
         """The mask of this step; without a loss one that was drawn from data is made of what is recorded."""

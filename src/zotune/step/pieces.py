@@ -68,7 +68,7 @@ def rows_of(batch: Mapping[str, Any], rows: int, first: int, last: int) -> dict[
     return found | {name: batch[name][first:last] for name in listed}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sharing:
     """How the rows of a step are evaluated: micro_batch at a time, by which workers. Of neither: batch by batch, as they come."""
 
@@ -85,14 +85,27 @@ class Sharing:
         workers = self.workers
         if workers is None:
             return
-        if self.micro_batch is None or of.method.kind != "zeroth-order":
+        if of.method.kind != "zeroth-order" or of.enhancements.hybrid is not None:
             raise ValueError(
-                "workers: share out pieces of a zeroth-order step's rows; give micro_batch=M, of fewer than a batch has"
+                "workers: share the places of zeroth-order steps, and this method differentiates; run one process"
+            )
+        if self.micro_batch is None and not workers.own_rows:
+            raise ValueError(
+                "workers: share out pieces of a step's rows; give micro_batch=M, of fewer than a batch has"
+            )
+        if of.method.needs_rows and workers.own_rows:
+            raise ValueError(
+                "own_rows: an update of this method needs all rows of its step; give every worker all, join()"
             )
         if of.steps % EVERY == 0 or not workers.sent:
             of.settle()
             workers.weights = weights_sum(p for group in of.param_groups for p in group["params"])
-            workers.batches = batches_sum(batches)
+            workers.batches = 0 if workers.own_rows else batches_sum(batches)
+
+    def rows(self, batches: Sequence[Any]) -> int:
+        """Of a step, over all workers."""
+        own = sum(map(rows_in, batches))
+        return sum(self.workers.counts(own)) if self.workers is not None and self.workers.own_rows else own
 
     def means(
         self,
@@ -108,7 +121,11 @@ class Sharing:
         copies: C. evaluate: a piece → (C, n), a loss a row. overlook: takes from a piece that another worker evaluates what the
         update needs of it.
         """
-        parts = list(pieces(batches, self.micro_batch))
+        if self.workers is not None and self.workers.own_rows:
+            parts, owners = self._with_others(batches)
+        else:
+            parts = list(pieces(batches, self.micro_batch))
+            owners = [i % self.workers.size for i in range(len(parts))] if self.workers is not None else []
         apart = len(shares_K) > 1 and set(shares_K) == {1}
         bounds = (
             list(pairwise(accumulate(shares_K, initial=0))) if len(shares_K) > 1 else [(0, sum(p.rows for p in parts))]
@@ -118,11 +135,30 @@ class Sharing:
                 f"groups: directions for {bounds[-1][1]} rows, the batches have {parts[-1].first + parts[-1].rows}"
             )
         if self.workers is not None:
-            return _Dealt(self.workers, engine, parts, bounds, copies).means(apart, evaluate, overlook)
+            return _Dealt(self.workers, engine, parts, owners, bounds, copies).means(apart, evaluate, overlook)
         found = [_checked(evaluate(part), part) for part in parts]
         if apart:
             return torch.cat([losses_Cn.double() for losses_Cn in found], 1)
         return _mean(sum(_sums(losses_Cn, part, bounds) for losses_Cn, part in zip(found, parts, strict=True)), bounds)  # type: ignore[arg-type]
+
+    def _with_others(self, batches: Sequence[Any]) -> tuple[list[Piece], list[int]]:
+        """The pieces of a step whose rows are the workers' own, by rank, and whose each is. One of another stands for all of its.
+
+        A batch that cannot be cut counts as one row.
+        """
+        assert self.workers is not None
+        if self.micro_batch is None and not all(isinstance(b, Mapping) and rows_in(b) for b in batches):
+            own = [Piece(i, 1, batch) for i, batch in enumerate(batches)]
+        else:
+            own = list(pieces(batches, self.micro_batch))
+        counts = self.workers.counts(own[-1].first + own[-1].rows)
+        parts, owners, first = list[Piece](), list[int](), 0
+        for rank, rows in enumerate(counts):
+            theirs = own if rank == self.workers.rank else [Piece(0, rows, None)]
+            parts += [piece._replace(first=first + piece.first) for piece in theirs]
+            owners += [rank] * len(theirs)
+            first += rows
+        return parts, owners
 
 
 def _checked(losses_Cn: Tensor, piece: Piece) -> Tensor:
@@ -157,8 +193,17 @@ class _Dealt:
     evaluate that one. Where it steps aside later, all do behind that piece, as one process would.
     """
 
-    def __init__(self, workers: Workers, engine: Any, parts: Sequence[Piece], bounds: Bounds, copies: int) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        engine: Any,
+        parts: Sequence[Piece],
+        owners: Sequence[int],
+        bounds: Bounds,
+        copies: int,
+    ) -> None:
         self.workers, self.engine, self.parts, self.bounds, self.copies = workers, engine, parts, bounds, copies
+        self.owners, self.own = owners, [i for i, owner in enumerate(owners) if owner == workers.rank]
         self.found: dict[int, Tensor] = {}
         self.aside, self.drew, self.width = -1, False, 8
 
@@ -167,7 +212,7 @@ class _Dealt:
         aside = {one.aside for one in told}
         if len(aside) > 1:
             self.engine.trust = False  # it steps aside before the next piece
-            behind = min(at for at in aside if at >= 0) + 1
+            behind = 0 if self.workers.own_rows else min(at for at in aside if at >= 0) + 1
             told = self._tell(apart, self._evaluate(evaluate, overlook, behind))
         if not apart:
             shape = (2, self.copies, len(self.bounds))
@@ -184,12 +229,13 @@ class _Dealt:
         self, evaluate: Callable[[Piece], Tensor], overlook: Callable[[Piece], None], behind: int
     ) -> Exception | None:
         """The losses of this worker's pieces from one on; what went wrong."""
-        own, fresh = self.workers.deal(len(self.parts)), self.engine.forwards == 0
+        fresh = self.engine.forwards == 0 and not self.workers.own_rows
         redraw = same_draws(self.engine.directions.params)
         try:
             for i, piece in enumerate(self.parts[behind:], behind):
-                if i not in own and not (fresh and i == 0):
-                    overlook(piece)
+                if i not in self.own and not (fresh and i == 0):
+                    if piece.batch is not None:
+                        overlook(piece)
                     continue
                 served = getattr(self.engine, "usable", True)
                 self.found[i] = _checked(evaluate(piece), piece).cpu()
@@ -206,7 +252,7 @@ class _Dealt:
 
     def _tell(self, apart: bool, failure: Exception | None) -> list[Message]:
         """Everybody's message, after which all know of what width losses are."""
-        workers, own = self.workers, self.workers.deal(len(self.parts))
+        workers = self.workers
         width = workers.widths.get(self.engine, 8)
         most = max(len(self._rows(rank)) for rank in range(workers.size))
         size = self.copies * (width * most if apart else 16 * len(self.bounds))
@@ -214,13 +260,13 @@ class _Dealt:
             failure = ValueError("the loss has given float32 before, and float64 now: workers cannot compare the two")
         if failure is not None:
             return workers.exchange(Message(FAILED), size, failure)
-        mine = [self.found[i] for i in own]
+        mine = [self.found[i] for i in self.own]
         if not mine:
             data = b""
         elif apart:
             data = torch.cat([one.to(_DTYPES[width]) for one in mine], 1).contiguous().numpy().tobytes()
         else:
-            sums = [_sums(one, self.parts[i], self.bounds) for i, one in zip(own, mine, strict=True)]
+            sums = [_sums(one, self.parts[i], self.bounds) for i, one in zip(self.own, mine, strict=True)]
             data = torch.stack(sums).sum(0).numpy().tobytes()
         known = max(map(_width, self.found.values()), default=0)
         told = workers.exchange(Message(DREW if self.drew else DONE, width=known, aside=self.aside, losses=data), size)
@@ -230,8 +276,8 @@ class _Dealt:
 
     def _rows(self, rank: int) -> list[int]:
         """The rows of the step that a worker evaluates, in the order of its losses."""
-        own = self.workers.deal(len(self.parts), rank)
-        return [row for i in own for row in range(self.parts[i].first, self.parts[i].first + self.parts[i].rows)]
+        own = [piece for piece, owner in zip(self.parts, self.owners, strict=True) if owner == rank]
+        return [row for piece in own for row in range(piece.first, piece.first + piece.rows)]
 
 
 def _width(losses: Tensor) -> int:

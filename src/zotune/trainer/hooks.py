@@ -56,6 +56,11 @@ def one_card(args: transformers.TrainingArguments) -> None:
     args._n_gpu = min(args.n_gpu, 1)
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """Without DistributedDataParallel, which would send buffers at each forward, and processes take different numbers of these."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 class HookedTrainer(transformers.Trainer):
     """The Trainer, which asks its subclass by names of ours where it would go through private methods."""
 

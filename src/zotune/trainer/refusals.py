@@ -51,11 +51,6 @@ def refuse_trainer(model: Any, args: transformers.TrainingArguments, row_loss: A
         raise InputError(f"ACCELERATE_MIXED_PRECISION=fp16: {REFUSED['fp16']}")
     if getattr(args, "deepspeed_plugin", None) is not None:
         raise InputError(f"ACCELERATE_USE_DEEPSPEED: {REFUSED['deepspeed']}")
-    if args.world_size > 1:
-        raise InputError(
-            f"{args.world_size} processes: the Trainer gives each rows of its own, and each would move its weights by them; "
-            "run one, or share the steps of one run: torchrun … -m zotune train, or zotune.join() in a loop of your own"
-        )
     optimizer, schedule = given.get("optimizers") or (None, None)
     if optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None:
         kind = optimizer if optimizer is not None else given["optimizer_cls_and_kwargs"][0]

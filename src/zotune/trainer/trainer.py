@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,10 +18,13 @@ from zotune.methods import find
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer.arguments import ZO_FIELDS, ZOTrainingArguments, options_of
 from zotune.trainer.groups import parameter_groups
-from zotune.trainer.hooks import HookedTrainer, one_card
+from zotune.trainer.hooks import HookedTrainer, one_card, plain
 from zotune.trainer.refusals import refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
 from zotune.trainer.tally import Tally, without_nan
+from zotune.workers.group import join
+
+logger = logging.getLogger(__name__)
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
@@ -60,6 +64,9 @@ class ZOTrainer(HookedTrainer):
         (`method="zo-sgd", eps=…`); keywords win.
     row_loss: (model, inputs) → (B,) losses, instead of `compute_loss`; the batch's loss is their mean.
 
+    Under torchrun or accelerate it keeps the Trainer's convention: each process has batches of its own, of
+    `per_device_train_batch_size` rows; a step has the rows of all, and all apply it. Losses alone travel between them.
+
     Each logged step also carries `projected_gradient`, `forward_passes` and `skipped_steps`. After a step with a
     non-finite loss nothing has changed; after `max_skipped` in a row `NonFiniteLoss` ends training.
     """
@@ -81,6 +88,13 @@ class ZOTrainer(HookedTrainer):
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
         self.tally = Tally()
+        self._workers = join(own_rows=True) if args.world_size > 1 else None
+        if self._workers is not None and self._workers.first:
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            logger.warning(
+                "%d processes: a step has the rows of all, %d of each (per_device_train_batch_size is a process's)",
+                args.world_size, rows,
+            )  # fmt: skip
         super().__init__(model, args, *positional, **kwargs)
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
             self._made_optimizer(self.model)  # what it refuses is refused now; the run's own is made when it begins
@@ -107,6 +121,7 @@ class ZOTrainer(HookedTrainer):
         groups = parameter_groups(model, self.args.weight_decay)
         optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
         optimizer.told = told | {"groups": optimizer.groups}
+        optimizer.sharing.workers = self._workers
         return optimizer
 
     def calibrate(self) -> int:
@@ -131,6 +146,7 @@ class ZOTrainer(HookedTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
+        model = plain(model)
         if model.training:  # it walks through all modules
             model.eval()
         with self.compute_loss_context_manager():

@@ -30,13 +30,14 @@ _JOINS = itertools.count()
 class Workers:
     """The processes of a run, of which this is number `rank` of `size`.
 
+    own_rows: each gives rows of its own to a step, which has all of them; else all give the same, and share out their evaluation.
     sent: bytes of this worker's last message. stop: the signal that all have agreed to stop by; asked: the one that this process
     was sent, which its next message tells. weights, batches: check sums that the next message has, or 0. widths: by engine,
     bytes of a row's loss; 8 until one is known.
     """
 
-    def __init__(self, rank: int, size: int, group: Any = None) -> None:
-        self.rank, self.size, self._group = rank, size, group
+    def __init__(self, rank: int, size: int, group: Any = None, own_rows: bool = False) -> None:
+        self.rank, self.size, self._group, self.own_rows = rank, size, group, own_rows
         self.sent = 0
         self.asked: int | None = None
         self.stop: int | None = None
@@ -48,13 +49,12 @@ class Workers:
         """Whether this is the one that writes the run's folder and talks."""
         return self.rank == 0
 
-    def deal(self, pieces: int, rank: int | None = None) -> range:
-        """The pieces of a worker: every N-th.
-
-        >>> Workers(1, 3).deal(5)
-        range(1, 5, 3)
-        """
-        return range(self.rank if rank is None else rank, pieces, self.size)
+    def counts(self, own: int) -> list[int]:
+        """How many each has, by rank."""
+        found = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._heard():
+            dist.all_gather(found, torch.tensor([own]), group=self._group)
+        return [int(one) for one in found]
 
     def exchange(self, mine: Message, size: int, failure: Exception | None = None) -> list[Message]:
         """Everybody's message, by rank. size: bytes of the losses' field. failure: why this one's part was not done.
@@ -146,17 +146,18 @@ def exit_code(error: Exception) -> int:
     return code if isinstance(code, int) else 2 if isinstance(error, InputError) else 1
 
 
-def join(seconds: float = WAITS) -> Workers | None:
+def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
     """The group that torchrun has started this process in; None where it has started no other.
 
     For a loop of your own: every process takes the same steps on the same batches, `ZeroOrderOptimizer(…, micro_batch=M,
     workers=join())`. A process group that torch.distributed has already is used. seconds: to wait for others, at most.
+    own_rows: each process gives rows of its own, as a `DistributedSampler` deals them, and a step's are those of all.
     """
     size = asked_for()
     if size == 1:
         return None
     if dist.is_initialized():
-        return Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        return Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"), own_rows)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
@@ -171,7 +172,7 @@ def join(seconds: float = WAITS) -> Workers | None:
         if "EADDRINUSE" in said or "in use" in said:
             raise InputError(f"MASTER_PORT {where}: the port is in use; give torchrun another --master-port") from None
         raise WorkerError(f"MASTER_ADDR {where}: {size} workers did not meet ({said[:120]})") from None
-    return Workers(rank, size)
+    return Workers(rank, size, own_rows=own_rows)
 
 
 @contextmanager
