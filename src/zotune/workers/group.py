@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAITS = 1800  # seconds for the others, at most: rank 0 may be scoring a large model, or saving one
 EVERY = 64  # steps between comparisons of weights
-_JOINS = itertools.count()
+MEETS = 0.05  # seconds between looks for the others at the start
 
 
 class Workers:
@@ -162,10 +163,10 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
     rank, where = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    wait, number = timedelta(seconds=seconds), next(_JOINS)
+    wait = timedelta(seconds=seconds)
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=wait))
-        store = dist.PrefixStore(f"zotune/{number}", store)  # a process may join again when it has left
+        store = dist.PrefixStore(_met(store, rank, size, seconds), store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:  # torch's own kinds are RuntimeErrors
         said = str(error).splitlines()[0]
@@ -173,6 +174,33 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
             raise InputError(f"MASTER_PORT {where}: the port is in use; give torchrun another --master-port") from None
         raise WorkerError(f"MASTER_ADDR {where}: {size} workers did not meet ({said[:120]})") from None
     return Workers(rank, size, own_rows=own_rows)
+
+
+def _met(store: Any, rank: int, size: int, seconds: float) -> str:
+    """A name for this group's keys, once all of it are known to be there.
+
+    torchrun's store outlives a group, with addresses of processes that are gone. So the first worker offers a fresh name, each
+    other answers it with one of its own, and the first says whom it has heard.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank == 0:
+        store.set("zotune/offer", own)
+    while time.monotonic() < until:
+        if not store.check(["zotune/offer"]):
+            time.sleep(MEETS)
+            continue
+        name = store.get("zotune/offer").decode()
+        if rank == 0:
+            answers = [f"zotune/{own}/{other}" for other in range(1, size)]
+            if store.check(answers):
+                store.set(f"zotune/{own}/heard", " ".join([own, *(store.get(key).decode() for key in answers)]))
+                return f"zotune/{own}"
+        else:
+            store.set(f"zotune/{name}/{rank}", own)
+            if store.check([f"zotune/{name}/heard"]) and own in store.get(f"zotune/{name}/heard").decode().split():
+                return f"zotune/{name}"
+        time.sleep(MEETS)
+    raise RuntimeError(f"after {seconds:.0f} s some are missing")
 
 
 @contextmanager
