@@ -22,7 +22,7 @@ from zotune.record.fingerprints import start
 from zotune.run.folder import CALIBRATION, FREE, RunFolder
 from zotune.run.state import RunState
 from zotune.workers.group import Workers
-from zotune.workers.launcher import launch, started_again
+from zotune.workers.launcher import launch
 
 LAUNCH = "launch"  # key of progress.json: of the launcher that may start the run's processes again
 PLACES = {
@@ -58,9 +58,9 @@ def refuse_few(config: TrainConfig, workers: int) -> None:
 
 
 def goes_on(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """With --resume where an elastic launcher has started the run's processes again."""
+    """With --resume where an elastic launcher has started the run's processes again: the folder's run is of the same launch."""
     same = launch() and folder.read_json("progress.json").get(LAUNCH) == launch()
-    return config.model_copy(update={"resume": True, "overwrite": False}) if started_again() or same else config
+    return config.model_copy(update={"resume": True, "overwrite": False}) if same else config
 
 
 def facts(ready: Prepared) -> dict[str, Any]:
@@ -118,9 +118,6 @@ def state_of(folder: RunFolder, workers: Workers) -> Iterator[RunState]:
     """
     if workers.first:
         state = RunState.found(folder, workers)
-        if name := launch():
-            state.progress[LAUNCH] = name
-            state.save()
         workers.from_first(lambda: _goes_on_from(state))
         workers.together(lambda: None)
         yield state

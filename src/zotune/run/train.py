@@ -20,11 +20,12 @@ from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_at
 from zotune.run.process import Interrupted, deterministic, signals, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
-from zotune.run.together import facts, goes_on, refuse_few, refuse_unlike, state_of
+from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
 from zotune.run.trainer import TaskTrainer
 from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
 from zotune.workers.group import Workers, joined
+from zotune.workers.launcher import launch
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
 RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens")
@@ -39,8 +40,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
         listener = listener if listener is not None and workers.first else Listener()
         folder = RunFolder(config.output)
         workers.together(lambda: refuse_few(config, workers.size))
-        if workers.size > 1:
-            config = workers.from_first(lambda: goes_on(config, folder))
+        if workers.first:
+            config = goes_on(config, folder)
         if done := workers.from_first(lambda: _open(config, folder, listener, held)):
             return done
         held.enter_context(deterministic(config.deterministic))
@@ -117,6 +118,8 @@ def _write_down(ready: Prepared, folder: RunFolder) -> None:
     if config.overwrite:
         folder.clear()
     folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+    if name := launch():
+        folder.write_json("progress.json", folder.read_json("progress.json") | {LAUNCH: name})
 
 
 def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> None:

@@ -31,8 +31,3 @@ def launch() -> str:
 def is_first() -> bool:
     """Whether this is the process that talks: the only one, or that of rank 0."""
     return asked_for() == 1 or os.environ.get("RANK", "0") == "0"
-
-
-def started_again() -> bool:
-    """Whether the launcher has started this group before, and it has failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
