@@ -154,11 +154,12 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
     workers=join())`. A process group that torch.distributed has already is used. seconds: to wait for others, at most.
     own_rows: each process gives rows of its own, as a `DistributedSampler` deals them, and a step's are those of all.
     """
+    if dist.is_initialized():
+        size = dist.get_world_size()
+        return Workers(dist.get_rank(), size, dist.new_group(backend="gloo"), own_rows) if size > 1 else None
     size = asked_for()
     if size == 1:
         return None
-    if dist.is_initialized():
-        return Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"), own_rows)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
