@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 from zotune.errors import InputError
+from zotune.methods import Method
+from zotune.step.enhancements import Enhancements
 
 # Argument of TrainingArguments → why it is refused where it is set to more than its default, and what to do.
 REFUSED = {
@@ -71,6 +73,14 @@ def refuse_trainer(model: Any, args: transformers.TrainingArguments, row_loss: A
         )
     if isinstance(model, nn.Module):
         _refuse_model(model)
+
+
+def refuse_shared(method: Method, enhancements: Enhancements, processes: int) -> None:
+    """Raises InputError for what several processes cannot do with rows of their own each."""
+    if method.kind != "zeroth-order" or enhancements.hybrid is not None:
+        raise InputError(f"{processes} processes: exchange losses, and this method has gradients; run one process")
+    if method.needs_rows:
+        raise InputError(f"{processes} processes: an update of this method needs all rows of its step; run one process")
 
 
 def _refuse_model(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,12 +18,10 @@ from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.trainer.arguments import ZO_FIELDS, ZOTrainingArguments, options_of
 from zotune.trainer.groups import parameter_groups
 from zotune.trainer.hooks import HookedTrainer, one_card, plain
-from zotune.trainer.refusals import refuse_trainer
+from zotune.trainer.refusals import refuse_shared, refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
+from zotune.trainer.sharing import processes
 from zotune.trainer.tally import Tally, without_nan
-from zotune.workers.group import join
-
-logger = logging.getLogger(__name__)
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
@@ -88,13 +85,7 @@ class ZOTrainer(HookedTrainer):
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
         self.tally = Tally()
-        self._workers = join(own_rows=True) if args.world_size > 1 else None
-        if self._workers is not None and self._workers.first:
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            logger.warning(
-                "%d processes: a step has the rows of all, %d of each (per_device_train_batch_size is a process's)",
-                args.world_size, rows,
-            )  # fmt: skip
+        self._workers = processes(args)
         super().__init__(model, args, *positional, **kwargs)
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
             self._made_optimizer(self.model)  # what it refuses is refused now; the run's own is made when it begins
@@ -121,6 +112,8 @@ class ZOTrainer(HookedTrainer):
         groups = parameter_groups(model, self.args.weight_decay)
         optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
         optimizer.told = told | {"groups": optimizer.groups}
+        if self._workers is not None:
+            refuse_shared(optimizer.method, optimizer.enhancements, self._workers.size)
         optimizer.sharing.workers = self._workers
         return optimizer
 
