@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Pope
     """A torchrun of one worker, one of 1 to 3."""
     how = [
         "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=3,join_timeout=120", "--monitor-interval=0.1",
+        f"--rdzv-endpoint=localhost:{port}", "--monitor-interval=0.1",
+        "--rdzv-conf=last_call_timeout=3,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "zotune", "train", *flags]
     with open(said, "w") as file:
@@ -56,31 +60,63 @@ def reached(folder: Path) -> int:
         return 0
 
 
-@pytest.mark.slow
-def test_a_run_whose_workers_are_killed_at_random_ends_in_the_bits_of_a_whole_one(tmp_path):
+@pytest.fixture
+def launched(tmp_path):
+    """Three agents of a run, and what a whole run of one process leaves."""
     model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data", train=20, validation=6, test=6)
-    options: dict[str, Any] = {k: v for k, v in LONG.items() if k != "lr"} | {"lr": float(LONG["lr"])}
+    options: dict[str, Any] = LONG | {"lr": float(LONG["lr"])}
     zotune.train(output=str(tmp_path / "whole"), **(runs.options_of(tmp_path) | options))
-    folder, port = tmp_path / "run", free_port()
-    flags = [*tiny.flags(model, data, **LONG), "--output", str(folder)]
+    flags, port = [*tiny.flags(model, data, **LONG), "--output", str(tmp_path / "run")], free_port()
     agents = [agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in range(3)]
-    draw, kills, last = random.Random(0), 0, 0
+    yield agents, tmp_path / "run", outcome(tmp_path / "whole")
+    for one in agents:
+        one.terminate()
+    for one in agents:
+        one.wait(60)
+
+
+def kill(*processes: int) -> None:
+    for one in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def ended(agents: list[subprocess.Popen[str]], folder: Path, each: Callable[[], None] = lambda: None) -> None:
+    """Wait for all agents to end well. each: called again and again before they do."""
     until = time.monotonic() + 280
-    try:
-        while any(one.poll() is None for one in agents) and time.monotonic() < until:
-            time.sleep(0.02)
-            if kills < 3 and last < reached(folder) < LONG["steps"]:  # it has come further since the last kill
-                time.sleep(draw.random() / 5)
-                alive, last = workers_of(agents), reached(folder)
-                if alive:
-                    subprocess.run(["kill", f"-{int(signal.SIGKILL)}", str(draw.choice(alive))], check=False)
-                    kills += 1
-        told = "\n".join((tmp_path / f"{i}.said").read_text()[-2000:] for i in range(3))
-        assert [one.poll() for one in agents] == [0, 0, 0], told
-    finally:
-        for one in agents:
-            one.terminate()
-        for one in agents:
-            one.wait(60)
+    while any(one.poll() is None for one in agents) and time.monotonic() < until:
+        time.sleep(0.02)
+        each()
+    told = "\n".join(path.read_text()[-2000:] for path in sorted(folder.parent.glob("*.said")))
+    assert [one.poll() for one in agents] == [0] * len(agents), told
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_are_killed_at_random_ends_in_the_bits_of_a_whole_one(launched):
+    agents, folder, whole = launched
+    draw, kills, last = random.Random(0), 0, 0
+
+    def perhaps_kill() -> None:
+        nonlocal kills, last
+        if kills < 3 and last < reached(folder) < LONG["steps"]:  # it has come further since the last kill
+            time.sleep(draw.random() / 5)
+            alive, last = workers_of(agents), reached(folder)
+            if alive:
+                kill(draw.choice(alive))
+                kills += 1
+
+    ended(agents, folder, perhaps_kill)
     assert kills >= 1
-    assert_same(folder, outcome(tmp_path / "whole"))
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_those_that_are_left_go_on_without_a_machine_that_is_gone(launched):
+    agents, folder, whole = launched
+    while reached(folder) < 3 and all(one.poll() is None for one in agents):
+        time.sleep(0.02)
+    kill(*workers_of(agents[2:]), agents[2].pid)  # the first agent has torchrun's own store
+    ended(agents[:2], folder)
+    said = "".join(path.read_text() for path in folder.parent.glob("*.said"))
+    assert "2 workers share the steps" in said
+    assert_same(folder, whole)
