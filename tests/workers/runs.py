@@ -1,6 +1,6 @@
 """Runs of `zotune.train` that workers take together, one after the other, and what each worker saw of them, as JSON.
 
-torchrun --nproc-per-node N runs.py FOLDER      FOLDER has model, other (model), data and rows (data)
+torchrun --nproc-per-node N runs.py FOLDER      FOLDER has model, other (a model), data and fewer (data)
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(folder: Path) -> dict[str, Any]:
     found = {name: run(folder, name, rank, {}, **options) for name, options in PLAIN.items()}
     found["stopped"] = run(folder, "stopped", rank, {}, at_step(3, terminate))
     found["options"] = run(folder, "wrong-options", rank, {"lr": 0.5})
-    found["data"] = run(folder, "wrong-data", rank, {"data": str(folder / "rows")})
+    found["data"] = run(folder, "wrong-data", rank, {"data": str(folder / "fewer")})
     found["base"] = run(folder, "wrong-base", rank, {"model": str(folder / "other")})
     found["few"] = run(folder, "wrong-few", rank, {}, micro_batch=4)
     found["whole"] = run(folder, "wrong-whole", rank, {}, micro_batch=None)

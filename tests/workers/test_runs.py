@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("workers")
     tiny.save_model(made / "model")
     tiny.save_data(made / "data", train=20, validation=6, test=6)
-    tiny.save_data(made / "rows", train=19, validation=6, test=6)
+    tiny.save_data(made / "fewer", train=19, validation=6, test=6)
     tiny.causal_model(seed=1).save_pretrained(made / "other")
     tiny.tokenizer(bos=True).save_pretrained(made / "other")
     return made
