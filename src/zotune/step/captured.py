@@ -77,9 +77,9 @@ class CapturedSteps:
                 of.pending.append(rule.displacement(record))
             of.took(record)
 
-    def fold(self, by: Displacement) -> bool:
+    def fold(self, by: Displacement, at_once: int) -> bool:
         """Apply updates that waited as a graph; False where that has to be done without one."""
-        return self.graphs is not None and self.graphs.fold(by, len(by.seeds_Q))
+        return self.graphs is not None and self.graphs.fold(by, at_once)
 
     def forget(self) -> None:
         """Make the graphs anew: they hold tensors that are gone."""

@@ -18,14 +18,14 @@ from zotune.directions.calibration import Norms
 from zotune.engines.following import FollowingEngine
 from zotune.engines.places import rows_in
 from zotune.engines.writing import Through
-from zotune.errors import NonFiniteLoss
+from zotune.errors import NonFiniteLoss, OptionError
 from zotune.methods import Method, make_method
 from zotune.record.steps import StepRecord
 from zotune.record.trajectory import Record
 from zotune.step import replaying
 from zotune.step.arithmetic import Given, weights_of
 from zotune.step.captured import CapturedSteps
-from zotune.step.choices import Choices
+from zotune.step.choices import Choices, is_count
 from zotune.step.choosing import engines_over, reason
 from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
@@ -37,6 +37,8 @@ from zotune.updates import Linear
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
 
 logger = logging.getLogger(__name__)
+
+RANK_BEFORE = 128  # of an update that one product folded, before places
 
 
 class ZeroOrderOptimizer(torch.optim.Optimizer):
@@ -114,7 +116,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.pairs = (
             1 if self.groups == "batch" else int(self.groups)
         )  # directions of a full batch: the most seen so far
-        self.folds_by_query = False  # low-rank updates are rounded once a query, as they once were, not once a step
+        self.folds_by_query = False  # low-rank updates are rounded as they once were: see `at_once`
         self.forward_passes = 0
         self.watch: Callable[[StepRecord], None] | None = None
         self.last: StepRecord | None = None  # the last step that has landed: see `land`
@@ -140,8 +142,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def chosen_engine(self) -> str:
-        """The engine, and why it was taken where it was not named."""
-        return reason(self.engine.name, self.choices)
+        """The engine, and why it was taken where it was not named; or that it stepped aside, once it has."""
+        return reason(self.engine, self.choices)
 
     @property
     def forwards_a_step(self) -> int:
@@ -281,9 +283,14 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """What a coefficient must stay under: the narrowest weight's largest number, over 16, since |z| stays under 6."""
         return min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"]) / 16
 
-    def at_once(self, directions: int) -> int:
-        """How many low-rank directions are summed before they are rounded: all of a step's."""
-        return self.pairs if self.folds_by_query else directions
+    def at_once(self, directions: int, fold: bool = False) -> int:
+        """How many low-rank directions are summed before they are rounded: all of a step's, or of a fold's.
+
+        Runs older than places have a query's at the most, and of these as many as have a rank of 128 together.
+        """
+        if not self.folds_by_query:
+            return directions
+        return min(directions if fold else self.pairs, max(1, RANK_BEFORE // int(self.choices.rank)))
 
     def apply_now(self, late: list[tuple[Any, StepRecord]], hold: bool = False) -> None:
         """Updates, in order: through the engine's writer where they are displacements. hold: which may wait further."""
@@ -380,9 +387,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             return
         by, rule = joined(waiting), self.method.rule
         assert isinstance(rule, Linear)
-        if self.captured.fold(by):
+        at_once = self.at_once(len(by.seeds_Q), fold=True)
+        if self.captured.fold(by, at_once):
             return
-        rule.displace(Through(self.engine.writer, len(by.seeds_Q)), by, self.state)
+        rule.displace(Through(self.engine.writer, at_once), by, self.state)
 
 
 def _rounded(method: Method, rounding: str | None) -> Method:
@@ -393,8 +401,6 @@ def _rounded(method: Method, rounding: str | None) -> Method:
 
 
 def _whole(queries: Any) -> int | None:
-    from zotune.errors import OptionError
-
-    if queries is not None and not (queries >= 1 and queries == int(queries)):
+    if queries is not None and not is_count(queries):
         raise OptionError("queries", f"queries={queries!r}: must be a whole number from 1")
     return None if queries is None else int(queries)

@@ -67,7 +67,7 @@ def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
         for group in of.param_groups:
             group["step"] += 1
     most = max((len(by.seeds_Q) for by in moves), default=1)
-    of.engine.writer.apply_each(moves, most if of.fold_every > 1 else of.at_once(most))
+    of.engine.writer.apply_each(moves, of.at_once(most, fold=of.fold_every > 1))
 
 
 def recorded(of: ZeroOrderOptimizer, record: Record) -> list[StepRecord]:
