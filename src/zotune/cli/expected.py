@@ -67,7 +67,7 @@ def expected(ready: Prepared) -> Expected:
         "method": config.method, "scheme": config.scheme, "dtype": config.dtype, "queries": config.queries,
         "batch_size": sequences, "answer_tokens": answer, "rates": rates,
         "estimator": config.estimator, "state_dtype": config.state_dtype, "rounding": config.rounding,
-        "masked": bool(config.sparsity), "engine": config.engine,
+        "masked": bool(config.sparsity), "engine": config.engine, "forward_tokens": config.forward_tokens,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():

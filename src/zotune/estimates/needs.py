@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zotune.errors import InputError, nearest
-from zotune.methods import METHODS, make_method
+from zotune.errors import InputError
+from zotune.methods import find, make_method
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Needs:
     """kind: losses alone, a derivative carried forward, or a gradient. forwards: evaluations of the loss on a batch.
 
     state_copies: of what trains. by_tiles: the update is a rule's arithmetic on tiles of the weights, not coefficients alone.
-    paired: each direction is probed at both signs, which engines evaluate in one forward. options: those that it
+    places: those evaluations of its estimate, of which engines take several in one forward. options: those that it
     has of its own, queries among them. of_rows: directions know their rows, which no estimate does.
     """
 
@@ -22,20 +22,21 @@ class Needs:
     forwards: int
     state_copies: int
     by_tiles: bool
-    paired: bool
+    places: int
     options: tuple[str, ...]
     of_rows: bool
 
 
 def needs_of(name: str, queries: int | None = None, estimator: str | None = None) -> Needs:
-    """Of a registered method, by its own defaults where nothing is given; options that it lacks are left out. Raises InputError."""
-    if name not in METHODS:
-        raise InputError(f"--method {name}: {nearest(name, METHODS)}")
-    options = tuple(METHODS[name].options)
+    """Of a method by its name (`zotune.methods.find`) and its own defaults where nothing is given; options that it lacks are left
+    out. Raises InputError.
+    """
     asked = {"queries": queries, "estimator": estimator}
-    given = {key: value for key, value in asked.items() if value is not None and key in options}
     try:
-        method = make_method(name, **given)
+        options = tuple(find(name).options)
+        method = make_method(
+            name, **{key: value for key, value in asked.items() if value is not None and key in options}
+        )
     except ValueError as error:
         raise InputError(f"--method {name}: {error}") from None
     kind, rule = method.kind, method.rule
@@ -44,7 +45,7 @@ def needs_of(name: str, queries: int | None = None, estimator: str | None = None
         method.forwards,
         rule.state_copies,
         by_tiles=kind == "first-order" or not (rule.linear or rule.extra_forwards),
-        paired={*method.signs} == {+1, -1},
+        places=len(method.signs),
         options=options,
         of_rows=method.own_inputs,
     )

@@ -41,7 +41,8 @@ def make_method(of: str | Method, **options: Any) -> Method:
 def find(name: str) -> Preset:
     """The preset of that name; of `module:NAME` what the module has under it, a Method or a function that makes one.
 
-    Only who names a module has it imported: nothing that a file says is handed on to this.
+    Only who names a module has it imported, by a flag or in options of their own: nothing that a trajectory says is handed on to
+    this.
     """
     if name in METHODS:
         return METHODS[name]
