@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, ZOTrainingArguments
 from zotune.bench.suite import PROBE_OPTIONS
+from zotune.errors import OptionError
 from zotune.options import StepOptions, TrainConfig
 from zotune.options.step import METHOD_OPTIONS
 from zotune.step.choices import TOGETHER, Choices
@@ -68,3 +70,10 @@ def test_a_record_s_options_make_the_optimizer_again(given):
     assert again.choices == first.choices
     assert (again.method, again.direction, again.enhancements) == (first.method, first.direction, first.enhancements)
     assert torch.tensor(config.directions_a_row) == first.method.queries
+
+
+@pytest.mark.parametrize("name", ["queries", "rank", "fold_every", "forward_tokens", "max_skipped"])
+@pytest.mark.parametrize("value", ["two", "2", 0, 1.5, math.inf, math.nan, True])
+def test_a_count_that_is_none_is_refused_by_its_name(name, value):
+    with pytest.raises(OptionError, match=f"{name}=.*a whole number from 1"):
+        ZeroOrderOptimizer(nn.Linear(2, 2), **{name: value})

@@ -190,7 +190,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
                     "search": by_key[key].search,
                     "lr": f"{by_key[key].lr:g}" if by_key[key].lr == by_key[key].lr else "",
                     "status": by_key[key].status,
-                    "score": tables._written(by_key[key].metric, by_key[key].score),
+                    "score": tables.cell_text(by_key[key].metric, by_key[key].score),
                     "options": yaml.safe_dump(by_key[key].options, sort_keys=False, allow_unicode=True, width=100),
                     "command": by_key[key].command,
                     "code": by_key[key].code,

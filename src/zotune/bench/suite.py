@@ -407,10 +407,11 @@ def probe_config(options: Mapping[str, Any]) -> TrainConfig:
     for key in options:
         if key not in (*PROBE_OPTIONS, *PROBE_KEYS):
             raise InputError(f"--{key.replace('_', '-')}: a probe times a few steps on random weights and takes none")
-    if options.get("checkpointing") and not str(options.get("method")).startswith("fo-"):
-        raise InputError(f"--checkpointing: method {options.get('method')!r} keeps no activations; it is for fo-*")
     given = {key: value for key, value in options.items() if key in PROBE_OPTIONS and key not in ("model", "steps")}
-    return resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
+    config = resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
+    if options.get("checkpointing") and not config.made_method.first_order:
+        raise InputError(f"--checkpointing: method {config.method!r} keeps no activations; it is for fo-*")
+    return config
 
 
 _SIZES = ("train", "validation", "test")

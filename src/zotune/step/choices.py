@@ -5,6 +5,7 @@ The optimizer, the command line and the estimates ask it; whoever shows a messag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -51,9 +52,9 @@ class Choices:
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         self._check("seed", whole and 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1")
         for name in ("max_skipped", "rank", "fold_every"):
-            self._check(name, _is_count(getattr(self, name)), "a whole number from 1")
+            self._check(name, is_count(getattr(self, name)), "a whole number from 1")
         if self.forward_tokens is not None:
-            self._check("forward_tokens", _is_count(self.forward_tokens), "a whole number from 1")
+            self._check("forward_tokens", is_count(self.forward_tokens), "a whole number from 1")
         if isinstance(self.groups, str) and self.groups.isdecimal():
             object.__setattr__(self, "groups", int(self.groups))
         counted = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
@@ -97,8 +98,9 @@ def _is_number(value: Any) -> bool:
     return (isinstance(value, Real) or tensor) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return bool(value >= 1 and value == int(value))
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number from 1."""
+    return _is_number(value) and 1 <= value < math.inf and value == int(value)
 
 
 def _given(of: Choices) -> str:

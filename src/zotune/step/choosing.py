@@ -8,6 +8,7 @@ from typing import Any
 from zotune.directions import Directions
 from zotune.directions.masks import Mask, MaskedDirections
 from zotune.engines import choose, make_engine
+from zotune.engines.following import FollowingEngine
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.sequential import SequentialEngine
 from zotune.step.blocks import partition
@@ -44,10 +45,13 @@ def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any
     return (ForwardModeEngine if of.method.forward_mode else SequentialEngine)(directions)
 
 
-def reason(name: str, of: Choices) -> str:
-    """The engine's name, and why it was taken where it was not named."""
+def reason(engine: Any, of: Choices) -> str:
+    """The engine's name, and why it was taken where it was not named; or why it does not share forwards after all."""
+    name = engine.name
     if of.method.first_order:
         return "back-propagation: the method's own"
+    if isinstance(engine, FollowingEngine) and not engine.usable:
+        return f"{name}: by separate forwards, since {engine.why}"
     if of.engine != "auto":
         return f"{name}: as asked for"
     if of.brings_its_engine:
