@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import itables
-import jinja2
 import pandas as pd
 import yaml
 from itables.javascript import generate_init_offline_itables_html
@@ -20,6 +18,7 @@ import zotune
 from zotune.bench import figures, quoted, tables
 from zotune.bench.figures import drawing
 from zotune.bench.frame import groups_frame, metric_of, percentage, runs_frame
+from zotune.bench.pages import template
 from zotune.bench.store import Record, Store
 from zotune.errors import InputError
 
@@ -64,7 +63,7 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     scored = "Test " + metric_of(runs) + " in percent" * percentage(metric_of(runs))
     _files(partial, matrices, scored, tables.summary(groups), tables.runs(runs))
     _readme(partial, matrices, scored, drawn, runs)
-    page = _environment().get_template("page.html.j2").render(
+    page = template("page.html.j2").render(
         title=", ".join(sorted(set(runs.suite))),
         made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=zotune.__version__,
@@ -91,14 +90,6 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     shutil.rmtree(report, ignore_errors=True)
     partial.replace(report)
     return report / "index.html"
-
-
-def _environment() -> jinja2.Environment:
-    text = files("zotune.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return jinja2.Environment(
-        loader=jinja2.DictLoader({"page.html.j2": text}), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
 
 
 def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bool) -> list[dict[str, Any]]:

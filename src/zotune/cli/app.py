@@ -177,6 +177,16 @@ def _list(kind: Annotated[str, typer.Argument(metavar="methods|schemes|tasks|eng
     show(kind)
 
 
+@app.command("report", help="What finished runs came to, as a page: figures with intervals, curves, rows that changed.")
+def _report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="folders of finished runs")],
+    output: Annotated[str | None, typer.Option("--output", help="the page [default: report.html in the first]")] = None,
+) -> None:
+    from zotune.cli.report import report
+
+    report(runs, output)
+
+
 @app.command("env", help="What a bug report needs: versions, devices, threads.")
 def _env() -> None:
     from zotune.cli.about import environment

@@ -314,7 +314,7 @@ def duration(seconds: list[float | None]) -> str:
     >>> duration([30.0, 60.0]), duration([9000.0, None]), duration([None])
     ('1.5 minutes', '2.5 hours or more', '? minutes')
     """
-    from zotune.cli.expected import time_of
+    from zotune.estimates.words import time_of
 
     known = [s for s in seconds if s is not None]
     if seconds and not known:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zotune.cli.expected import Expected, time_of
+from zotune.cli.expected import Expected
 from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
 from zotune.estimates.memory import keep_freed, peak_bytes, readable
+from zotune.estimates.words import time_of
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
@@ -93,7 +94,7 @@ def dry_run(config: TrainConfig) -> None:
         show_row(console, example, encoded, ready.tokenizer)
     step_seconds, row_seconds, forwards, engine = _time(ready)
     evaluations = -(-config.steps // config.evaluates_every)
-    scored = len(ready.test) * 2 + len(ready.validation) * evaluations
+    scored = len(ready.test) * 2 + len(ready.validation) * (1 + evaluations)
     lengths = [row.tokens for row in ready.train]
     weights = weight_bytes(ready.model)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

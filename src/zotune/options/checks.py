@@ -14,9 +14,11 @@ from zotune.files.reading import read_yaml
 from zotune.options.commands import (
     WHOLE,
     DataOptions,
+    EstimateConfig,
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.from_run import from_run
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
     if any(_of_another_command(key, kind) for key in from_file):
         given.pop("output", None)  # the run's own folder
     given |= {key: value for key, value in flags.items() if value is not None}
+    if not issubclass(kind, TrainConfig) and kind is not EstimateConfig:
+        given = from_run(given, kind.model_fields)
     try:
         options = kind.model_validate(given)
     except ValidationError as error:

@@ -233,6 +233,7 @@ class EvalConfig(DataOptions, ModelOptions):
     shots: Annotated[int, Field(ge=0)] = Field(
         0, description="training rows shown with their answers before each prompt, drawn by the seed"
     )
+    details: bool = Field(False, description="the 95 % interval too, and which labels are taken for which")
     output: str | None = Field(None, description="write the figures to this JSON file")
 
 
@@ -261,7 +262,7 @@ class PreviewConfig(DataOptions):
 
 class PredictConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
-    output: str = Field(description="write labels and scores to this .jsonl file")
+    output: str = Field(description="write the rows with labels and scores to this .jsonl, .csv or .tsv file")
     overwrite: bool = Field(False, description="replace the output file")
 
 

@@ -25,7 +25,7 @@ from zotune.prepare.model import encoder_for, load
 from zotune.record.fingerprints import fingerprint
 from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
-from zotune.tasks.evaluation import outcome
+from zotune.tasks.evaluation import Outcome, outcome
 from zotune.tasks.objectives import objective
 from zotune.tasks.own import data_of, encoded
 from zotune.tasks.rows import BadRows
@@ -64,6 +64,10 @@ class Prepared:
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""
+        return self.outcome(rows, listener, what).metric(self.task.metric, rows)
+
+    def outcome(self, rows: list[Encoded], listener: Listener, what: str) -> Outcome:
+        """What the model makes of the rows."""
         listener.begin(what, len(rows))
         found = outcome(
             self.model,
@@ -75,7 +79,7 @@ class Prepared:
             advance=lambda n: listener.advance(what, n),
         )
         listener.end(what)
-        return found.metric(self.task.metric, rows)
+        return found
 
     def one_class(self, rows: list[Encoded]) -> float:
         """Percent right by always answering the label that is most frequent among the rows; 0 where nothing is chosen."""

@@ -23,15 +23,18 @@ CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
 STAGING = ".tmp"  # what is being written or deleted; a suffix too, of single files
 CARD = "README.md"
-OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", CARD, "progress.json")
+OWN = (
+    "config.yaml", "metrics.jsonl", "result.json", "predictions.jsonl", "report.html", "trajectory.zot", CALIBRATION,
+    "model", CARD, "progress.json",
+)  # fmt: skip
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
 FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "device", "save_every", "keep", "sync_every"}
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's fault, not the folder's
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, result.json, trajectory.zot with a README.md, model/, calibration/ (where masks need it),
-    and while it runs checkpoints and progress.json."""
+    """config.yaml, metrics.jsonl, result.json, predictions.jsonl, trajectory.zot with a README.md, model/,
+    calibration/ (where masks need it), and while it runs checkpoints and progress.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()

@@ -38,6 +38,7 @@ def result_of(
         "validation_rows": len(ready.validation),
         "rows_given": dict(ready.splits.given),
         "one_class": ready.one_class(ready.test),
+        "validation_before": state.progress.get("validation_before"),  # None of a run that an older version began
         "validation_best": reached.best_metric,
         "steps": reached.global_step,
         "chosen_step": chosen,

@@ -16,6 +16,7 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.predictions import keep
 from zotune.run.process import Interrupted, deterministic, signals, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
@@ -82,7 +83,10 @@ def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any
     reset_peak(ready.device)
     if "test_before" not in state.progress:
         with stops_the_run("test, before"):
-            state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
+            found = ready.outcome(ready.test, listener, "test, before")
+            state.progress["test_before"] = found.metric(ready.task.metric, ready.test)
+            keep(ready, found, folder, "before")
+            state.progress["validation_before"] = ready.score(ready.validation, listener, "validation, before")
         state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
         reset_peak(ready.device)
         state.save()
@@ -125,7 +129,9 @@ def finish(trainer: TaskTrainer, ready: Prepared, state: RunState, listener: Lis
     chosen = int(reached.best_global_step or reached.global_step)
     trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
     with stops_the_run("test, after"):
-        test_after = ready.score(ready.test, listener, "test, after")
+        found = ready.outcome(ready.test, listener, "test, after")
+        test_after = found.metric(ready.task.metric, ready.test)
+        keep(ready, found, folder, "after")
     if state.trajectory is not None:
         with TrajectoryWriter.resume(folder / "trajectory.zot", reached.global_step) as trajectory:
             trajectory.mark_chosen(chosen)
