@@ -227,7 +227,7 @@ def test_what_is_no_number_is_refused_and_never_written(value, form, tmp_path, c
     rows = [{"text": "the film was great", "label": 1}] * 3
     own = {
         "words": ["--template", tiny.TEMPLATE, "--label-words", tiny.WORDS],
-        "text": [],
+        "text": ["--text-field", "text"],
         "answer": ["--template", "{text}", "--answer-field", "label"],
     }[form]
     flags = ["--model", str(model), "--data", str(tiny.write_rows(tmp_path / "a.jsonl", rows)), *own, "--device", "cpu"]

@@ -74,28 +74,28 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
         problems.append("--alignment none: of built-in tasks; --template says how your own rows are asked")
     if given.get("subset") is not None and data is None:
         problems.append("--subset: belongs to --data; a task names its own")
-    if (
-        data is not None
-        and task is None
-        and given.get("template") is None
-        and not any(
-            given.get(key) is not None for key in ("label_words", "choices_field", "answer_field", "label_field")
-        )
-    ):
-        return problems  # the rows' columns tell
+    kinds = ("label_words", "choices_field", "answer_field")
     if data is not None and task is None:
-        if not given.get("template"):
+        chosen = [key for key in kinds if given.get(key) is not None]
+        if not given.get("template") and (
+            given.get("template") is not None or {"choices_field", "answer_field"} & set(chosen)
+        ):
             problems.append(
                 "--template: needed with --data, such as '{text} It was' (rows of text, prompt and completion, or messages "
                 "need no option)"
             )
-        kinds = ("label_words", "choices_field", "answer_field")
-        if sum(given.get(key) is not None for key in kinds) != 1:
+        if len(chosen) > 1:
             problems.append("--label-words, --choices-field, --answer-field: give one of them with --data")
+        if given.get("text_field") is not None:
+            problems += [
+                f"{flag(key)}: means nothing beside --text-field, whose text counts as it stands"
+                for key in ("template", "label_field", *kinds)
+                if given.get(key) is not None
+            ]
         if given.get("answer_field") is not None and given.get("loss") == "candidates":
             problems.append("--loss candidates: a generated answer has none; use answer")
     elif task is not None:
-        owned = ("template", "label_field", "label_words", "choices_field", "answer_field")
+        owned = ("template", "label_field", "text_field", *kinds)
         problems += [
             f"{flag(key)}: belongs to --data without --task, which brings its own"
             for key in owned

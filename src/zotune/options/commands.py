@@ -42,14 +42,20 @@ class DataOptions(Options):
         "such file, or a hub name",
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
-    template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
+    template: str | None = Field(
+        None, description="prompt over a row's fields, such as '{text} It was' [default: told by the columns]"
+    )
     label_field: str | None = Field(None, description="field that holds the label [default: label]")
     label_words: dict[str, str] | None = Field(
-        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
+        None,
+        description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}' [default: labels that are words]""",
     )
     choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
     answer_field: str | None = Field(
         None, description="field that holds the text to generate, or a list of right ones (generation)"
+    )
+    text_field: str | None = Field(
+        None, description="field whose text is learned as it stands, each token (plain text)"
     )
     columns: dict[str, str] | None = Field(
         None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""

@@ -10,7 +10,14 @@ from zotune.errors import InputError
 from zotune.files.reading import read_yaml
 
 ADAPTERS = ("lora", "prefix", "prompt")  # schemes whose model is an adapter beside its base
-TASKS = ("template", "label_field", "label_words", "choices_field", "answer_field")  # of own rows, without a task
+TASKS = (
+    "template",
+    "text_field",
+    "label_field",
+    "label_words",
+    "choices_field",
+    "answer_field",
+)  # of own rows, without a task
 WEIGHTS = ("gguf_file", "quantize")  # of the base; a whole model that was trained has neither
 
 

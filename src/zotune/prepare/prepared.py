@@ -162,9 +162,10 @@ def prepare(config: TrainConfig) -> Prepared:
     )
 
 
-def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
-    """The options with what depends on the model filled in."""
+def resolved(config: TrainConfig, model: nn.Module, task: Task) -> TrainConfig:
+    """The options with what depends on the model, and what the rows told of their task, filled in."""
     scheme, found = get_scheme(config.scheme), find(config.method)
+    told = {"template": task.prompt, "label_words": dict(task.words)} if config.task is None and task.words else {}
     method = found.build()
     return config.model_copy(
         update={
@@ -174,6 +175,7 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
             "queries": config.directions_a_row if "queries" in found.options else config.queries,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
             "eval_every": config.evaluates_every,
+            **told,
         }
     )
 

@@ -25,7 +25,7 @@ from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
-RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens")
+RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens", "template", "label_words")
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
             return done
         with deterministic(config.deterministic), tf32(config.tf32):
             ready = prepare(config)
-            if config.task is None and config.template is None:
+            if config.task is None and (config.template is None or (ready.task.words and not config.label_words)):
                 listener.say(described(ready.task))
             listener.say(ready.splits.described())
             if ready.unread:
@@ -55,7 +55,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
             if config.resume:
                 _check_resumed(folder, ready, listener)
-            ready.config = config = resolved(config, ready.model)
+            ready.config = config = resolved(config, ready.model, ready.task)
             if config.forward_tokens is None:
                 ready.config = config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
             if not config.resume:
