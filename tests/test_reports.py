@@ -13,6 +13,7 @@ from statistics import fmean
 
 import pytest
 import tiny
+import yaml
 
 import zotune
 from zotune.cli.app import run
@@ -249,3 +250,16 @@ def test_a_page_in_place_of_a_folder_is_refused(place, tmp_path):
 
     with pytest.raises(InputError, match="is a folder"):
         make_page([place / "full"], tmp_path)
+
+
+def test_evaluations_see_at_most_half_as_many_rows_as_the_steps_where_nothing_is_said(place, tmp_path):
+    many = {"train": tiny.text_rows(40), "validation": tiny.text_rows(90, 1), "test": tiny.text_rows(8, 2)}
+    common = {"model": place / "model", "template": tiny.TEMPLATE, "label_words": json.loads(tiny.WORDS), "lr": 0.0}
+    for rows, steps, every in ((90, 20, 12), (90, 200, 20), (9, 20, 2)):
+        data = many | {"validation": many["validation"][:rows]}
+        out = tmp_path / f"{rows}-{steps}"
+        zotune.train(**common, data=data, output=out, steps=steps, batch_size=8)
+        assert yaml.safe_load((out / "config.yaml").read_text())["eval_every"] == every
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        evaluated = [line["step"] for line in lines if "validation_accuracy" in line]
+        assert evaluated == [*range(every, steps, every), steps]

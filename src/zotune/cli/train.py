@@ -80,7 +80,7 @@ def dry_run(config: TrainConfig) -> None:
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
     ready = prepare(config)
-    ready.config = config = resolved(config, ready.model, ready.task)
+    ready.config = config = resolved(ready)
     console = Console()
     console.print(Text("configuration", style="bold"))
     console.print(

@@ -153,7 +153,11 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
     balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
-    eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    eval_every: Positive | None = Field(
+        None,
+        description="steps between evaluations on validation [default: a tenth, or so many that they see at most half as many rows "
+        "as the steps]",
+    )
     early_stop: Positive | None = Field(
         None, description="stop after so many evaluations in a row without a better validation [default: never]"
     )
@@ -199,8 +203,13 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     @property
     def evaluates_every(self) -> int:
         """Steps between evaluations: where updates wait for each other, none falls between two folds."""
-        folds = -(-(self.eval_every or max(1, self.steps // 10)) // self.fold_every)
-        return min(folds * self.fold_every, self.steps)
+        return self.evaluated(0)
+
+    def evaluated(self, rows: int) -> int:
+        """The same where validation has so many rows and nothing is said: 500 of them every 6 steps would cost half the time."""
+        seen = 2 * self.directions_a_row * self.batch_size * self.accumulate  # rows of a step's forwards, about
+        often = self.eval_every or max(1, self.steps // 10, -(-rows // (seen // 2 or 1)))
+        return min(-(-often // self.fold_every) * self.fold_every, self.steps)
 
     @property
     def saves_every(self) -> int:

@@ -162,8 +162,9 @@ def prepare(config: TrainConfig) -> Prepared:
     )
 
 
-def resolved(config: TrainConfig, model: nn.Module, task: Task) -> TrainConfig:
-    """The options with what depends on the model, and what the rows told of their task, filled in."""
+def resolved(ready: Prepared) -> TrainConfig:
+    """The options with what depends on the model and its rows filled in, and what the rows told of their task."""
+    config, model, task = ready.config, ready.model, ready.task
     scheme, found = get_scheme(config.scheme), find(config.method)
     told = {"template": task.prompt, "label_words": dict(task.words)} if config.task is None and task.words else {}
     method = found.build()
@@ -174,7 +175,7 @@ def resolved(config: TrainConfig, model: nn.Module, task: Task) -> TrainConfig:
             "direction": config.direction or method.direction or "gaussian",
             "queries": config.directions_a_row if "queries" in found.options else config.queries,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
-            "eval_every": config.evaluates_every,
+            "eval_every": config.evaluated(len(ready.validation)),
             **told,
         }
     )

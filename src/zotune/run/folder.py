@@ -74,6 +74,10 @@ class RunFolder:
             said = ", ".join(f"{k} was {was!r:.80}, is {now!r:.80}" for k, was, now in changed)
             raise InputError(f"--output {self.path}: holds a run of other options ({said}); --resume changes none")
 
+    def recorded(self, option: str) -> Any:
+        """What config.yaml holds of an option; None where there is none yet."""
+        return self._config().get(option) if (self / "config.yaml").is_file() else None
+
     def _config(self) -> dict[str, Any]:
         old = load_yaml(self / "config.yaml", str(self / "config.yaml"))
         if not isinstance(old, dict):

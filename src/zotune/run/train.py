@@ -25,7 +25,18 @@ from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
-RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens", "template", "label_words")
+RESOLVED = (
+    "lr",
+    "eps",
+    "dtype",
+    "direction",
+    "queries",
+    "estimator",
+    "forward_tokens",
+    "template",
+    "label_words",
+    "eval_every",
+)
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
@@ -35,7 +46,6 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
     folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
     asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
-    asked["eval_every"] = config.evaluates_every
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
     with folder.storing(), folder.locked():
         folder.check(asked, resume=config.resume, overwrite=config.overwrite)
@@ -55,7 +65,11 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
                 listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
             if config.resume:
                 _check_resumed(folder, ready, listener)
-            ready.config = config = resolved(config, ready.model, ready.task)
+                again = {
+                    "eval_every": folder.recorded("eval_every") or config.eval_every
+                }  # as it was, whatever the default is now
+                ready.config = config = config.model_copy(update=again)
+            ready.config = config = resolved(ready)
             if config.forward_tokens is None:
                 ready.config = config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
             if not config.resume:
