@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from typing import Any
 
@@ -27,7 +28,11 @@ from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.folder import RunFolder
 from zotune.run.result import device_name
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import objective
+from zotune.tasks.objectives import generates, objective
+
+BUSY = 0.75  # of the cores: load of others from which a time says little
+ENOUGH = 5.0  # seconds of timed steps
+FEW = 4  # rows whose answers are timed
 
 
 def train(config: TrainConfig) -> None:
@@ -56,7 +61,7 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
         f"{after}   step {result['chosen_step']} of {result['steps']}, best on validation{early}",
     )
     if result["one_class"]:
-        table.add_row("always one class", f"{result['one_class']:.1f} %")
+        table.add_row("always one class", f"{result['one_class']:.1f} %{_no_better(result)}")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
     took = time_of(result["wall_seconds"]) + (f" (expected {time_of(told.seconds)})" if told else "")
     table.add_row("wall time", f"{took}   {result['device']}")
@@ -74,8 +79,16 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
     Console().print(table)
 
 
+def _no_better(result: dict[str, Any]) -> str:
+    """Where a run ends no better than one answer for all rows: what to try."""
+    if result["metric"] != "accuracy" or result["test_after"] > result["one_class"]:
+        return ""
+    return "   no better than that: try more steps, another lr (zotune sweep), --loss candidates or --balance-classes"
+
+
 def dry_run(config: TrainConfig) -> None:
-    """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
+    """What a run would do and cost. Writes nothing; steps at lr 0 are timed, which leaves every weight as it is."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others, before this process works
     check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
@@ -120,6 +133,8 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")
+    if ready.device.type == "cpu" and load > BUSY * (os.cpu_count() or 1):
+        table.add_row("", f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores): alone it would be faster")
     console.print(table)
     if ready.unread:
         console.print(Text(ready.unread))
@@ -127,7 +142,10 @@ def dry_run(config: TrainConfig) -> None:
 
 
 def _time(ready: Prepared) -> tuple[float, float, int, str]:
-    """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
+    """Seconds a step, seconds a scored row, forwards a step, and the engine: the quickest of up to three steps, some scored rows.
+
+    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes.
+    """
     config = ready.config
     ready.model.eval()
     optimizer = optimizer_for(ready)
@@ -135,16 +153,23 @@ def _time(ready: Prepared) -> tuple[float, float, int, str]:
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
     batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
     loss_of = functools.partial(asked.row_loss, ready.model)
-    seconds = 0.0
-    for _ in range(3):
-        began = _now(ready.device)
-        optimizer.step(loss_of, batch=batch)
-        seconds = _now(ready.device) - began
+    writes = generates(config.loss)
     began = _now(ready.device)
-    scored = ready.validation[: 2 * config.batch_size]
+    scored = ready.validation[: FEW if writes or ready.task.generates else 2 * config.batch_size]
     ready.score(scored, Listener(), "timing")
     row_seconds = (_now(ready.device) - began) / len(scored)
-    return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
+    if writes:
+        return optimizer.forwards_a_step * len(rows) * row_seconds * config.accumulate, row_seconds, *_of(optimizer)
+    took: list[float] = []
+    while len(took) < 3 and sum(took) < ENOUGH:
+        began = _now(ready.device)
+        optimizer.step(loss_of, batch=batch)
+        took.append(_now(ready.device) - began)
+    return min(took) * config.accumulate, row_seconds, *_of(optimizer)
+
+
+def _of(optimizer: Any) -> tuple[int, str]:
+    return optimizer.forwards_a_step, optimizer.chosen_engine
 
 
 def _now(device: torch.device) -> float:

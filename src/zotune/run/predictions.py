@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from zotune.prepare.prepared import Prepared
@@ -18,7 +19,7 @@ def keep(ready: Prepared, found: Outcome, folder: RunFolder, when: str) -> None:
     row, with its `score` where the metric is a mean over rows. What the file says of the other time stays.
     """
     examples = ready.splits.test
-    scores = row_scores(ready.task.metric, found, ready.test) or [None] * len(examples)
+    scores: Sequence[float | None] = row_scores(ready.task.metric, found, ready.test) or [None] * len(examples)
     known = _read(folder)
     known = known if len(known) == len(examples) else [{} for _ in examples]
     lines = [
