@@ -1,9 +1,9 @@
 """Fine-tune language models without back-propagation, in the memory of inference.
 
 ``zotune.ZeroOrderOptimizer`` is a ``torch.optim.Optimizer`` whose ``step(closure)`` needs no backward;
-``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it; ``zotune.train``, ``evaluate`` and ``predict`` are the
-commands as functions. Names load on first use, so that
-``import zotune`` and ``zotune --help`` start without torch.
+``zotune.ZOTrainer`` is a ``transformers.Trainer`` that steps with it; ``zotune.train``, ``compare``, ``evaluate`` and
+``predict`` are the commands as functions. Names load on first use, so that ``import zotune`` and ``zotune --help`` start
+without torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zotune.api import evaluate, predict, train
+    from zotune.api import compare, evaluate, predict, train
     from zotune.errors import InputError, NonFiniteLoss
     from zotune.methods import Method
     from zotune.step.optimizer import ZeroOrderOptimizer
@@ -26,6 +26,7 @@ __all__ = [
     "ZOTrainingArguments",
     "ZeroOrderOptimizer",
     "__version__",
+    "compare",
     "evaluate",
     "predict",
     "train",
@@ -38,6 +39,7 @@ _HOME = {
     "ZeroOrderOptimizer": "zotune.step.optimizer",
     "ZOTrainer": "zotune.trainer",
     "ZOTrainingArguments": "zotune.trainer",
+    "compare": "zotune.api",
     "evaluate": "zotune.api",
     "predict": "zotune.api",
     "train": "zotune.api",

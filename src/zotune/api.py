@@ -1,4 +1,4 @@
-"""`zotune.train`, `zotune.evaluate`, `zotune.predict`: the commands as functions, on files or on rows in memory."""
+"""`zotune.train`, `compare`, `evaluate` and `predict`: the commands as functions, on files or on rows in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zotune.errors import InputError
-from zotune.options import DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
+from zotune.options import CompareConfig, DataOptions, EvalConfig, PredictConfig, TrainConfig, resolve
 from zotune.prepare.listener import Listener
 from zotune.tasks.splits import SPLITS
 
@@ -33,6 +33,23 @@ def train(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]
         dry_run(config)
         return {}
     return train(config, listener)
+
+
+def compare(**options: Any) -> dict[str, Any]:
+    """What `zotune compare` says: its `rows`, a way to train each, and the `verdict`, a sentence. options: as of `train`, with
+    those of the command; `data` in memory is written into the folder `output`, since the runs are processes of their own.
+    """
+    from zotune.cli.compare import compare
+
+    data = options.get("data")
+    if data is not None and not isinstance(data, (str, Path)):
+        folder = Path(options["output"]).expanduser() / "made" / "rows"
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in _tables(data).items():
+            lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{split or 'train'}.jsonl").write_text(lines, encoding="utf-8")
+        options = options | {"data": folder}
+    return compare(_resolved(CompareConfig, options))
 
 
 def evaluate(*, listener: Listener | None = None, **options: Any) -> dict[str, Any]:

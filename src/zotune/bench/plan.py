@@ -182,7 +182,7 @@ def code_version() -> str:
     home = Path(zotune.__file__).parent
     sources = hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
-        if path.relative_to(home).parts[0] not in ("bench", "cli"):
+        if path.relative_to(home).parts[0] not in ("bench", "cli", "reports"):
             sources.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{zotune.__version__}+{sources.hexdigest()[:8]}"
 

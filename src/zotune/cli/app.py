@@ -155,6 +155,13 @@ def _sweep(options: config.SweepConfig) -> None:
     sweep(options)
 
 
+def _compare(options: config.CompareConfig) -> None:
+    _quiet()
+    from zotune.cli.compare import compare
+
+    compare(options)
+
+
 command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
@@ -166,6 +173,9 @@ command(
     "estimate", config.EstimateConfig, "Memory and time of a configuration, from the model's config alone.", _estimate
 )
 command("sweep", config.SweepConfig, "Search lr and eps, by grid or Optuna; the choice is made on validation.", _sweep)
+command(
+    "compare", config.CompareConfig, "Zeroth order beside back-propagation on your rows, and what to use.", _compare
+)
 app.add_typer(bench.app)
 app.add_typer(tasks.app, name="tasks")
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import time
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -21,18 +18,15 @@ from zotune.estimates.words import time_of
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
-from zotune.prepare.listener import Listener
-from zotune.prepare.prepared import Prepared, prepare, resolved
+from zotune.prepare.prepared import prepare, resolved
 from zotune.run import train as run
-from zotune.run.arguments import check_reporters, optimizer_for
+from zotune.run.arguments import check_reporters
 from zotune.run.folder import RunFolder
 from zotune.run.result import device_name
+from zotune.run.timing import timed
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import generates, objective
 
 BUSY = 0.75  # of the cores: load of others from which a time says little
-ENOUGH = 5.0  # seconds of timed steps
-FEW = 4  # rows whose answers are timed
 
 
 def train(config: TrainConfig) -> None:
@@ -105,7 +99,7 @@ def dry_run(config: TrainConfig) -> None:
     console.print(Text(f"rows as the model will see them (answer {how})", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         show_row(console, example, encoded, ready.tokenizer)
-    step_seconds, row_seconds, forwards, engine = _time(ready)
+    step_seconds, row_seconds, forwards, engine = timed(ready)
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * (1 + evaluations)
     lengths = [row.tokens for row in ready.train]
@@ -139,40 +133,3 @@ def dry_run(config: TrainConfig) -> None:
     if ready.unread:
         console.print(Text(ready.unread))
     console.print("nothing was written")
-
-
-def _time(ready: Prepared) -> tuple[float, float, int, str]:
-    """Seconds a step, seconds a scored row, forwards a step, and the engine: the quickest of up to three steps, some scored rows.
-
-    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes.
-    """
-    config = ready.config
-    ready.model.eval()
-    optimizer = optimizer_for(ready)
-    rows = (ready.train * config.batch_size)[: config.batch_size]
-    asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
-    batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
-    loss_of = functools.partial(asked.row_loss, ready.model)
-    writes = generates(config.loss)
-    began = _now(ready.device)
-    scored = ready.validation[: FEW if writes or ready.task.generates else 2 * config.batch_size]
-    ready.score(scored, Listener(), "timing")
-    row_seconds = (_now(ready.device) - began) / len(scored)
-    if writes:
-        return optimizer.forwards_a_step * len(rows) * row_seconds * config.accumulate, row_seconds, *_of(optimizer)
-    took: list[float] = []
-    while len(took) < 3 and sum(took) < ENOUGH:
-        began = _now(ready.device)
-        optimizer.step(loss_of, batch=batch)
-        took.append(_now(ready.device) - began)
-    return min(took) * config.accumulate, row_seconds, *_of(optimizer)
-
-
-def _of(optimizer: Any) -> tuple[int, str]:
-    return optimizer.forwards_a_step, optimizer.chosen_engine
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -6,6 +6,7 @@ commands.py has the options, a model a command; checks.py reads them and says wh
 from zotune.files.checked import Options
 from zotune.options.checks import resolve
 from zotune.options.commands import (
+    CompareConfig,
     DataOptions,
     EstimateConfig,
     EvalConfig,
@@ -20,6 +21,7 @@ from zotune.options.commands import (
 from zotune.options.step import StepOptions
 
 __all__ = [
+    "CompareConfig",
     "DataOptions",
     "EstimateConfig",
     "EvalConfig",

@@ -242,6 +242,25 @@ class SweepConfig(TrainConfig):
         return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
 
 
+class CompareConfig(TrainConfig):
+    output: str = Field(description="folder of the comparison: a benchmark's, `zotune bench report` reads it")
+    equal: Literal["time", "passes", "memory"] = Field(
+        "time",
+        description="what each way to train gets as much of; memory: the same time, and who fits zeroth order's memory",
+    )
+    minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="of training each, rates aside")
+    passes: Positive | None = Field(
+        None, description="forward passes each, for --equal passes [default: --steps times a step's]"
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="seeds of each [default: --seed]")
+    jobs: Positive | None = Field(None, description="runs at one time [default: one for each GPU, else 1]")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
+
+
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     trajectory: str | None = Field(None, description="trajectory.zot of a run: score its chosen step, nothing is saved")

@@ -24,12 +24,12 @@ SHOWN = 10  # rows that changed, each way
 ROWS = {"train": "train on", "validation": "choose by", "test": "test on"}
 
 
-def make_page(folders: Sequence[Path], target: Path) -> Path:
-    """The page of these finished runs. Raises InputError for a folder that is none."""
+def make_page(folders: Sequence[Path], target: Path, names: Sequence[str] | None = None) -> Path:
+    """The page of these finished runs. names: what they are called [as their folders]. Raises InputError for one that is none."""
     if target.is_dir():
         raise InputError(f"--output {target}: is a folder; name an .html file")
     runs = [Facts.read(folder) for folder in folders]
-    names = [folder.name or str(folder) for folder in folders]
+    names = names or [folder.name or str(folder) for folder in folders]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     with drawing.style():
         drawn = [
