@@ -302,3 +302,21 @@ def test_the_list_tells_what_each_costs(capsys, monkeypatch):
     assert "--momentum 0.9" in shown
     assert "--beta2 0.999; --adam-eps 1e-08; --state-dtype float32" in shown
     assert METHODS["zo-adam"].state == "2 × trainable"
+
+
+def test_a_dict_of_named_parameters_is_the_model_s_own_and_a_bare_group_is_refused():
+    def after(given) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = ZeroOrderOptimizer(given(model), lr=0.1, seed=1)
+        optimizer.step(lambda: model(torch.ones(1, 3)).sum())
+        return [p.detach() for p in model.parameters()]
+
+    whole = after(lambda model: model)
+    for given in (
+        lambda model: dict(model.named_parameters()),
+        lambda model: [{"params": dict(model.named_parameters())}],
+    ):
+        assert all(torch.equal(p, q) for p, q in zip(whole, after(given), strict=True))
+    with pytest.raises(ValueError, match="give a list of groups"):
+        ZeroOrderOptimizer({"params": list(nn.Linear(3, 2).parameters())})

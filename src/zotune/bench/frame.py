@@ -59,7 +59,7 @@ def _row(record: Record) -> dict[str, Any]:
         "search": bool(record.labels.get("search")),
         "status": record.status,
         "lr": _number(result.get("lr", options.get("lr"))),
-        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method) else math.nan,
+        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method, recorded=True) else math.nan,
         "queries": int(options.get("queries") or 1),
         "tokens": _number(options.get("tokens")),
         "batch_size": _number(options.get("batch_size")),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 import zotune
 from zotune import options as config
+from zotune import quiet
 from zotune.cli import bench, tasks
 from zotune.errors import InputError, NonFiniteLoss, plain
+from zotune.options.groups import grouped
 
 # Typer may bring its own copy of click: its errors are found through typer's.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -26,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # which would take [default: …] for markup
+    rich_markup_mode="rich",
 )
 
 
@@ -47,21 +49,25 @@ def _options(
 ) -> None: ...
 
 
-def command(name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None]) -> None:
+def command(
+    name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None], example: str | None = None
+) -> None:
     """A command whose flags are the fields of `kind`. Values go to pydantic as text, so that all faults are told at once."""
     parameters = []
-    for key, field in kind.model_fields.items():
+    for panel, key in ((panel, key) for panel, keys in grouped(kind).items() for key in keys):
+        field = kind.model_fields[key]
         flag = "--" + key.replace("_", "-")
         help_text = field.description or ""
         if field.is_required():
             help_text += " [required]"
         elif field.default not in (None, False, []):
             help_text += f" [default: {field.default}]"
+        told: dict[str, Any] = {"help": escape(help_text), "show_default": False, "rich_help_panel": panel}
         if field.annotation is bool:
-            option = typer.Option(flag, help=help_text, show_default=False)
+            option = typer.Option(flag, metavar="", **told)
             annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
         else:
-            option = typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field.annotation))
+            option = typer.Option(flag, metavar=_metavar(field.annotation), **told)
             annotation = Annotated[Optional[str], option]  # noqa: UP045
         parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     file = Annotated[str | None, typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]
@@ -72,7 +78,7 @@ def command(name: str, kind: type[config.Options], summary: str, run: Callable[[
 
     body.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     body.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name, help=summary)(body)
+    app.command(name, help=summary, epilog=f"Example:\n\n{escape(example)}" if example else None)(body)
 
 
 def _metavar(annotation: Any) -> str:
@@ -88,13 +94,9 @@ def _metavar(annotation: Any) -> str:
 
 
 def _quiet() -> None:
-    """What transformers prints while it loads and saves says nothing that a user of this command needs, nor what the libraries
-    of quantised weights say of kernels that this machine has none of."""
+    """What transformers prints while it loads and saves says nothing that a user of this command needs."""
+    quiet.libraries()
     import transformers
-
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -150,12 +152,17 @@ def _estimate(options: config.EstimateConfig) -> None:
 
 
 def _sweep(options: config.SweepConfig) -> None:
+    quiet.libraries()
     from zotune.cli.sweep import sweep
 
     sweep(options)
 
 
-command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train)
+EXAMPLE = (
+    "zotune train --model HuggingFaceTB/SmolLM2-135M-Instruct --data reviews/ --template '{text} It was' "
+    """--label-words '{"0": "terrible", "1": "great"}' --loss candidates --output runs/reviews --dry-run"""
+)
+command("train", config.TrainConfig, "Fine-tune a model; the run goes into a folder.", _train, EXAMPLE)
 command("eval", config.EvalConfig, "Score a model on a task's test split, or on your own data.", _eval)
 command("predict", config.PredictConfig, "Label rows: the best label and the score of each.", _predict)
 command("preview", config.PreviewConfig, "Rows as the model will see them.", _preview)
@@ -171,10 +178,10 @@ app.add_typer(tasks.app, name="tasks")
 
 
 @app.command("list", help="What there is to choose from: methods, schemes, tasks or engines.")
-def _list(kind: Annotated[str, typer.Argument(metavar="methods|schemes|tasks|engines")]) -> None:
-    from zotune.cli.about import show
+def _list(kind: Annotated[str | None, typer.Argument(metavar="methods|schemes|tasks|engines")] = None) -> None:
+    from zotune.cli.about import show, show_kinds
 
-    show(kind)
+    show_kinds() if kind is None else show(kind)
 
 
 @app.command("env", help="What a bug report needs: versions, devices, threads.")
@@ -186,8 +193,11 @@ def _env() -> None:
 
 def run(argv: list[str] | None = None) -> int:
     """The exit code of the command line."""
+    asked = sys.argv[1:] if argv is None else argv
     try:
-        code = app(args=argv, standalone_mode=False)
+        # without arguments the help is an error's message, which belongs on stderr
+        with contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr):
+            code = app(args=asked, standalone_mode=False)
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its message is the help
             print(error.format_message(), file=sys.stderr)

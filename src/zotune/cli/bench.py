@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zotune import quiet
 from zotune.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 EXECUTORS = ("local", "ray")
+
+
+@app.callback()
+def _before() -> None:
+    quiet.libraries()
 
 
 @app.command("run", help="Run a suite, or go on with it; shows the plan first.")

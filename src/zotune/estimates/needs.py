@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from zotune.errors import InputError, nearest
-from zotune.methods import METHODS, make_method
+from zotune.errors import InputError
+from zotune.methods import METHODS, make_method, suggested
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Needs:
 def needs_of(name: str, queries: int | None = None, estimator: str | None = None) -> Needs:
     """Of a registered method, by its own defaults where nothing is given; options that it lacks are left out. Raises InputError."""
     if name not in METHODS:
-        raise InputError(f"--method {name}: {nearest(name, METHODS)}")
+        raise InputError(f"--method {name}: {suggested(name)}")
     options = tuple(METHODS[name].options)
     asked = {"queries": queries, "estimator": estimator}
     given = {key: value for key, value in asked.items() if value is not None and key in options}

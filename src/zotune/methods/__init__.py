@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 from zotune.errors import OptionError, nearest
 from zotune.methods.method import Method
 from zotune.methods.presets import METHODS, Preset, preset
 
-__all__ = ["METHODS", "Method", "Preset", "find", "has_eps", "make_method", "preset"]
+__all__ = ["METHODS", "PLUGINS", "Method", "Preset", "find", "has_eps", "make_method", "plugins", "preset", "suggested"]
+
+PLUGINS = "zotune.methods"  # the group of entry points by which an installed package brings methods
+ELSEWHERE = {  # names that other tools have → what it is here
+    "adamw": "fo-adam", "adam": "fo-adam", "adamw_torch": "fo-adam", "sgd": "fo-sgd", "backprop": "fo-adam",
+    "mezo": "zo-sgd", "spsa": "zo-sgd", "zo": "zo-sgd",
+}  # fmt: skip
+
+
+def plugins() -> dict[str, metadata.EntryPoint]:
+    """Methods that installed packages bring, by name; none is imported by this. A name of zotune's own stays zotune's."""
+    return {point.name: point for point in metadata.entry_points(group=PLUGINS) if point.name not in METHODS}
+
+
+def suggested(name: str) -> str:
+    """The tail of an error about an unknown method."""
+    return nearest(ELSEWHERE.get(name.lower(), name), [*METHODS, *plugins()])
 
 
 def make_method(of: str | Method, **options: Any) -> Method:
@@ -39,15 +55,17 @@ def make_method(of: str | Method, **options: Any) -> Method:
 
 
 def find(name: str) -> Preset:
-    """The preset of that name; of `module:NAME` what the module has under it, a Method or a function that makes one.
+    """The preset of that name; of `module:NAME` what the module has under it, a Method or a function that makes one; of a
+    name that an installed package brings (`plugins`) the same of the `module:NAME` that it stands for.
 
-    Only who names a module has it imported: nothing that a file says is handed on to this.
+    Only who names a method has its module imported: nothing that a file says is handed on to this.
     """
     if name in METHODS:
         return METHODS[name]
-    module, colon, attribute = name.partition(":")
+    point = plugins().get(name) if ":" not in name else None
+    module, colon, attribute = (point.value if point else name).partition(":")
     if not colon:
-        raise OptionError("method", f"unknown method {name!r}; {nearest(name, METHODS)}")
+        raise OptionError("method", f"unknown method {name!r}; {suggested(name)}")
     try:
         made = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -65,9 +83,12 @@ def find(name: str) -> Preset:
     return Preset(name, "outside", "as it says", made)
 
 
-def has_eps(name: str | None) -> bool:
-    """Whether the named method perturbs weights by eps: its estimate is made of losses at places. None: the default."""
-    if name is None:
+def has_eps(name: str | None, recorded: bool = False) -> bool:
+    """Whether the named method perturbs weights by eps: its estimate is made of losses at places. None: the default.
+
+    recorded: the name is a record's, which has nothing imported; of a method that is none of zotune's it is taken to.
+    """
+    if name is None or (recorded and name not in METHODS):
         return True
     try:
         return make_method(name).kind == "zeroth-order"

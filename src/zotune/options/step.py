@@ -163,10 +163,11 @@ class StepOptions(Options):
 
 def known_name(option: str, value: str) -> str:
     """The value, where it is a name that the option takes; `module:NAME` of a method says itself what is wrong with it."""
-    from zotune.methods import find
     from zotune.registry import names
 
-    if option == "method" and ":" in value:
+    if option == "method":
+        from zotune.methods import find
+
         find(value)
         return value
     known = names(option)

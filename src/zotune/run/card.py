@@ -72,7 +72,7 @@ def _front(config: TrainConfig, library: str) -> str:
 
 
 def _run(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> str:
-    words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
+    words = _row(", ".join(f"{label} → {word}" for label, word in (task.words or {}).items()))
     rows, steps = result["test_rows"], f"{result['steps']}, batch {config.batch_size}"
     before, after = (figure(task.metric, result[when]) for when in ("test_before", "test_after"))
     one_class = f"; one class always: {result['one_class']:.1f}" if result["one_class"] else ""
@@ -97,12 +97,26 @@ Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]
 
 
 def _asked(task: Task) -> str:
-    return f"`{task.prompt}`" if task.ask is None else task.asked
+    """On one line of a table, whatever the template's own lines."""
+    return _code(str(task.prompt)) if task.ask is None else " ".join(task.asked.split())
+
+
+def _code(text: str) -> str:
+    """A span of code in a cell: line ends and bars are written out, and a fence is longer than any within."""
+    text = _row(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _plain(text: str) -> str:
     """Without what Markdown or HTML would take for more than text."""
     return html.escape(re.sub(r"([\\`*_\[\]|])", r"\\\1", text), quote=False)
+
+
+def _row(text: str) -> str:
+    """What a user wrote, within a cell of a table."""
+    return text.replace("\n", "\\n").replace("|", "\\|")
 
 
 def _cell(value: object) -> str:

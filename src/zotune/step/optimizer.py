@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 class ZeroOrderOptimizer(torch.optim.Optimizer):
     """θ ← θ + Σ_q c_q·z(seed_q): the gradient is estimated from the loss at displaced weights alone.
 
-    params: a module (its trainable parameters), an iterable of (name, parameter), of parameters, or of groups
-        (dicts whose "params" is one of the last two). Names decide the noise: give them where you can.
+    params: a module (its trainable parameters), an iterable of (name, parameter) or a dict of these, an iterable
+        of parameters, or of groups (dicts whose "params" is one of them). Names decide the noise: give them where you can.
     method: a name of `zotune.methods.METHODS`, `module:NAME` of your own, or a `zotune.Method`; a named method's further options
         (`estimator`, …) are keywords here, and are refused beside a `Method`, which has its own.
     lr, eps, weight_decay: per group. eps in units of the weights; decay is decoupled, θ ← (1 − lr·decay)·θ first. Without lr or
@@ -81,7 +81,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: nn.Module | NamedParams | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        params: nn.Module | NamedParams | dict[str, nn.Parameter] | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         method: str | Method = "zo-sgd",
         *,
         lr: float | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +21,13 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameter_groups(params: Any) -> list[dict[str, Any]]:
-    """Groups with plain `params` and their `names`, of a module, of (name, parameter), of parameters or of groups."""
+    """Groups with plain `params` and their `names`, of a module, of (name, parameter), a dict of them, parameters or groups."""
     if isinstance(params, nn.Module):
         params = trainable(params)
+    elif isinstance(params, Mapping):
+        if "params" in params:
+            raise ValueError("a group by itself: give a list of groups, [{'params': …}]")
+        params = params.items()  # dict(model.named_parameters()), as state_dict has them
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize")
@@ -37,7 +41,7 @@ def parameter_groups(params: Any) -> list[dict[str, Any]]:
 
 def named_group(group: dict[str, Any], offset: int) -> dict[str, Any]:
     """A group with plain `params` and their `names`; parameters without one are named by their position."""
-    given = group["params"]
+    given = group["params"].items() if isinstance(group["params"], Mapping) else group["params"]
     given = [given] if isinstance(given, Tensor) else list(given)
     pairs = [p if isinstance(p, tuple) else (f"param.{offset + i}", p) for i, p in enumerate(given)]
     for name, param in pairs:

@@ -312,6 +312,9 @@ CONVERTED = (
 
 def read_hub(name: str, subset: str | None) -> dict[str, Iterable[Mapping[str, Any]]]:
     """The splits of a hub data set, each a table of rows. Raises InputError where it cannot be had."""
+    from zotune.models.hub import look_first
+
+    look_first(name)
     import datasets
 
     try:

@@ -1,0 +1,49 @@
+"""Under which heading each option of a command stands, in its help and in the reference."""
+
+from __future__ import annotations
+
+from zotune.files.checked import Options
+from zotune.options.commands import DataOptions, ModelOptions, OutputOptions, TrainConfig
+from zotune.options.step import METHOD_OPTIONS, StepOptions
+
+OTHERS = "Options"
+HEADINGS: dict[type[Options], str] = {  # of the model that an option was first a field of
+    ModelOptions: "Model and device",
+    DataOptions: "Rows",
+    OutputOptions: "The run's folder",
+    StepOptions: "The step",
+    TrainConfig: "Training",
+}
+APART: dict[str, tuple[str, ...]] = {  # of those some that are looked for together
+    "Training": ("batch_size", "seed"),
+    "Of single methods": METHOD_OPTIONS,
+    "What a step leaves out": (
+        "sparsity", "mask", "sparsity_scope", "mask_refresh", "calibration_rows", "freeze", "blocks", "block_update",
+        "hybrid", "fo_lr",
+    ),
+    "Speed, memory and rounding": (
+        "engine", "rank", "forward_tokens", "fold_every", "rounding", "tf32", "deterministic", "dtype", "device",
+        "quantize",
+    ),
+    "Evaluation, logs and checkpoints": (
+        "eval_size", "eval_every", "early_stop", "log_every", "save_every", "keep", "sync_every", "report_to",
+    ),
+}  # fmt: skip
+
+
+def heading(command: type[Options], option: str) -> str:
+    """Of an option of a command: a new one stands with its neighbours until somebody says otherwise here."""
+    if issubclass(command, TrainConfig):
+        for title, names in APART.items():
+            if option in names:
+                return title
+    homes = (kind for kind in reversed(command.__mro__) if issubclass(kind, Options) and option in kind.model_fields)
+    return HEADINGS.get(next(homes), OTHERS)
+
+
+def grouped(command: type[Options]) -> dict[str, list[str]]:
+    """heading → options, both in the order in which the help shows them: what every run needs first."""
+    found: dict[str, list[str]] = {title: [] for title in (OTHERS, *HEADINGS.values(), *APART)}
+    for option in command.model_fields:
+        found[heading(command, option)].append(option)
+    return {title: options for title, options in found.items() if options}
