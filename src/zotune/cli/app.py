@@ -67,7 +67,7 @@ def command(
             option = typer.Option(flag, metavar="", **told)
             annotation: Any = Annotated[Optional[bool], option]  # noqa: UP045
         else:
-            option = typer.Option(flag, metavar=_metavar(field.annotation), **told)
+            option = typer.Option(flag, metavar=metavar(field.annotation), **told)
             annotation = Annotated[Optional[str], option]  # noqa: UP045
         parameters.append(Parameter(key, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     file = Annotated[str | None, typer.Option("--config", help="YAML file of the same keys; flags win", metavar="FILE")]
@@ -81,7 +81,8 @@ def command(
     app.command(name, help=summary, epilog=f"Example:\n\n{escape(example)}" if example else None)(body)
 
 
-def _metavar(annotation: Any) -> str:
+def metavar(annotation: Any) -> str:
+    """How an option's value is written, in its help and in the reference."""
     text = str(annotation)
     if "Literal" in text:
         return "|".join(part.split("'")[0] for part in text.split("'")[1::2]) or "1"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zotune.errors import InputError
-from zotune.methods import METHODS, make_method, suggested
+from zotune.methods import METHODS, find, make_method, plugins, suggested
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,16 @@ class Needs:
 
 
 def needs_of(name: str, queries: int | None = None, estimator: str | None = None) -> Needs:
-    """Of a registered method, by its own defaults where nothing is given; options that it lacks are left out. Raises InputError."""
-    if name not in METHODS:
+    """Of a method, registered or somebody's own, by its own defaults where nothing is given; options that it lacks are left out.
+
+    Raises InputError. An own method is imported: its name is one that the user gave.
+    """
+    if name not in METHODS and name not in plugins() and ":" not in name:
         raise InputError(f"--method {name}: {suggested(name)}")
-    options = tuple(METHODS[name].options)
+    try:
+        options = tuple(find(name).options)
+    except ValueError as error:
+        raise InputError(f"--method {name}: {error}") from None
     asked = {"queries": queries, "estimator": estimator}
     given = {key: value for key, value in asked.items() if value is not None and key in options}
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any
 
 from zotune.errors import OptionError, nearest
+from zotune.files.code import named
 from zotune.methods.method import Method
 from zotune.methods.presets import METHODS, Preset, preset
 
@@ -63,14 +64,13 @@ def find(name: str) -> Preset:
     if name in METHODS:
         return METHODS[name]
     point = plugins().get(name) if ":" not in name else None
-    module, colon, attribute = (point.value if point else name).partition(":")
-    if not colon:
+    if point is None and ":" not in name:
         raise OptionError("method", f"unknown method {name!r}; {suggested(name)}")
     try:
-        made = getattr(import_module(module), attribute)
+        made = point.load() if point else named(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"method {name!r}: {error}; write it as module:NAME, of a module that can be imported"
+            f"method {name!r}: {error}; write it as module:NAME, of a module that can be imported, or is in this folder"
         ) from None
     if isinstance(made, Method):
         return Preset(name, "outside", str(made.forwards), lambda: made)
