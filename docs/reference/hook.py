@@ -24,9 +24,18 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def on_files(files: Any, **_: Any) -> Any:
+    """The benchmark's one page stands beside its README, which is the site's page of that name."""
+    for file in files:
+        if file.src_uri == "benchmark/index.html":
+            file.dest_uri = "benchmark/report.html"
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"<!-- options: (\w+)(?: beyond (\w+))? -->", lambda m: of_command(m[1], m[2]), markdown)
     markdown = re.sub(r"<!-- list: (\w+) -->", lambda m: of_kind(m[1]), markdown)
+    markdown = markdown.replace("[index.html](index.html)", '<a href="report.html">The whole report</a>')
     return re.sub(r"<!-- docstring: ([\w.]+) -->", lambda m: of_module(m[1]), markdown)
 
 
@@ -56,7 +65,7 @@ def of_module(name: str) -> str:
 
 def _row(name: str, field: Any) -> str:
     flag = "--" + name.replace("_", "-")
-    value = "" if field.annotation is bool else f"`{metavar(field.annotation)}`".replace("|", "\\|")
+    value = "" if field.annotation is bool else ", ".join(f"`{part}`" for part in metavar(field.annotation).split("|"))
     told, _, default = (field.description or "").rpartition(" [default: ")
     told, default = (told, _cell(default.rstrip("]"))) if told else (field.description or "", "")
     if field.is_required():
