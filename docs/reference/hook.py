@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from zotune import options
@@ -24,12 +26,11 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def on_files(files: Any, **_: Any) -> Any:
-    """The benchmark's one page stands beside its README, which is the site's page of that name."""
-    for file in files:
-        if file.src_uri == "benchmark/index.html":
-            file.dest_uri = "benchmark/report.html"
-    return files
+def on_post_build(config: Any, **_: Any) -> None:
+    """The benchmark's one page stands beside its README, which is the site's page of the name that it has in docs/."""
+    shutil.copyfile(
+        Path(config.docs_dir) / "benchmark" / "index.html", Path(config.site_dir) / "benchmark" / "report.html"
+    )
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
