@@ -1,5 +1,5 @@
 """Pages that are made of the code: `<!-- options: train -->` becomes the options of a command, `<!-- list: methods -->` a table,
-`<!-- docstring: module -->` what a module says of itself.
+`<!-- docstring: module -->` what a module says of itself, `<!-- decisions -->` the list of the dated pages.
 
 Called by mkdocs (mkdocs.yml, hooks) and by tests/test_pages.py.
 """
@@ -19,6 +19,7 @@ from zotune.cli.app import metavar
 from zotune.options.groups import grouped
 from zotune.registry import entries
 
+DECISIONS = Path(__file__).parents[1] / "decisions"
 COMMANDS = {
     "train": options.TrainConfig, "eval": options.EvalConfig, "predict": options.PredictConfig,
     "preview": options.PreviewConfig, "replay": options.ReplayConfig, "merge": options.MergeConfig,
@@ -36,6 +37,7 @@ def on_post_build(config: Any, **_: Any) -> None:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"<!-- options: (\w+)(?: beyond (\w+))? -->", lambda m: of_command(m[1], m[2]), markdown)
     markdown = re.sub(r"<!-- list: (\w+) -->", lambda m: of_kind(m[1]), markdown)
+    markdown = markdown.replace("<!-- decisions -->", of_decisions())
     markdown = markdown.replace("[index.html](index.html)", '<a href="report.html">The whole report</a>')
     return re.sub(r"<!-- docstring: ([\w.]+) -->", lambda m: of_module(m[1]), markdown)
 
@@ -57,6 +59,13 @@ def of_command(name: str, beyond: str | None = None) -> str:
 def of_kind(kind: str) -> str:
     rows = [f"| `{name}` | {_cell(what)} |" for name, what in entries(KINDS[kind])]
     return "\n".join(["| | |", "|---|---|", *rows, ""])
+
+
+def of_decisions() -> str:
+    """Newest first, each by its heading."""
+    pages = sorted(DECISIONS.glob("2*.md"), key=lambda page: page.name[:10], reverse=True)
+    said = [(page.name, page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")) for page in pages]
+    return "\n".join(f"- {name[:10]}: [{title}]({name})" for name, title in said)
 
 
 def of_module(name: str) -> str:
