@@ -63,3 +63,10 @@ def test_list_alone_says_what_there_are_lists_of(capsys):
 def test_a_method_by_another_tool_s_name_is_told_by_ours(asked, meant, capsys):
     assert run(["train", "--model", "x", "--task", "sst2", "--output", "y", "--method", asked]) == 2
     assert f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "said"), [("bench run", "one for each GPU, else 1"), ("tasks cp", "NAME.yaml")])
+def test_a_default_in_brackets_is_text_wherever_it_stands(command, said, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run([*command.split(), "--help"]) == 0
+    assert f"[default: {said}]" in capsys.readouterr().out

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="bench",
     help="Suites of runs: every method, scheme, model and task of a grid, resumable, with a report.",
     no_args_is_help=True,
-    rich_markup_mode=None,
 )
 EXECUTORS = ("local", "ray")
 
@@ -50,7 +49,7 @@ def run(
     ] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="as of `zotune train`, for every run")] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="runs at one time [default: one for each GPU, else 1]")
+        int | None, typer.Option("--jobs", help=r"runs at one time \[default: one for each GPU, else 1]")
     ] = None,
     time_limit: Annotated[
         float | None,
@@ -69,7 +68,7 @@ def run(
     ray_address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address", help="of the cluster, such as auto or HOST:6379 [default: one that is started here]"
+            "--ray-address", help=r"of the cluster, such as auto or HOST:6379 \[default: one that is started here]"
         ),
     ] = None,
 ) -> None:
