@@ -64,6 +64,7 @@ def blocks(text: str) -> list[Block]:
             "blank" if not stripped
             else "heading" if stripped.startswith("#") or re.fullmatch(r"(---+|===+)", stripped)
             else "table" if stripped.startswith("|")
+            else "code" if line.startswith(":::")  # of mkdocstrings, with its options below it
             else "code" if line.startswith("    ") and not in_list and (after_gap or (last and last.kind == "code"))
             else "text"
         )  # fmt: skip

@@ -71,6 +71,30 @@ def test_tables_code_and_what_leads_elsewhere_may_be_as_they_are(text, tmp_path)
     assert not list(check.faults(page))
 
 
+def test_a_directive_s_options_are_no_paragraph(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# T\n\n::: a.b\n    options: {members: [" + "x, " * 60 + "]}\n", encoding="utf-8")
+    assert not check.fix(page)
+
+
+def test_the_site_builds_strict(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (
+        "index.html",
+        "start/rows.html",
+        "reference/command-line.html",
+        "decisions/index.html",
+        "benchmark/report.html",
+    ):
+        assert (tmp_path / "site" / page).is_file()
+    text = (tmp_path / "site" / "reference" / "python.html").read_text(encoding="utf-8")
+    assert ":::" not in text  # a directive that was read as text
+    assert 'id="zotune.step.optimizer.ZeroOrderOptimizer.step"' in text
+
+
 def test_a_rewrapped_page_has_the_same_words_in_short_paragraphs_and_is_left_alone_the_second_time(tmp_path):
     sentence = "One says `a b c` of 3.5 × the loss (see arXiv 2305.17333), and no more than that. "
     page = tmp_path / "page.md"
