@@ -6,7 +6,7 @@ weight and state are read and written once. Seeds, ĝ's coefficients, lr and all
 that a captured graph can be replayed with new ones.
 """
 
-# Q pairs, A parameter groups, N numbers of a rule. A tile is (G, E), as in `zotune.noise.cuda`.
+# Q pairs, G parameter groups, N numbers of a rule. A tile is (T, E), as in `zotune.noise.drawing`.
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zotune.directions import FEW, Directions
-from zotune.noise.cuda import _TL_DTYPE, _draw, _shape, _signed
+from zotune.noise.drawing import TL_DTYPE, draw, signed, tile_of
 
 if TYPE_CHECKING:
     from zotune.updates.rule import Rule
@@ -30,88 +30,88 @@ SPAN = 1 << 22  # elements of a masked parameter a launch: its mask is made that
 
 
 @triton.jit
-def _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE: tl.constexpr):
+def _move(w_TE, g_TE, m_TE, v_TE, numbers, RULE: tl.constexpr):
     """`move` of the rule, after decay: weights and moments. numbers: the rule's `numbers`."""
-    wide: tl.constexpr = w_GE.dtype
-    w_GE = w_GE * tl.load(numbers).to(wide)
+    wide: tl.constexpr = w_TE.dtype
+    w_TE = w_TE * tl.load(numbers).to(wide)
     lr = tl.load(numbers + 1).to(wide)
     if RULE == "sign":
-        sign_GE = (g_GE > 0).to(wide) - (g_GE < 0).to(wide)
-        w_GE = w_GE - lr * sign_GE
+        sign_TE = (g_TE > 0).to(wide) - (g_TE < 0).to(wide)
+        w_TE = w_TE - lr * sign_TE
     if RULE == "momentum":
-        m_GE = m_GE * tl.load(numbers + 2).to(wide) + g_GE
-        w_GE = w_GE - lr * m_GE
+        m_TE = m_TE * tl.load(numbers + 2).to(wide) + g_TE
+        w_TE = w_TE - lr * m_TE
     if RULE == "adam":
-        m_GE = m_GE * tl.load(numbers + 2).to(wide) + g_GE * tl.load(numbers + 3).to(wide)
-        v_GE = v_GE * tl.load(numbers + 4).to(wide) + g_GE * g_GE * tl.load(numbers + 5).to(wide)
+        m_TE = m_TE * tl.load(numbers + 2).to(wide) + g_TE * tl.load(numbers + 3).to(wide)
+        v_TE = v_TE * tl.load(numbers + 4).to(wide) + g_TE * g_TE * tl.load(numbers + 5).to(wide)
         correction = tl.load(numbers + 6).to(wide)
         epsilon = tl.load(numbers + 7).to(wide)
         if wide == tl.float64:
-            w_GE = w_GE - lr * (m_GE / (tl.sqrt(v_GE / correction) + epsilon))
+            w_TE = w_TE - lr * (m_TE / (tl.sqrt(v_TE / correction) + epsilon))
         else:
-            root_GE = tl.sqrt_rn(tl.div_rn(v_GE, correction)) + epsilon
-            w_GE = w_GE - lr * tl.div_rn(m_GE, root_GE)
-    return w_GE, m_GE, v_GE
+            root_TE = tl.sqrt_rn(tl.div_rn(v_TE, correction)) + epsilon
+            w_TE = w_TE - lr * tl.div_rn(m_TE, root_TE)
+    return w_TE, m_TE, v_TE
 
 
 @triton.jit
-def _narrowed(x_GE, dtype: tl.constexpr):
+def _narrowed(x_TE, dtype: tl.constexpr):
     """To 16 bits by way of float32, as torch does from float64."""
-    narrow_GE = x_GE if dtype == tl.float64 else x_GE.to(tl.float32).to(dtype)
-    return narrow_GE
+    narrow_TE = x_TE if dtype == tl.float64 else x_TE.to(tl.float32).to(dtype)
+    return narrow_TE
 
 
 @triton.jit
 def _update(
-    w, m, v, lost, keep, at_GE, inside, group_G, seeds, g, Q: tl.constexpr, numbers, pid,
+    w, m, v, lost, keep, at_TE, inside, group_T, seeds, g, Q: tl.constexpr, numbers, pid,
     RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
-    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights, moments, and what rounding has taken, read, moved and written. keep: where ĝ is not zero."""
-    old_GE = tl.load(w + at_GE, mask=inside, other=0.0)
-    wide: tl.constexpr = tl.float64 if old_GE.dtype == tl.float64 else tl.float32
-    g_GE = tl.zeros((G, E), dtype=wide)
+    old_TE = tl.load(w + at_TE, mask=inside, other=0.0)
+    wide: tl.constexpr = tl.float64 if old_TE.dtype == tl.float64 else tl.float32
+    g_TE = tl.zeros((T, E), dtype=wide)
     for q in range(Q):
-        z_GE = _draw(tl.load(seeds + q), pid, group_G, GAUSSIAN, E, G)
-        g_GE += tl.load(g + q).to(wide) * z_GE.to(wide)
+        z_TE = draw(tl.load(seeds + q), pid, group_T, GAUSSIAN, E, T)
+        g_TE += tl.load(g + q).to(wide) * z_TE.to(wide)
     if MASKED:
-        g_GE = tl.where(tl.load(keep + at_GE, mask=inside, other=0) != 0, g_GE, 0.0)
-    w_GE = old_GE.to(wide)
+        g_TE = tl.where(tl.load(keep + at_TE, mask=inside, other=0) != 0, g_TE, 0.0)
+    w_TE = old_TE.to(wide)
     if COMPENSATED:
-        lost_GE = tl.load(lost + at_GE, mask=inside, other=0.0)
-        w_GE += lost_GE.to(wide)
-    m_GE = g_GE
-    v_GE = g_GE
+        lost_TE = tl.load(lost + at_TE, mask=inside, other=0.0)
+        w_TE += lost_TE.to(wide)
+    m_TE = g_TE
+    v_TE = g_TE
     if MOMENTS > 0:
-        m_GE = tl.load(m + at_GE, mask=inside, other=0.0).to(wide)
+        m_TE = tl.load(m + at_TE, mask=inside, other=0.0).to(wide)
     if MOMENTS > 1:
-        v_GE = tl.load(v + at_GE, mask=inside, other=0.0).to(wide)
-    w_GE, m_GE, v_GE = _move(w_GE, g_GE, m_GE, v_GE, numbers, RULE)
+        v_TE = tl.load(v + at_TE, mask=inside, other=0.0).to(wide)
+    w_TE, m_TE, v_TE = _move(w_TE, g_TE, m_TE, v_TE, numbers, RULE)
     changes = (tl.load(numbers) != 1.0).to(tl.int32) + (tl.load(numbers + 1) != 0.0).to(tl.int32)
     moves = inside & (changes != 0)  # else not even a zero's sign changes
-    new_GE = w_GE.to(old_GE.dtype)
-    tl.store(w + at_GE, new_GE, mask=moves)
+    new_TE = w_TE.to(old_TE.dtype)
+    tl.store(w + at_TE, new_TE, mask=moves)
     if COMPENSATED:
-        tl.store(lost + at_GE, (w_GE - new_GE.to(wide)).to(old_GE.dtype), mask=moves)
+        tl.store(lost + at_TE, (w_TE - new_TE.to(wide)).to(old_TE.dtype), mask=moves)
     if MOMENTS > 0:
-        tl.store(m + at_GE, _narrowed(m_GE, m.dtype.element_ty), mask=inside)
+        tl.store(m + at_TE, _narrowed(m_TE, m.dtype.element_ty), mask=inside)
     if MOMENTS > 1:
-        tl.store(v + at_GE, _narrowed(v_GE, v.dtype.element_ty), mask=inside)
+        tl.store(v + at_TE, _narrowed(v_TE, v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pid"])
 def _one_kernel(
     w, m, v, lost, keep, n, group, seeds, g, Q: tl.constexpr, numbers, goes, pid,
     RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
-    GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Element i of w is element E·group + i of the parameter."""
-    step_G = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
-    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
-    inside = (at_GE < n) & (tl.load(goes) != 0)
+    step_T = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    at_TE = step_T[:, None] * E + tl.arange(0, E)[None, :]
+    inside = (at_TE < n) & (tl.load(goes) != 0)
     _update(
-        w, m, v, lost, keep, at_GE, inside, group + step_G, seeds, g, Q, numbers, pid,
-        RULE, MOMENTS, COMPENSATED, MASKED, GAUSSIAN, E, G,
+        w, m, v, lost, keep, at_TE, inside, group + step_T, seeds, g, Q, numbers, pid,
+        RULE, MOMENTS, COMPENSATED, MASKED, GAUSSIAN, E, T,
     )  # fmt: skip
 
 
@@ -119,16 +119,16 @@ def _one_kernel(
 def _many_kernel(
     tile_item, tile_first, ws, ms, vs, losts, sizes, pids, groups, seeds, g, Q: tl.constexpr, numbers, N: tl.constexpr,
     goes, RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, DTYPE: tl.constexpr,
-    KEPT: tl.constexpr, EVEN: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    KEPT: tl.constexpr, EVEN: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Tile t: elements tile_first[t]·E, … of item tile_item[t]. EVEN: whether all sizes are multiples of `ALIGNED`."""
     item = tl.load(tile_item + tl.program_id(0))
-    step_G = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, G)
-    at_GE = step_G[:, None] * E + tl.arange(0, E)[None, :]
+    step_T = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, T)
+    at_TE = step_T[:, None] * E + tl.arange(0, E)[None, :]
     n = tl.load(sizes + item)
     if EVEN:
         n = tl.multiple_of(n, 16)
-    inside = (at_GE < n) & (tl.load(goes) != 0)
+    inside = (at_TE < n) & (tl.load(goes) != 0)
     group = tl.load(groups + item)
     # all are ALIGNED: where sizes are even too, neighbours are read at once
     w = tl.multiple_of(tl.load(ws + item).to(tl.pointer_type(DTYPE)), 16)
@@ -136,8 +136,8 @@ def _many_kernel(
     v = tl.multiple_of(tl.load(vs + item).to(tl.pointer_type(KEPT)), 16)
     lost = tl.multiple_of(tl.load(losts + item).to(tl.pointer_type(DTYPE)), 16)
     _update(
-        w, m, v, lost, w, at_GE, inside, step_G, seeds, g + group * Q, Q, numbers + group * N, tl.load(pids + item),
-        RULE, MOMENTS, COMPENSATED, False, GAUSSIAN, E, G,
+        w, m, v, lost, w, at_TE, inside, step_T, seeds, g + group * Q, Q, numbers + group * N, tl.load(pids + item),
+        RULE, MOMENTS, COMPENSATED, False, GAUSSIAN, E, T,
     )  # fmt: skip
 
 
@@ -155,8 +155,7 @@ class Update:
         compensated = "residual" in self.buffers
         moments = len(self.buffers) - compensated
         self.kind: dict[str, Any] = {"RULE": kernel, "MOMENTS": moments, "COMPENSATED": compensated}
-        shape = _shape(directions.distribution)
-        self.tile = shape | {"G": TILE // shape["E"]}
+        self.tile = tile_of(directions.distribution, TILE)
         self.alone: list[tuple[Any, list[Tensor]]] = []
         self.few: dict[
             tuple[Any, Any, bool], list[tuple[Any, list[Tensor]]]
@@ -173,21 +172,21 @@ class Update:
         device = directions.params[0].device
         self.goes = torch.ones((), dtype=torch.int32, device=device)
 
-    def run(self, seeds_Q: Tensor, g_AQ: Tensor, numbers_AN: Tensor, goes: Tensor | None = None) -> None:
-        """ĝ = Σ_q g_AQ[group][q]·z(seeds_Q[q]), g_AQ float32; numbers_AN float64, the rule's for each group; all contiguous,
+    def run(self, seeds_Q: Tensor, g_GQ: Tensor, numbers_GN: Tensor, goes: Tensor | None = None) -> None:
+        """ĝ = Σ_q g_GQ[group][q]·z(seeds_Q[q]), g_GQ float32; numbers_GN float64, the rule's for each group; all contiguous,
         on the device. goes: 0-d int32; where it is zero nothing changes.
         """
         goes = self.goes if goes is None else goes
         for param, own in self.alone:
-            self._alone(param, own, seeds_Q, g_AQ, numbers_AN, goes)
+            self._alone(param, own, seeds_Q, g_GQ, numbers_GN, goes)
         for (dtype, kept, even), tables in self.together:
             _many_kernel[(len(tables[0]),)](
-                *tables, seeds_Q, g_AQ, len(seeds_Q), numbers_AN, numbers_AN.shape[1], goes,
-                DTYPE=_TL_DTYPE[dtype], KEPT=_TL_DTYPE[kept], EVEN=even, **self.kind, **self.tile,
+                *tables, seeds_Q, g_GQ, len(seeds_Q), numbers_GN, numbers_GN.shape[1], goes,
+                DTYPE=TL_DTYPE[dtype], KEPT=TL_DTYPE[kept], EVEN=even, **self.kind, **self.tile,
             )  # fmt: skip
 
     def _alone(
-        self, param: Any, own: list[Tensor], seeds_Q: Tensor, g_AQ: Tensor, numbers_AN: Tensor, goes: Tensor
+        self, param: Any, own: list[Tensor], seeds_Q: Tensor, g_GQ: Tensor, numbers_GN: Tensor, goes: Tensor
     ) -> None:
         slot, flat = self.directions.slots[id(param)], param.data.reshape(-1)  # a copy only of a permuted view
         size: int = SPAN if self.directions.masked else flat.numel()
@@ -198,7 +197,7 @@ class Update:
             m, v, lost = self._placed(rest, w)
             _one_kernel[(triton.cdiv(n, TILE),)](
                 w, m, v, lost, w if keep is None else keep.view(torch.uint8), n, first // self.tile["E"],
-                seeds_Q, g_AQ[slot.group], len(seeds_Q), numbers_AN[slot.group], goes, _signed(slot.id),
+                seeds_Q, g_GQ[slot.group], len(seeds_Q), numbers_GN[slot.group], goes, signed(slot.id),
                 MASKED=keep is not None, **self.kind, **self.tile,
             )  # fmt: skip
         if not param.data.is_contiguous():
@@ -210,7 +209,7 @@ class Update:
         return moments[0], moments[1], own[-1] if self.kind["COMPENSATED"] else absent
 
     def _tables(self, items: Sequence[tuple[Any, list[Tensor]]]) -> tuple[Tensor, ...]:
-        device, groups_a_tile = items[0][0].device, self.tile["G"]
+        device, groups_a_tile = items[0][0].device, self.tile["T"]
         tile_item, tile_first, places, sizes, slots = [], [], [], [], []
         for i, (param, own) in enumerate(items):
             for first in range(0, triton.cdiv(param.numel(), self.tile["E"]), groups_a_tile):
@@ -224,7 +223,7 @@ class Update:
             torch.tensor(tile_first, dtype=torch.int64, device=device),
             *torch.tensor(places, dtype=torch.int64, device=device).t().contiguous(),
             torch.tensor(sizes, dtype=torch.int64, device=device),
-            torch.tensor([_signed(slot.id) for slot in slots], dtype=torch.int32, device=device),
+            torch.tensor([signed(slot.id) for slot in slots], dtype=torch.int32, device=device),
             torch.tensor([slot.group for slot in slots], dtype=torch.int32, device=device),
         )
 
