@@ -7,14 +7,8 @@ import re
 import pytest
 
 from zotune import options as config
-from zotune.cli.app import run
+from zotune.cli.app import COMMANDS, run
 from zotune.options.groups import APART, OTHERS, grouped
-
-COMMANDS = {
-    "train": config.TrainConfig, "eval": config.EvalConfig, "predict": config.PredictConfig,
-    "preview": config.PreviewConfig, "replay": config.ReplayConfig, "merge": config.MergeConfig,
-    "estimate": config.EstimateConfig, "sweep": config.SweepConfig,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

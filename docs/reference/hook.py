@@ -13,18 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from zotune import options
 from zotune.cli.about import KINDS
-from zotune.cli.app import metavar
+from zotune.cli.app import COMMANDS, metavar
 from zotune.options.groups import grouped
 from zotune.registry import entries
 
 DECISIONS = Path(__file__).parents[1] / "decisions"
-COMMANDS = {
-    "train": options.TrainConfig, "eval": options.EvalConfig, "predict": options.PredictConfig,
-    "preview": options.PreviewConfig, "replay": options.ReplayConfig, "merge": options.MergeConfig,
-    "estimate": options.EstimateConfig, "sweep": options.SweepConfig,
-}  # fmt: skip
 
 
 def on_post_build(config: Any, **_: Any) -> None:

@@ -49,10 +49,14 @@ def _options(
 ) -> None: ...
 
 
+COMMANDS: dict[str, type[config.Options]] = {}  # those whose flags are a model of options
+
+
 def command(
     name: str, kind: type[config.Options], summary: str, run: Callable[[Any], None], example: str | None = None
 ) -> None:
     """A command whose flags are the fields of `kind`. Values go to pydantic as text, so that all faults are told at once."""
+    COMMANDS[name] = kind
     parameters = []
     for panel, key in ((panel, key) for panel, keys in grouped(kind).items() for key in keys):
         field = kind.model_fields[key]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from zotune.files.checked import Options
-from zotune.options.commands import DataOptions, ModelOptions, OutputOptions, TrainConfig
+from zotune.options.commands import DataOptions, ModelOptions, OutputOptions
 from zotune.options.step import METHOD_OPTIONS, StepOptions
 
-OTHERS = "Options"
-HEADINGS: dict[type[Options], str] = {  # of the model that an option was first a field of
+OTHERS, OF_A_RUN = "Options", "Training"
+HEADINGS: dict[
+    type[Options], str
+] = {  # of the model that an option was first a field of; a run's others stand under "Training"
     ModelOptions: "Model and device",
     DataOptions: "Rows",
     OutputOptions: "The run's folder",
     StepOptions: "The step",
-    TrainConfig: "Training",
 }
 APART: dict[str, tuple[str, ...]] = {  # of those some that are looked for together
-    "Training": ("batch_size", "seed"),
+    OF_A_RUN: ("batch_size", "seed"),
     "Of single methods": METHOD_OPTIONS,
     "What a step leaves out": (
         "sparsity", "mask", "sparsity_scope", "mask_refresh", "calibration_rows", "freeze", "blocks", "block_update",
@@ -33,12 +34,14 @@ APART: dict[str, tuple[str, ...]] = {  # of those some that are looked for toget
 
 def heading(command: type[Options], option: str) -> str:
     """Of an option of a command: a new one stands with its neighbours until somebody says otherwise here."""
-    if issubclass(command, TrainConfig):
+    run = issubclass(command, StepOptions)
+    if run:
         for title, names in APART.items():
             if option in names:
                 return title
-    homes = (kind for kind in reversed(command.__mro__) if issubclass(kind, Options) and option in kind.model_fields)
-    return HEADINGS.get(next(homes), OTHERS)
+    homes = (kind for kind in reversed(command.__mro__) if kind in HEADINGS and option in kind.model_fields)
+    home = next(homes, None)
+    return HEADINGS[home] if home else OF_A_RUN if run else OTHERS
 
 
 def grouped(command: type[Options]) -> dict[str, list[str]]:
