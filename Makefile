@@ -1,12 +1,13 @@
 # make demo   fine-tune a real model on real text, on this machine, with nothing but PyPI
-# make test   the tests;  make check   lint and types;  make soak   the long tests of reliability, hours
+# make test   the tests;  make check   lint, types, pages;  make soak   the long tests of reliability, hours
+# make docs   the documentation's site, in site/;  make dist   wheel and sdist, checked in an environment of their own
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak check format env clean
+.PHONY: demo test soak check format docs dist env clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo/prepare.py --output demo
@@ -23,10 +24,22 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/check.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
+	rm -rf dist && $(BIN)/python -m build --quiet
+	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && fresh/bin/zotune --version && fresh/bin/zotune list && fresh/bin/python ../examples/loop.py
 
 env: $(VENV)/installed-dev
 
@@ -42,4 +55,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist site

@@ -28,6 +28,13 @@ def opt(hidden: int, layers: int, heads: int, vocabulary: int = 50272) -> tf.Pre
     )  # fmt: skip
 
 
+def qwen(hidden: int, inner: int, layers: int, heads: int) -> tf.PretrainedConfig:
+    return tf.Qwen2Config(
+        vocab_size=151936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 MODELS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "opt-tiny": lambda: opt(64, 2, 4, 512),  # to try a benchmark on a CPU
     "opt-125m": lambda: opt(768, 12, 12),
@@ -42,6 +49,8 @@ MODELS: dict[str, Callable[[], tf.PretrainedConfig]] = {
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
+    "qwen2.5-0.5b": lambda: qwen(896, 4864, 24, 14),
+    "qwen2.5-1.5b": lambda: qwen(1536, 8960, 28, 12),
     "opt-13b": lambda: opt(5120, 40, 40),
     "llama-7b": lambda: tf.LlamaConfig(),  # LLaMA-2-7B's sizes are the defaults
 }

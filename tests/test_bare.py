@@ -57,7 +57,7 @@ def bare(tmp_path_factory):
 
 
 SKIPPED = {  # whole modules, and one backend of the last
-    *(f"bench/test_{name}.py" for name in ("chosen", "report", "runner", "search")),
+    *(f"bench/test_{name}.py" for name in ("chosen", "report", "runner", "search")), "test_compare.py",
     "engines/test_adapters.py", "engines/test_kernels.py", "test_fused.py", "models/test_quantized.py",
     "noise/test_known_answers.py",
 }  # fmt: skip
@@ -82,7 +82,7 @@ for module in pkgutil.walk_packages(zotune.__path__, "zotune.", onerror=lambda n
 ALONE = {  # kernels, and what writes or shows the results of a benchmark
     "triton": {"zotune.noise.cuda", "zotune.noise.drawing", "zotune.engines.kernels", "zotune.updates.fused"},
     "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster"},
-    "matplotlib": {"zotune.bench.figures"},
+    "matplotlib": {"zotune.bench.figures", "zotune.reports.figures", "zotune.reports.page"},
     "itables": {"zotune.bench.report"},
 }
 
@@ -98,6 +98,8 @@ COMMANDS = {
     "bench run x.yaml --output o": "zotune[bench]",
     "bench run x.yaml --output o --executor ray": "zotune[bench]",
     "bench report o": "zotune[bench]",
+    "report o": "zotune[bench]",
+    "compare FLAGS --output o": "zotune[bench]",
     "sweep FLAGS --output o": "zotune[bench]",
     "train FLAGS --output o --scheme lora --quantize int8": "zotune[quant]",
     "train FLAGS --output o --scheme lora --quantize nf4": "zotune[quant]",

@@ -423,7 +423,7 @@ def test_the_version_is_told(capsys):
 def test_nothing_asked_for_is_answered_with_the_help(capsys):
     assert run([]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("Usage:")
+    assert said.lstrip().startswith("Usage:")
     assert "zotune: " not in said
     assert "Fine-tune a model" in said
 
@@ -487,3 +487,13 @@ def test_a_card_s_commands_are_quoted(flags, model, tmp_path):
     assert run(["train", *flags, "--model", str(place), "--output", str(tmp_path / "a run")]) == 0
     card = (tmp_path / "a run" / "README.md").read_text()
     assert f"zotune replay --model '{place}' --trajectory" in card
+
+
+def test_a_template_of_two_lines_is_one_cell_of_the_card(flags, tmp_path):
+    at = flags.index("--template")
+    flags[at + 1] = "{text}\nIt | was"
+    assert run(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith("| task |")]
+    assert "`{text}\\nIt \\| was`" in row
+    assert row.endswith(" |")

@@ -128,7 +128,7 @@ def test_an_lr_of_zero_moves_the_state_alone_and_a_step_that_does_not_go_nothing
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named, made(torch.bfloat16), strict=True))
     assert all(bool(state[p][buffer].any()) for _, p in named if p.numel() for buffer in rule.buffers)
     before = copy.deepcopy(list(state.values()))
-    numbers = rule.table((0.1, 0.1), (0.1, 0.1), (1, 1)).to(DEVICE)
+    numbers = rules.table(rule.numbers_of((0.1, 0.1), (0.1, 0.1), (1, 1))).to(DEVICE)
     seeds, g = torch.tensor([5], device=DEVICE), torch.ones(2, 1, device=DEVICE)
     passes = fused.update_of(rule, directions, state)
     assert passes is fused.update_of(rule, directions, state)
@@ -146,7 +146,7 @@ def test_decay_alone_has_the_bits_of_a_product(dtype):
 
     named, wanted = made(dtype), [p.data for _, p in made(dtype)]
     directions = directions_of(named, "gaussian")
-    table = Momentum().table((0.5, 0.5), (0.31, 0.0), (0, 0)).to(DEVICE)
+    table = rules.table(Momentum().numbers_of((0.5, 0.5), (0.31, 0.0), (0, 0))).to(DEVICE)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     fused.Update(rules.DECAY, directions, {}, ()).run(nothing, torch.empty(2, 0, device=DEVICE), table)
     for (_, p), w in zip(named[:2], wanted[:2], strict=True):

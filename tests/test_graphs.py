@@ -27,7 +27,7 @@ from zotune.step import captured as captured_steps
 from zotune.step import graphs
 from zotune.step.arithmetic import Given, applicable, coefficients, projected, weights_of
 from zotune.step.graphs import Shape, StepGraphs, _Captured
-from zotune.updates import Adam, Conservative, Momentum, Normalised, ScalarSign, Sgd, Sign
+from zotune.updates import Adam, Conservative, MeanSquare, Momentum, Normalised, ScalarSign, Sgd, Sign
 from zotune.updates import rule as rules
 
 CONFIG = tf.LlamaConfig(
@@ -46,6 +46,71 @@ def steps_apart(plain: ZeroOrderOptimizer, captured: ZeroOrderOptimizer, f, g, b
     for batch in batches:
         plain.step(f, batch=batch)
         captured.step(g, batch=batch)
+
+
+AFTER = {
+    "meazo": {}, "grzo": {}, "copes": {"queries": 8}, "lozo-m": {}, "zo-muon": {"rank": 16}, "subzero-plus": {"queries": 9},
+    "zo-act": {}, "aim-zo": {"queries": 4},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", list(AFTER))
+def test_captured_steps_of_methods_after_the_paper_give_the_weights_of_steps_without(method, dtype):
+    torch.manual_seed(0)
+    plain = tf.LlamaForCausalLM(CONFIG).to("cuda", dtype).eval()
+    captured = copy.deepcopy(plain)
+    batches = [{"input_ids": torch.randint(0, 64, (4, 8 + 8 * (i % 2)), device="cuda")} for i in range(6)]
+
+    def loss_of(model):
+        def rows(batch):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            return losses.mean(1)
+
+        return rows
+
+    first, second = (ZeroOrderOptimizer(m, method, seed=1, eps=1e-2, **AFTER[method]) for m in (plain, captured))
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
+    second.land()
+    assert second.captured.graphs is not None
+    assert second.captured.graphs.usable
+    assert first.forward_passes == second.forward_passes
+    for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["leave-one-out", "own-inputs"])
+def test_captured_steps_find_the_rates_of_steps_without(method):
+    """The first goes by what it found itself and is taken by the host; the others go by steps that have landed."""
+    torch.manual_seed(0)
+    plain = tf.LlamaForCausalLM(CONFIG).to("cuda").eval()
+    captured = copy.deepcopy(plain)
+    batches = [{"input_ids": torch.randint(0, 64, (4, 8), device="cuda")} for _ in range(8)]
+
+    def loss_of(model):
+        def rows(batch):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            return losses.mean(1)
+
+        return rows
+
+    first, second = (
+        ZeroOrderOptimizer(m, method, lr="auto", queries=4, groups="batch", total_steps=8) for m in (plain, captured)
+    )
+    rates: dict[int, list[float]] = {0: [], 1: []}
+    for i, optimizer in enumerate((first, second)):
+        optimizer.watch = lambda record, i=i: rates[i].append(record.lr_G[0])
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
+    first.flush()
+    second.flush()
+    assert second.captured.graphs is not None
+    torch.testing.assert_close(rates[0], rates[1], rtol=1e-4, atol=0)
+    for p, q in zip(plain.parameters(), captured.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -513,7 +578,7 @@ def test_what_a_step_decides_on_the_device_is_what_the_host_decides(
     torch.testing.assert_close(g_GQ[0], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
     assert bool(applicable(rule, losses_CK, g_GQ, given)) == goes
     if goes and rule.linear:
-        assert coefficients(rule, g_GQ, given.lr_G)[0].tolist() == coefs
+        assert coefficients(rule, g_GQ, given.lr_G, torch.tensor(True))[0].tolist() == coefs
 
 
 @given(losses=st.lists(st.sampled_from([1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]), min_size=3, max_size=3))
@@ -537,7 +602,7 @@ class NoHost(TorchDispatchMode):
         return out
 
 
-RULES = [Sgd(), ScalarSign(), Conservative(), Normalised(), Sign(), Momentum(), Adam()]
+RULES = [Sgd(), ScalarSign(), Conservative(), Normalised(), MeanSquare(), Sign(), Momentum(), Adam()]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

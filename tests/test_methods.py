@@ -40,7 +40,7 @@ MODELS = {
 FORWARDS = {
     ("zo-sgd", 1): 2, ("zo-sgd", 3): 6, ("zo-sgd-mmt", 2): 4, ("zo-sgd-sign", 1): 2, ("zo-sgd-cons", 1): 5,
     ("zo-sgd-cons", 2): 7, ("zo-adam", 1): 2, ("forward-grad", 1): 1, ("forward-grad", 3): 3, ("fo-sgd", 1): 1,
-    ("fo-adam", 1): 1,
+    ("fo-adam", 1): 1, ("meazo", 2): 4, ("copes", 4): 4, ("lozo-m", 1): 2, ("zo-muon", 4): 5, ("subzero-plus", 9): 10,
 }  # fmt: skip
 
 
@@ -194,6 +194,10 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
         (["--method", "zo-sgd-cons"], 30),
         (["--method", "forward-grad", "--scheme", "lora"], 6),
         (["--method", "zo-sgd-sign", "--sign-mode", "scalar"], 12),
+        (["--method", "grzo"], 12),
+        (["--method", "zo-muon", "--rank", "4", "--queries", "2"], 18),
+        (["--method", "zo-act"], 13),
+        (["--method", "aim-zo", "--queries", "3"], 24),
     ],
 )
 def test_a_run_by_each_kind_of_method(made, tmp_path, capsys, extra, forwards):
@@ -246,6 +250,11 @@ def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path)
         ["--method", "zo-sgd-mmt", "--blocks", "transformer", "--block-update", "jacobi", "--momentum", "0.5"],
         ["--sparsity", "0.5", "--mask", "magnitude", "--mask-refresh", "2"],
         ["--method", "forward-grad", "--sparsity", "0.5", "--sparsity-scope", "global"],
+        ["--method", "meazo", "--queries", "2", "--dtype", "bfloat16"],
+        ["--method", "copes", "--queries", "4", "--dtype", "bfloat16"],
+        ["--method", "grzo", "--lr-schedule", "linear"],
+        ["--method", "lozo-m", "--dtype", "bfloat16"],
+        ["--method", "subzero-plus", "--queries", "3", "--rank", "4"],
     ],
 )
 def test_a_runs_file_and_its_base_model_give_its_weights(made, tmp_path, extra):
@@ -302,3 +311,21 @@ def test_the_list_tells_what_each_costs(capsys, monkeypatch):
     assert "--momentum 0.9" in shown
     assert "--beta2 0.999; --adam-eps 1e-08; --state-dtype float32" in shown
     assert METHODS["zo-adam"].state == "2 × trainable"
+
+
+def test_a_dict_of_named_parameters_is_the_model_s_own_and_a_bare_group_is_refused():
+    def after(given) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = ZeroOrderOptimizer(given(model), lr=0.1, seed=1)
+        optimizer.step(lambda: model(torch.ones(1, 3)).sum())
+        return [p.detach() for p in model.parameters()]
+
+    whole = after(lambda model: model)
+    for given in (
+        lambda model: dict(model.named_parameters()),
+        lambda model: [{"params": dict(model.named_parameters())}],
+    ):
+        assert all(torch.equal(p, q) for p, q in zip(whole, after(given), strict=True))
+    with pytest.raises(ValueError, match="give a list of groups"):
+        ZeroOrderOptimizer({"params": list(nn.Linear(3, 2).parameters())})

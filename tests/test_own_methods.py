@@ -17,6 +17,7 @@ from torch import nn
 
 from zotune import Method, ZeroOrderOptimizer, ZOTrainer, ZOTrainingArguments
 from zotune.cli.app import run
+from zotune.methods import has_eps
 from zotune.record.trajectory import Record, read_file
 from zotune.step import reference
 
@@ -162,3 +163,54 @@ def test_options_beside_an_object_are_refused():
     for options in ({"queries": 2}, {"estimator": "one-sided"}):
         with pytest.raises(ValueError, match="method is an object that has its own"):
             ZeroOrderOptimizer(small(), Method(), **options)
+
+
+@pytest.fixture
+def plugin(monkeypatch, tmp_path):
+    """An installed package that brings the method `tanh` by an entry point, as `pip install` leaves one."""
+    found = tmp_path / "site" / "zotune_tanh-1.2.dist-info"
+    found.mkdir(parents=True)
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: zotune-tanh\nVersion: 1.2\n")
+    (found / "entry_points.txt").write_text("[zotune.methods]\ntanh = own_methods:TANH\nzo-sgd = own_methods:cubed\n")
+    monkeypatch.syspath_prepend(str(found.parent))
+    monkeypatch.delitem(sys.modules, "own_methods")
+    yield "tanh"
+    sys.modules["own_methods"] = own_methods
+
+
+def test_an_installed_package_brings_methods_by_name_and_takes_none_of_zotune_s(plugin, made, tmp_path, capsys):
+    assert run(["list", "methods"]) == 0
+    said = capsys.readouterr().out
+    assert "own_methods:TANH, brought by zotune-tanh 1.2" in said
+    assert "own_methods:cubed" not in said
+    assert "own_methods" not in sys.modules  # a list imports nothing
+    out = tmp_path / "run"
+    assert run(["train", *tiny.flags(*made), "--method", "tanh", "--output", str(out)]) == 0, capsys.readouterr().err
+    header = read_file(out / "trajectory.zot").header
+    assert (header.method, header.direction) == ("tanh", "rademacher")
+    assert run(["train", *tiny.flags(*made), "--method", "tahn", "--output", str(tmp_path / "no")]) == 2
+    assert "did you mean 'tanh'?" in capsys.readouterr().err
+
+
+def test_a_trajectory_imports_no_installed_package_s_method_either(plugin, made, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(["train", *tiny.flags(*made), "--method", "tanh", "--output", str(out)]) == 0, capsys.readouterr().err
+    del sys.modules["own_methods"]
+    replay = ["replay", "--model", str(made[0]), "--trajectory", str(out / "trajectory.zot")]
+    assert run([*replay, "--output", str(tmp_path / "again")]) == 2
+    assert "--method tanh" in capsys.readouterr().err
+    assert "own_methods" not in sys.modules
+    assert run([*replay, "--method", "tanh", "--output", str(tmp_path / "again")]) == 0, capsys.readouterr().err
+    first, second = (
+        next((folder).glob("*.safetensors")).read_bytes() for folder in (out / "model", tmp_path / "again")
+    )
+    assert first == second
+
+
+def test_a_record_s_method_is_not_imported_to_see_whether_it_has_eps(monkeypatch):
+    monkeypatch.delitem(sys.modules, "own_methods")
+    assert has_eps("own_methods:TANH", recorded=True)
+    assert "own_methods" not in sys.modules
+    assert has_eps("own_methods:TANH")
+    assert not has_eps("fo-adam", recorded=True)
+    sys.modules["own_methods"] = own_methods

@@ -38,6 +38,7 @@ RUNS = [
     {"groups": "batch", "lr": "1e-3", "fold_every": 2},
     {"dtype": "bfloat16", "rounding": "compensated"},
     {"dtype": "bfloat16", "engine": "dual", "lr": "1e-3"},
+    {"lr": "auto", "method": "leave-one-out", "queries": 4, "groups": "batch"},
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from zotune import ZeroOrderOptimizer, ZOTrainingArguments
 from zotune.bench.suite import PROBE_OPTIONS
+from zotune.errors import OptionError
 from zotune.options import StepOptions, TrainConfig
 from zotune.options.step import METHOD_OPTIONS
 from zotune.step.choices import TOGETHER, Choices
@@ -18,7 +20,12 @@ from zotune.step.enhancements import Enhancements
 from zotune.trainer.arguments import ZO_FIELDS
 
 FIELDS = StepOptions.model_fields
-OF_A_RUN = {"seed", "max_skipped"}  # that an optimizer takes, and the command line has elsewhere or not
+OF_A_RUN = {
+    "seed",
+    "max_skipped",
+    "total_steps",
+    "workers",
+}  # that an optimizer takes, and the command line has elsewhere or not
 OF_THE_TRAINER = {"method_options", "max_skipped", "calibration_rows"}
 
 
@@ -68,3 +75,23 @@ def test_a_record_s_options_make_the_optimizer_again(given):
     assert again.choices == first.choices
     assert (again.method, again.direction, again.enhancements) == (first.method, first.direction, first.enhancements)
     assert torch.tensor(config.directions_a_row) == first.method.queries
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1"])
+def test_a_rate_that_is_no_finite_number_is_refused_of_a_group_too(name, value):
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(OptionError, match=f"^{name}=.*: must be"):
+        ZeroOrderOptimizer(model, **{name: value})
+    with pytest.raises(OptionError, match=f"^{name}=.*: must be"):
+        ZeroOrderOptimizer([{"params": model.parameters(), name: value}])
+    optimizer = ZeroOrderOptimizer(model)
+    with pytest.raises(OptionError, match=f"^{name}=.*: must be"):
+        optimizer.add_param_group({"params": torch.nn.Linear(1, 1).parameters(), name: value})
+
+
+@pytest.mark.parametrize("name", ["queries", "rank", "fold_every", "forward_tokens", "max_skipped"])
+@pytest.mark.parametrize("value", ["two", "2", 0, 1.5, math.inf, math.nan, True])
+def test_a_count_that_is_none_is_refused_by_its_name(name, value):
+    with pytest.raises(OptionError, match=f"{name}=.*a whole number from 1"):
+        ZeroOrderOptimizer(nn.Linear(2, 2), **{name: value})

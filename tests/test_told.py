@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -14,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import LabelSmoother
 
 from zotune import ZeroOrderOptimizer, ZOTrainer, ZOTrainingArguments
-from zotune.errors import InputError
+from zotune.errors import InputError, NonFiniteLoss, NotFinite
+from zotune.trainer.outputs import Outputs
 from zotune.trainer.refusals import REFUSED
 
 GIVEN = {
@@ -100,6 +103,24 @@ def test_an_optimizer_given_by_position_is_refused_too(tmp_path):
         ZOTrainer(trained, args, collate, ROWS, None, None, None, None, None, None, (adam, None))
 
 
+@pytest.mark.parametrize("how", ["subclass", "put there"])
+def test_an_optimizer_of_gradients_that_comes_later_is_refused_at_the_first_step(tmp_path, how):
+    """It would be asked for steps, and find no gradient: a run that trains nothing."""
+
+    class Own(ZOTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.AdamW(self.model.parameters())
+            return self.optimizer
+
+    args = ZOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=2)
+    told = (Own if how == "subclass" else ZOTrainer)(model(), args, train_dataset=ROWS, data_collator=collate)
+    if how == "put there":
+        told.optimizer = torch.optim.AdamW(told.model.parameters())
+    with pytest.raises(InputError, match=r"^optimizer: AdamW steps by gradients") as error:
+        told.train()
+    assert one_line(error)
+
+
 def test_compiled_models_are_refused(tmp_path):
     inner = model()
     inner.model.layers[0].compile()
@@ -113,10 +134,10 @@ def test_compiled_models_are_refused(tmp_path):
         trainer(tmp_path, torch.nn.DataParallel(model()))
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_that_have_no_group_are_refused(tmp_path, monkeypatch):
     args = ZOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     monkeypatch.setattr(ZOTrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(InputError, match=r"^2 processes: ") as error:
+    with pytest.raises(InputError, match=r"^2 processes: torch.distributed has no group") as error:
         ZOTrainer(model(), args, train_dataset=ROWS, data_collator=collate)
     assert one_line(error)
 
@@ -399,3 +420,76 @@ def test_a_run_that_is_resumed_after_its_last_step_takes_no_further_one(tmp_path
     assert resumed.state.global_step == steps
     assert resumed.zo_optimizer.steps == steps
     assert same(whole.model, resumed.model)
+
+
+# What is damaged, and what is not finite.
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "pickle"])
+def test_a_damaged_checkpoint_is_named_in_a_line(tmp_path, name, damage):
+    checkpoint = saved(tmp_path)
+    file = tmp_path / "begun" / "checkpoint-3" / name
+    whole = file.read_bytes()
+    file.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "empty": b"",
+            "pointer": b"version https://git-lfs.github.com/spec/v1\n",
+            "pickle": pickle.dumps(object),
+        }[damage]
+    )
+    with pytest.raises(InputError) as error:
+        trainer(tmp_path / "again").train(resume_from_checkpoint=checkpoint)
+    assert str(error.value).startswith(f"{checkpoint}: ")
+    assert (name if damage != "pickle" else "") in str(error.value)
+    assert one_line(error)
+
+
+def share_of_first(found):
+    return {"first": float((np.asarray(found.predictions).argmax(-1) == 0).mean())}
+
+
+@pytest.mark.parametrize("how", ["evaluate", "predict", "batches", "preprocessed", "training"])
+def test_no_metric_is_made_of_outputs_that_are_not_finite(tmp_path, how):
+    """An argmax of NaN is label 0: a metric would be a plausible number."""
+    zo = {"eval_dataset": ROWS[:5], "compute_metrics": share_of_first}
+    options = {"per_device_eval_batch_size": 2}
+    if how == "batches":
+        zo["compute_metrics"] = lambda found, compute_result: share_of_first(found)
+        options["batch_eval_metrics"] = True
+    if how == "preprocessed":
+        zo |= {
+            "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+            "compute_metrics": lambda found: {"first": float((found.predictions == 0).mean())},
+        }
+    if how == "training":
+        options |= {"eval_strategy": "steps", "eval_steps": 2}
+    told = trainer(tmp_path, model(), zo=zo, **options)
+    assert math.isfinite(told.evaluate()["eval_first"])
+    with torch.no_grad():
+        last = list(told.model.parameters())[-1]
+        last[0] = float("nan")
+    ask = {"predict": lambda: told.predict(ROWS[:5]), "training": told.train}.get(how, told.evaluate)
+    with pytest.raises((NotFinite, NonFiniteLoss)) as error:
+        ask()
+    if how != "training":
+        assert "rows: outputs are not finite in float32" in str(error.value)
+        assert one_line(error)
+    assert told.compute_metrics is zo["compute_metrics"]
+
+
+def test_what_padding_gives_and_what_a_model_rules_out_are_no_fault():
+    plain = torch.nn.Linear(1, 1)
+    logits, mask = torch.zeros(3, 4, 5), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    logits[1, 2:], logits[2, 1:] = float("nan"), float("inf")
+    logits[:, :, 4] = torch.where(mask.bool(), -math.inf, logits[:, :, 4])
+    seen = Outputs(plain)
+    seen.look((logits, {"hidden": torch.zeros(3, 2)}), {"attention_mask": mask})
+    seen.refuse()
+    logits[2, 0, 0] = float("nan")
+    seen.look(logits, {"attention_mask": mask})
+    with pytest.raises(NotFinite, match=r"^1 of 6 rows: outputs are not finite in float32"):
+        seen.refuse()

@@ -30,6 +30,18 @@ class NonFiniteLoss(RuntimeError):
     """Too many steps in a row whose loss was NaN or infinite. The command line exits with 1."""
 
 
+class WorkerError(RuntimeError):
+    """The workers of a run cannot go on together: some are gone, or differ. One line; the command line exits with 1."""
+
+
+class Elsewhere(RuntimeError):
+    """Another worker of the run has failed, and says why. code: with which this one's command line exits, without a word."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 SHOWN = 20  # names at most
 
 

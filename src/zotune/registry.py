@@ -13,7 +13,7 @@ def names(kind: str) -> list[str]:
 def entries(kind: str) -> list[tuple[str, str]]:
     """(name, what it is) of each."""
     if kind == "method":
-        from zotune.methods import METHODS
+        from zotune.methods import METHODS, plugins
 
         return [
             (
@@ -23,7 +23,7 @@ def entries(kind: str) -> list[tuple[str, str]]:
                 + f"  [{preset.paper}]",
             )
             for name, preset in METHODS.items()
-        ]
+        ] + [(name, f"{point.value}, brought by {_package(point)}") for name, point in plugins().items()]
     if kind == "scheme":
         from zotune.models.schemes import SCHEMES
 
@@ -36,6 +36,10 @@ def entries(kind: str) -> list[tuple[str, str]]:
     from zotune.tasks import TASKS
 
     return [(name, f"{task.asked} → {_answers(task)}  [{task.metric}]") for name, task in TASKS.items()]
+
+
+def _package(point: Any) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an installed package"
 
 
 def _answers(task: Any) -> str:

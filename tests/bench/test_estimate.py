@@ -14,6 +14,7 @@ from torch import nn
 
 from zotune.bench.probe import _until_free
 from zotune.cli.app import run
+from zotune.engines.following import WORTH_ON_CPU
 from zotune.errors import InputError
 from zotune.estimates.estimate import compare, estimate, estimate_for, uncounted
 from zotune.estimates.meta import build, model_config
@@ -199,6 +200,16 @@ def test_a_method_of_one_s_own_is_estimated_once_it_is_registered(monkeypatch):
     assert needs_of("own").kind == "zeroth-order"
 
 
+def test_a_method_that_is_named_by_its_module_is_estimated_as_it_says():
+    common = SHAPE | {"seq_len": 16, "rates": CARDS["h100"]}
+    made = estimate(model_config(SMALL), method="own_methods:cubed", queries=3, **common)
+    momentum = estimate(model_config(SMALL), method="zo-sgd-mmt", queries=3, **common)
+    assert (made.forwards, made.state) == (6, momentum.state)
+    assert estimate_for(SMALL, SHAPE | {"method": "own_methods:cubed", "device": "cpu"})["peak_bytes"] > 0
+    with pytest.raises(InputError, match="no_such_module"):
+        needs_of("no_such_module:X")
+
+
 def test_every_method_says_what_it_needs():
     assert {name for name in METHODS if needs_of(name).kind == "first-order"} == {"fo-sgd", "fo-adam"}
     assert {name for name in METHODS if needs_of(name).kind == "forward-mode"} == {"forward-grad"}
@@ -211,13 +222,27 @@ def test_every_method_says_what_it_needs():
 
 def test_the_more_places_a_forward_has_the_more_it_takes_and_the_fewer_there_are():
     config, common = model_config(SMALL), SHAPE | {"queries": 3, "seq_len": 16, "rates": CARDS["h100"]}
-    two, six, ten = (estimate(config, places=places, **common) for places in (2, 6, 10))
-    assert estimate(config, **common) == two
-    assert six.activations > 1.5 * two.activations
+    tokens = SHAPE["batch_size"] * 16
+    two, six, ten = (estimate(config, forward_tokens=places * tokens, **common) for places in (2, 6, 10))
+    assert six.activations > two.activations  # a tile of weights stands in both for the most
     assert (six.forwards, six.step_seconds < two.step_seconds) == (two.forwards, True)
-    assert ten.activations == six.activations  # a step of three directions has six
-    one_by_one = estimate(config, estimator="one-sided", **common)
-    assert estimate(config, estimator="one-sided", places=4, **common).activations > one_by_one.activations
+    assert ten == six  # a step of three directions has six
+    one_sided = [estimate(config, estimator="one-sided", forward_tokens=n * tokens, **common) for n in (1, 2, 4)]
+    assert [made.forwards for made in one_sided] == [4, 4, 4]
+    assert one_sided[0].activations < one_sided[1].activations < one_sided[2].activations
+
+
+def test_where_nothing_is_said_a_forward_has_as_many_places_as_the_engines_take():
+    config, pair = model_config(SMALL), SHAPE | {"queries": 3, "seq_len": 16}
+    tokens = SHAPE["batch_size"] * 16
+    assert tokens < WORTH_ON_CPU
+    on_cpu = 2 * WORTH_ON_CPU
+    assert estimate(config, **pair) == estimate(config, forward_tokens=on_cpu, **pair)
+    long = pair | {"batch_size": 2048, "rates": CARDS["t4"]}  # 32,768 tokens, of which such a card takes 4,096 together
+    assert estimate(config, **long) == estimate(config, forward_tokens=2 * 2048 * 16, **long)  # a pair at least
+    eight = pair | {"queries": 8, "rates": CARDS["t4"], "batch_size": 64}  # 1,024 tokens
+    assert estimate(config, **eight) == estimate(config, forward_tokens=4096, **eight)
+    assert estimate(config, method="fzoo", **(eight | {"queries": None})).activations > 0
 
 
 def test_a_row_beside_that_cannot_be_reckoned_says_why_and_takes_no_other_with_it(monkeypatch):
@@ -230,7 +255,7 @@ def test_a_row_beside_that_cannot_be_reckoned_says_why_and_takes_no_other_with_i
     rows = compare(config, {"method": "zo-sgd-sign", "scheme": "full"}, seq_len=17, left_out=left_out)
     assert [row.scheme for row in rows] == ["full"] * 5
     assert len(left_out) == 3
-    assert left_out[0].endswith("a step cannot be counted without weights (no linear maps)")
+    assert left_out[0].endswith("a step cannot be counted without weights: no linear maps")
 
 
 def test_a_model_that_is_not_causal_is_refused_in_a_line():

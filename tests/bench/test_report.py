@@ -18,6 +18,7 @@ for extra in ("itables", "jinja2", "matplotlib", "sqlalchemy"):
 
 from zotune.bench.figures import context
 from zotune.bench.figures.drawing import spread
+from zotune.bench.findings import findings, paired_half
 from zotune.bench.frame import groups_frame, runs_frame
 from zotune.bench.report import make_report
 from zotune.bench.store import Record, Store
@@ -78,6 +79,17 @@ def results(tmp_path_factory) -> Path:
     store.close()
     make_report(folder)
     return folder
+
+
+def test_seeds_that_find_rates_of_their_own_are_runs_of_one_configuration():
+    """Else the best of them would be chosen, as among rates that were searched."""
+    options = {"lr": "auto", "eps": 1e-2, "method": "leave-one-out"}
+    found = [
+        record(seed, seed=seed, options=options, result={"test_after": score, "lr": lr, "validation_best": score})
+        for seed, (score, lr) in enumerate(((70.0, 1e-3), (80.0, 1.2e-3)))
+    ]
+    (group,) = groups_frame(runs_frame(found)).itertuples()
+    assert (group.mean, group.n) == (75.0, 2)
 
 
 def test_tables_hold_mean_spread_and_rank_and_choose_lr_on_validation(results):
@@ -213,7 +225,7 @@ def test_no_eps_stands_where_a_method_has_none(tmp_path):
 def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(results, tmp_path_factory):
     drawn = {path.stem for path in (results / "report").glob("*.png")}
     assert drawn == {
-        "accuracy", "memory", "context", "passes", "queries", "curves", "alignment", "enhancements", "pareto-memory",
+        "accuracy", "memory", "context", "passes", "seconds", "queries", "curves", "alignment", "enhancements", "pareto-memory",
         "pareto-time", "sensitivity",
     }  # fmt: skip
     assert drawn == {path.stem for path in (results / "report").glob("*.svg")}
@@ -222,7 +234,7 @@ def test_every_figure_is_drawn_where_the_store_has_its_data_and_only_there(resul
     store.put(record(1))
     store.close()
     page = make_report(other).read_text()
-    assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "curves"}
+    assert {p.stem for p in (other / "report").glob("*.png")} == {"accuracy", "memory", "passes", "seconds", "curves"}
     assert "context length" not in page
 
 
@@ -325,8 +337,11 @@ def opened(browser, results: Path, width: int, scheme: str):
 def test_the_page_in_a_browser_fits_sorts_and_filters_without_an_error(browser, results, width, scheme):
     page, faults = opened(browser, results, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    ends = "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().right)"
-    assert max(page.evaluate(ends)) <= width
+    # a figure fills its place, and where that is narrow it is as wide as its letters need and scrolls there
+    regions = "[...document.querySelectorAll('figure .wide')].map(one => one.getBoundingClientRect())"
+    assert max(one["right"] for one in page.evaluate(f"{regions}.map(r => r.toJSON())")) <= width
+    widths = "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().width)"
+    assert min(page.evaluate(widths)) >= (700 if width < 640 else 0.8 * min(width, 1400))
     every = page.locator("#table-runs tbody tr").count()
     header = page.locator("#table-runs_wrapper thead th", has_text="seed").first
     column = header.evaluate("th => th.cellIndex")
@@ -358,3 +373,33 @@ def test_json_in_the_store_survives_a_round(tmp_path):
     store = Store(tmp_path)
     store.put(record(1, labels={"queries": 4}))
     assert json.dumps(store.get(f"{1:016x}").labels) == '{"queries": 4}'
+
+
+def test_findings_say_what_won_by_how_much_and_how_sure(tmp_path):
+    def said(scores: dict[str, list[float]]) -> str:
+        records = [
+            record(10 * i + seed, method=method, seed=seed, config_key=f"{method}{seed}", result={"test_after": score})
+            for i, (method, found) in enumerate(scores.items())
+            for seed, score in enumerate(found)
+        ]
+        runs = runs_frame(records)
+        (line,) = findings(runs, groups_frame(runs))
+        return line
+
+    sure = said({"zo-sgd": [80.0, 82.0, 81.0], "zo-adam": [90.0, 92.1, 90.9]})
+    assert "zo-adam, full is first of 2 with 91.0" in sure
+    moved = [10.0, 10.1, 9.9]
+    half = paired_half(moved)
+    assert math.isclose(half, 4.303 * statistics.stdev(moved) / math.sqrt(3))
+    assert (
+        f"more than chance explains (+10.0 points, 95 % {10 - half:+.1f} to {10 + half:+.1f}, 3 seeds in pairs)" in sure
+    )
+    assert "cannot tell the two apart" in said({"zo-sgd": [80.0, 90.0, 85.0], "zo-adam": [90.0, 82.0, 84.0]})
+    assert "may be luck" in said({"zo-sgd": [80.0], "zo-adam": [90.0]})
+
+
+def test_findings_lead_the_page_and_what_does_not_fit_is_no_alarm(results):
+    page = (results / "report/index.html").read_text(encoding="utf-8")
+    assert 0 < page.index('id="findings"') < page.index('id="tables"')
+    assert "## Findings" in (results / "report/README.md").read_text(encoding="utf-8")
+    assert not re.search(r'class="oom">[^<]*did not fit', page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from zotune import quiet
 from zotune.bench import warm
 
 pytestmark = pytest.mark.skipif(not warm.AVAILABLE, reason="runs are forks on Linux alone")
@@ -168,3 +170,14 @@ def test_a_usage_error_names_the_program(server, tmp_path):
 def test_what_is_loaded_beforehand_exists():
     for module in warm.LOADED:
         importlib.import_module(module)
+
+
+def test_what_other_libraries_say_while_they_load_is_kept_off_a_sweep_and_a_suite(monkeypatch, caplog):
+    for name in quiet.TALKATIVE:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    monkeypatch.setattr(warm, "LOADED", ())
+    assert warm.load()
+    for name in quiet.TALKATIVE:
+        logging.getLogger(f"{name}.kernels").warning("a kernel for another machine")
+        logging.getLogger(name).error("a fault")
+    assert [record.message for record in caplog.records] == ["a fault"] * len(quiet.TALKATIVE)

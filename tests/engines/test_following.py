@@ -495,3 +495,11 @@ def test_auto_takes_long_batches_by_separate_forwards_on_a_cpu(monkeypatch):
         optimizer.step(loss, batch={"x": torch.ones(rows, 8)})
         assert calls == wanted
         assert optimizer.engine.usable
+
+
+def test_an_engine_that_stepped_aside_says_so_and_why():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Dropout(0.5))
+    optimizer = ZeroOrderOptimizer(model, lr=0.0)
+    assert optimizer.chosen_engine.startswith("dual: one forward")
+    optimizer.step(lambda batch: model(batch["x"]).square().mean(1), batch={"x": torch.ones(3, 8)})
+    assert optimizer.chosen_engine.startswith("dual: by separate forwards, since the loss draws from torch's generator")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zotune import ZeroOrderOptimizer
-from zotune.directions import Displacement
+from zotune.directions import Directions, Displacement
 from zotune.engines import following, make_engine
 from zotune.engines.places import Copy, Place, Places, repeated
 from zotune.step.probing import shares
@@ -185,3 +187,19 @@ def test_leave_one_out_is_unbiased_on_a_quadratic():
     gradient = scale * start
     spread = (1.5 * (gradient.norm() ** 2 + gradient**2) / 4 / n).sqrt()  # of the mean's elements, with room
     assert ((mean - gradient).abs() < 4 * spread).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_low_rank_term_is_the_product_of_contiguous_factors_to_the_bit(rank):
+    """As it was before places: a product with a transposed view may round otherwise."""
+    model, x = nn.Linear(48, 40, bias=False), torch.randn(4, 9, 48, generator=torch.Generator().manual_seed(0))
+    engine = make_engine("lowrank", Directions([list(model.named_parameters())]), groups="batch", rank=rank)
+    at = Displacement((1, 2, 3, 4), ((1e-3,) * 4,))
+    places = Places(at, (Copy(1), Copy(-1)), (1,) * 4)
+    found = engine.losses(lambda batch: model(batch["x"]).square().mean((1, 2)), {"x": x}, places)
+    u_QOR, v_QDR = engine.factored.drawn(at).of[id(model.weight)]
+    in_PDR, out_PRO = v_QDR.repeat(2, 1, 1), u_QOR.transpose(1, 2).repeat(2, 1, 1)
+    scale_P = torch.tensor([1e-3] * 4 + [-1e-3] * 4) / math.sqrt(rank)
+    y = F.linear(x.repeat(2, 1, 1), model.weight.detach())
+    y.baddbmm_(torch.bmm(x.repeat(2, 1, 1), in_PDR) * scale_P[:, None, None], out_PRO)
+    assert torch.equal(found.flatten(), y.square().mean((1, 2)))

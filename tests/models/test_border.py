@@ -74,6 +74,17 @@ def test_a_damaged_file_is_named_with_what_it_looks_like(base, tmp_path, capsys,
         assert looks in line, (looks, line)
 
 
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_what_ends_an_adapter_s_answers_is_read_whole_or_not_at_all(base, tmp_path, capsys, command):
+    folder = shutil.copytree(base / "adapter", tmp_path / "adapter")
+    out = ["--output", str(tmp_path / "out")] if command == "merge" else []
+    flags = flags_of(base, "adapter", folder)
+    flags = flags if command == "eval" else ["--model", str(base / "model"), "--adapter", str(folder)]
+    for written in (b"", b"{", b"[1]", b'{"eos_token_id": 1'):
+        (folder / "generation_config.json").write_bytes(written)
+        assert "generation_config.json " in line_of(capsys, [command, *flags, *out])
+
+
 @pytest.mark.parametrize("command", ["train", "predict", "preview", "merge", "replay"])
 def test_every_command_says_it_in_one_line(base, tmp_path, capsys, command):
     folder = shutil.copytree(base / "model", tmp_path / "model")

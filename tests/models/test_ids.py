@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import families
+import peft
 import pytest
 import tiny
 import torch
@@ -13,9 +14,14 @@ import transformers as tf
 
 from zotune.cli.app import run
 from zotune.models.ids import embedding_rows, pad_id
+from zotune.models.schemes import get_scheme
 from zotune.options import EvalConfig
 from zotune.prepare.model import encoder_for, load
 from zotune.tasks import Example, Task
+from zotune.tasks.encoding import Encoder
+from zotune.tasks.evaluation import outcome
+from zotune.tasks.generation import answers_of
+from zotune.tasks.rows import Row
 from zotune.tasks.scoring import score_rows
 
 FAMILIES = [*families.CAUSAL, *families.MASKED]
@@ -138,3 +144,86 @@ def test_an_encoder_decoder_s_classifier_reads_the_end_that_its_tokenizer_writes
 
 
 BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_virtual_tokens_of_other_tools_keep_a_classifier_s_scores_or_are_refused(tmp_path, capsys, name, config):
+    """Embeddings have no ids by which a decoder's head would find the text's end: it read padding, 13 nats off."""
+    model = saved(name, "classifier", "own", tmp_path / "model")
+    loaded = tf.AutoModelForSequenceClassification.from_pretrained(model)
+    adapted = peft.get_peft_model(loaded, config("SEQ_CLS", num_virtual_tokens=3))
+    with torch.no_grad():
+        for param in adapted.parameters():
+            param += param.requires_grad * torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    data = tiny.write_rows(tmp_path / "a.jsonl", [{"text": text, "label": 0} for text in TEXTS])
+    argv = ["predict", "--model", str(model), "--adapter", str(tmp_path / "adapter"), "--device", "cpu"]
+    argv += ["--data", str(data), "--template", TASK.prompt, "--label-words", json.dumps(TASK.words)]
+    argv += ["--overwrite", "--output", str(tmp_path / "p.jsonl")]
+    told = []
+    for size in ("1", "8"):
+        if run([*argv, "--batch-size", size]) == 2:
+            assert (name, config is peft.PrefixTuningConfig) == ("llama", False)
+            assert "cannot tell padding from text" in capsys.readouterr().err
+            return
+        told.append([json.loads(line)["scores"] for line in (tmp_path / "p.jsonl").read_text().splitlines()])
+    assert config is peft.PrefixTuningConfig or name == "bert"
+    for one, other in zip(*told, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["prefix", "prompt", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3", "gpt2", "opt"])
+def test_answers_are_the_same_for_any_batch_size(name, scheme):
+    """Padding on the left stood between virtual tokens and the text, of rotary positions and of windows that slide."""
+    words = families.tokenizer(name)
+    model = families.build(name, vocabulary=len(words) + 4)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 1:
+                param.mul_(5)
+        model = get_scheme(scheme).prepare(model).eval()
+        draw = torch.Generator().manual_seed(1)
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn(param.shape, generator=draw) / 2)
+    task = Task(name="own", prompt="{text} It was", answer_field="answer", max_new_tokens=6)
+    rows = [Encoder(words, None)(task.example(Row({"text": text, "answer": "good"}, "f:1"))) for text in TEXTS]
+    one, other = (
+        outcome(model, words, task, rows, batch_size=size, pad_id=pad_id(words, model)).answers
+        for size in (1, len(rows))
+    )
+    assert one == other
+    assert len(set(one)) > 1
+
+
+def test_an_answer_has_as_many_tokens_beside_a_longer_prompt_as_alone():
+    """Near the end of what a model takes; it had those of the longest prompt of its batch."""
+    words, model = families.tokenizer("gpt2"), families.build("gpt2", vocabulary=330)  # takes 64
+    task = Task(name="own", prompt="{text}", answer_field="answer", max_new_tokens=12)
+    texts = ["a", "a b c d " * 6, "a b c d " * 8, "a b c d " * 8 + "a b"]
+    rows = [Encoder(words, None)(task.example(Row({"text": text, "answer": "good"}, "f:1"))) for text in texts]
+    rooms = [min(12, 64 - len(row.prompt)) for row in rows]
+    assert len(set(rooms)) > 2
+    assert min(rooms) > 0
+    one, other = (
+        answers_of(model, words, rows, batch_size=size, pad_id=pad_id(words, model), most=12, end=None)
+        for size in (1, len(rows))
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("pad", [None, -1])
+@pytest.mark.parametrize("kind", ["masked", "classifier"])
+def test_a_model_that_counts_positions_from_its_padding_s_id_wants_it_named(tmp_path, capsys, kind, pad):
+    """RoBERTa's embedding raises at the first batch of one whose config names none; −1 would count from the table's end."""
+    folder = families.save("roberta", tmp_path / "roberta")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    data = tiny.save_data(tmp_path / "data", train=4, validation=4, test=4)
+    argv = [*tiny.flags(folder, data, model_kind=kind), "--output", str(tmp_path / "run")]
+    for command in (["train", *argv], ["eval", *argv[:8], "--model-kind", kind, "--device", "cpu"]):
+        assert run(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"pad_token_id of its config.json is {pad}, and the model counts positions from it" in line

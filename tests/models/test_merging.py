@@ -137,3 +137,13 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
     peft.get_peft_model(tiny.causal_model(), config).save_pretrained(tmp_path / "adapter")
     assert merge(base, tmp_path / "adapter", tmp_path / "merged") == 2
     assert "cannot be merged into weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [("float32", False), ("bfloat16", True)])
+def test_an_adapter_that_rounding_takes_is_said_to_be_lost(tmp_path, capsys, dtype, lost):
+    """Steps of fine-tuning are often smaller than half of a bfloat16's last bit: the merged model is then the base."""
+    base = tiny.save_model(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    moved(peft.get_peft_model(tiny.causal_model(), config), 3e-5).save_pretrained(tmp_path / "adapter")
+    assert merge(base, tmp_path / "adapter", tmp_path / "merged", "--dtype", dtype) == 0
+    assert ("little of it is left; merge in --dtype float32" in " ".join(capsys.readouterr().out.split())) == lost

@@ -15,7 +15,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from zotune.cli.app import run
-from zotune.models.adapters import BASE, put_adapter, save
+from zotune.models.adapters import BASE, put_adapter, save, unproven
 from zotune.models.loading import load_model
 from zotune.models.schemes import get_scheme
 
@@ -98,6 +98,36 @@ def test_an_adapter_on_another_base_of_the_same_shape_is_refused(base, tmp_path,
     shutil.copytree(adapter, tmp_path / "free")
     (tmp_path / "free" / BASE).unlink()
     assert run(commands(base, tmp_path, base / "other", tmp_path / "free")["eval"]) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "merge"])
+def test_an_adapter_that_was_trained_with_more_tokens_is_refused(base, tmp_path, capsys, command):
+    """The embedding has rows to spare for them, so nothing else shows it: the model's own tokenizer writes them as text."""
+    adapter = trained(base, tmp_path / "run", scheme="lora")
+    argv = commands(base, tmp_path, base / "model", adapter)[command]
+    assert run(argv) == 0
+    words = tf.AutoTokenizer.from_pretrained(adapter)
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    words.save_pretrained(adapter)
+    line = line_of(capsys, [*argv, "--overwrite"] if command != "eval" else argv)
+    assert "its tokenizer has tokens that the model's has not (<|im_end|>, <|im_start|>)" in line
+
+
+@pytest.mark.parametrize("named", ["other/base", None, "the model"])
+def test_an_adapter_of_other_tools_is_said_to_be_of_unknown_weights(base, tmp_path, capsys, named):
+    """PEFT keeps a name alone; mirrors have many, and a folder's says nothing of what is in it."""
+    adapter = tmp_path / "adapter"
+    get_scheme("lora").prepare(load_model(str(base / "model"))).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name = str(base / "model") if named == "the model" else named
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for argv in commands(base, tmp_path, base / "model", adapter).values():
+        capsys.readouterr()
+        assert run(argv) == 0
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert f"whether it was trained on the weights of {base / 'model'} is not known" in said
+        assert (f"it names {name}, and" if name else "it names no model, and") in said
+    assert unproven(str(adapter), "other/base") is None or named != "other/base"
 
 
 @pytest.mark.parametrize("written", ["float32", "bfloat16", "float16"])

@@ -29,7 +29,13 @@ def test_a_name_may_come_twice():
 
 
 def test_streams_are_part_of_the_definition():
-    assert {stream.name: int(stream) for stream in noise.Stream} == {"NOISE": 0, "MASK": 1, "ROUNDING": 2, "SEED": 3}
+    assert {stream.name: int(stream) for stream in noise.Stream} == {
+        "NOISE": 0,
+        "MASK": 1,
+        "ROUNDING": 2,
+        "SEED": 3,
+        "SAMPLE": 4,
+    }
 
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("mps", "reference"), ("meta", "reference")])

@@ -179,6 +179,24 @@ def conversations(folder):
     return model, data, tokenizer
 
 
+def test_a_function_whose_file_was_edited_is_refused(place, monkeypatch, capsys):
+    """The objective is what the run minimises: the same name says nothing of it."""
+    code = place[2].parent / "judge.py"
+    code.write_text("def good(prompt, answer, golds):\n    return float(answer in golds)\n")
+    monkeypatch.syspath_prepend(str(code.parent))
+    argv = command(*place, loss="judge:good", max_new_tokens=2, eval_every=9)
+    begin(argv, monkeypatch)
+    own = code.read_text()
+    code.write_text(own.replace("in golds", "not in golds"))
+    assert "holds a run of other code (judge:good); --resume" in refused(argv, place[2], capsys)
+    code.write_text(own)
+    progress = place[2] / "progress.json"
+    held = json.loads(progress.read_text())
+    assert held["made_of"].pop("code")  # as an older run has it
+    progress.write_text(json.dumps(held))
+    assert run([*argv, "--resume"]) == 0
+
+
 def test_another_chat_template_is_refused(place, monkeypatch, capsys):
     out = place[2]
     model, data, tokenizer = conversations(out.parent)

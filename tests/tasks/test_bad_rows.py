@@ -166,7 +166,7 @@ def test_an_interrupted_run_stops_early_where_a_whole_one_does(model, tmp_path, 
 
     def interrupted(self, args, state, control, **kwargs):
         if state.global_step == stop_at:
-            self.state.stop = 15
+            self.state.ask_to_stop(15)
         step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:

@@ -181,7 +181,7 @@ def test_what_is_no_conversation_or_text_is_named(fields, said):
 
 def test_a_template_that_refuses_says_its_reason():
     tokenizer = chatty("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(InputError, match=r"f:3: .*chat template refuses these messages .*roles must alternate"):
+    with pytest.raises(InputError, match=r"f:3: .*chat template refuses these messages: .*roles must alternate"):
         Encoder(tokenizer, None)(asked({"messages": TALK}))
 
 

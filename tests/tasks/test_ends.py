@@ -177,6 +177,24 @@ def test_a_text_that_begins_with_the_tokenizer_s_start_gets_no_second_one():
         assert long.prompt[0] == tokenizer.bos_token_id
 
 
+def test_an_end_alone_is_no_answer():
+    for answer in ("</s>", " </s>\n", MARK):
+        with pytest.raises(InputError, match=r"f:1: the answer is .*, an end, and nothing before it"):
+            Encoder(chat_tokenizer(), None)(TASK.example(chat(completion=answer)))
+
+
+def test_a_prompt_that_ends_itself_gets_no_second_end_before_a_head():
+    tokenizer, task = (
+        tiny.tokenizer(bos=True, eos=True),
+        Task(name="t", prompt="{prompt}", words={"0": "bad", "1": "good"}),
+    )
+    one, other = (
+        Encoder(tokenizer, None, kind="classifier")(task.example(chat(prompt=text, label=0))).prompt
+        for text in ("a", "a</s>")
+    )
+    assert one == other
+
+
 def test_answers_without_an_end_are_counted_and_said(model, tmp_path, capsys):
     data = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": QUESTION, "completion": "bad"}] * 3)
     flags = ["--model", str(model), "--data", str(data), "--device", "cpu", "--max-new-tokens", "2"]

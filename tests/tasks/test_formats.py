@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -136,11 +139,102 @@ def test_tools_and_calls_are_written_by_the_template_or_refused():
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history' has earlier turns"),
         ({"instruction": "a", "output": ""}, "field 'output' must be a text"),
         ({"instruction": None, "output": "b"}, "field 'instruction' has no value"),
+        ({"instruction": "a", "output": "b", "images": ["a.png"]}, "field 'images' is of what is seen or heard"),
+        ({"conversations": SHAREGPT, "audios": ["a.wav"]}, "field 'audios' is of what is seen or heard"),
+        ({"messages": TALK, "image": "a.png"}, "field 'image' is of what is seen or heard"),
+        ({"conversations": SHAREGPT, "label": True}, "field 'label' says whether a completion is a good one"),
+        ({"messages": TALK, "kto_tag": False}, "field 'kto_tag' says whether a completion is a good one"),
+        ({"messages": [TALK[0], TALK[1] | {"content": " "}]}, "a message of the assistant's without text"),
+        (
+            {"messages": [TALK[0], TALK[1] | {"train_detail": [{"train": False}]}]},
+            "a turn is learned as a whole or not",
+        ),
     ],
 )
 def test_what_a_key_says_and_is_not_done_is_refused(fields, said):
     with pytest.raises(InputError, match=f"f:3: .*{said}"):
         asked(fields)
+
+
+def test_thoughts_are_written_by_the_template_or_refused():
+    """Qwen's and DeepSeek's reasoning_content, gpt-oss's thinking."""
+    thinking = CHATML.replace(
+        "{{ m.content }}", "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    )
+    talk = [TALK[0], TALK[1] | {"reasoning_content": "a film"}]
+    encoded = Encoder(chatty(thinking), None)(asked({"messages": talk}))
+    assert counted(chatty(thinking), encoded) == "(a film)good</s>"
+    for key in ("reasoning_content", "thinking"):
+        talk = [TALK[0], TALK[1] | {key: "a film"}]
+        with pytest.raises(InputError, match=f"f:3: {key!r}: the chat template of --model writes none"):
+            Encoder(chatty(), None)(asked({"messages": talk}))
+    assert Encoder(chatty(), None)(asked({"messages": [TALK[0], TALK[1] | {"thinking": ""}], "images": []})).tokens
+
+
+def test_who_speaks_is_written_by_the_template_or_refused():
+    only_two = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ['user', 'assistant'] %}")
+    for talk in (
+        [{"role": "system", "content": "be a film"}, *TALK],
+        [*TALK[:1], {"role": "tool", "content": "3"}, *TALK[1:]],
+    ):
+        assert "\n" in counted(chatty(), Encoder(chatty(), None)(asked({"messages": talk})))
+        role = next(message["role"] for message in talk if message["role"] in ("system", "tool"))
+        with pytest.raises(
+            InputError, match=f"f:3: a message of role '{role}': the chat template of --model writes none"
+        ):
+            Encoder(chatty(only_two), None)(asked({"messages": talk}))
+    with pytest.raises(InputError, match="f:3: a message of role 'system'"):
+        Encoder(chatty(only_two), None)(asked({"conversations": SHAREGPT, "system": "be a film"}))
+    assert Encoder(chatty(only_two), None)(asked({"messages": [{"role": "system", "content": " "}, *TALK]})).tokens
+
+
+def test_a_conversation_that_the_assistant_begins_is_learned_from_its_first_turn():
+    trimming = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+    for template, begins in ((CHATML, "a film"), (trimming, " a film\n")):
+        talk = [{"role": "assistant", "content": begins}, *TALK]
+        encoded = Encoder(chatty(template), None)(asked({"messages": talk}))
+        assert counted(chatty(template), encoded) == "a film</s>good</s>terrible\nbad</s>"
+
+
+def test_whatever_a_template_raises_is_a_line():
+    strange = chatty("{{ messages[5].content.nothing() }}")
+    with pytest.raises(InputError, match="f:3: the tokenizer's chat template refuses these messages: "):
+        Encoder(strange, None)(asked({"messages": TALK}))
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"text": "a"}, b"a", np.zeros(2)])
+def test_what_is_no_text_is_no_part_of_a_prompt_or_an_answer(value):
+    """Python would write it as one: ['a', 'b']."""
+    kind = "an object" if isinstance(value, dict) else "bytes" if isinstance(value, bytes) else "a list"
+    for fields in ({"text": value, "answer": "b"}, {"text": "a", "answer": value if kind != "a list" else [value]}):
+        task = Task(name="t", prompt="{text}", answer_field="answer")
+        with pytest.raises(
+            InputError, match=f"f:1: field '(text|answer)' is {kind} where a text or a number was expected"
+        ):
+            task.example(Row(fields, "f:1"))
+
+
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [
+        ("squad", {"context": "a", "question": "b", "answers": {"text": [" "]}}),
+        ("squad", {"context": "a", "question": "b", "answers": {"text": ["c", ""]}}),
+        ("squad", {"context": "a", "question": " ", "answers": {"text": ["c"]}}),
+        ("drop", {"passage": "a", "question": "b", "answers": ["c", " "]}),
+        ("drop", {"passage": "a", "question": "", "answers": ["c"]}),
+    ],
+)
+def test_a_question_and_its_answers_have_text(task, fields):
+    with pytest.raises(InputError, match=r"f:1: (an answer without text in it|field 'question' has no text)"):
+        get_task(task).example(Row(fields, "f:1"))
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\t\n"])
+def test_nothing_is_asked_of_a_text_of_white_space(text):
+    with pytest.raises(InputError, match="f:1: field 'text' has no text, so nothing is asked"):
+        Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"}).example(
+            Row({"text": text, "label": 0}, "f:1")
+        )
 
 
 def test_alpaca_s_rows_are_asked_in_its_words():
@@ -170,7 +264,7 @@ def test_a_header_with_a_space_is_a_field_like_others(tmp_path, capsys):
     assert "the film was great It was⟦ good⟧" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("label", [-1, "-1", -1.0])
+@pytest.mark.parametrize("label", [-1, "-1", -1.0, None])
 def test_labels_that_are_not_told_are_one_line_with_the_way_out(label, tmp_path, capsys):
     data = tiny.save_data(tmp_path / "data")
     tiny.write_rows(data / "test.jsonl", [{"text": "a film", "label": label}] * 8)
@@ -179,7 +273,8 @@ def test_labels_that_are_not_told_are_one_line_with_the_way_out(label, tmp_path,
     for argv in (["train", *flags, "--output", str(tmp_path / "run")], ["eval", *flags[:8], "--device", "cpu"]):
         assert run(argv) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "test.jsonl:1: the label is -1, here and in 7 other rows: not told, as in GLUE's test split" in line
+        told = "empty" if label is None else -1
+        assert f"test.jsonl:1: the label is {told}, here and in 7 other rows: not told, as in GLUE's test split" in line
         assert "test_split: validation" in line
     assert run(["predict", *flags[:8], "--device", "cpu", "--output", str(tmp_path / "p.jsonl")]) == 0
 
@@ -191,6 +286,15 @@ def test_an_empty_label_of_a_task_s_own_test_split_is_not_told_either(tmp_path):
     )
     with pytest.raises(InputError, match=r"a\.jsonl:1: the label is empty, here and in 2 other rows: not told"):
         source.rows("train")
+
+
+def test_predict_says_how_many_rows_were_cut(tmp_path, capsys):
+    model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data", test=3)
+    argv = ["predict", *tiny.flags(model, data)[:8], "--device", "cpu", "--output", str(tmp_path / "p.jsonl")]
+    for length, said in (("6", "3 of 3 rows are cut to 6 tokens (--max-length)"), ("60", "")):
+        assert run([*argv, "--overwrite", "--max-length", length]) == 0
+        assert said in (err := " ".join(capsys.readouterr().err.split()))
+        assert ("cut" in err) == bool(said)
 
 
 def test_how_many_rows_of_how_many_is_said_and_recorded(tmp_path, capsys):
@@ -227,7 +331,7 @@ def test_what_is_no_number_is_refused_and_never_written(value, form, tmp_path, c
     rows = [{"text": "the film was great", "label": 1}] * 3
     own = {
         "words": ["--template", tiny.TEMPLATE, "--label-words", tiny.WORDS],
-        "text": [],
+        "text": ["--text-field", "text"],
         "answer": ["--template", "{text}", "--answer-field", "label"],
     }[form]
     flags = ["--model", str(model), "--data", str(tiny.write_rows(tmp_path / "a.jsonl", rows)), *own, "--device", "cpu"]
@@ -237,6 +341,25 @@ def test_what_is_no_number_is_refused_and_never_written(value, form, tmp_path, c
         assert ("1 of 1 row: " if command == "train" else "3 of 3 rows: ") in line
         assert "not finite in float32; its weights are not (model.layers.1.mlp.down_proj.weight is the first)" in line
         assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "result.json").exists()
+
+
+def test_every_json_that_is_made_says_that_it_holds_no_nan():
+    """But what is made to be looked at or hashed."""
+    calls = {}
+    for path in Path(zotune.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                calls.setdefault(said.get("allow_nan"), []).append(path.name)
+    assert set(calls) == {"False", "True"}
+    assert sorted(calls["True"]) == ["api.py", "rows.py"]
+
+
+def test_rows_in_memory_name_their_fields_by_texts(tmp_path):
+    with pytest.raises(InputError, match=r"^data: names of fields are texts"):
+        zotune.evaluate(
+            model="no", data=[{"text": "a", 1: 0}], template="{text}", label_words={"0": "bad", "1": "good"}
+        )
 
 
 def test_a_number_that_json_has_none_of_is_never_written(tmp_path):

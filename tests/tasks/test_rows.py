@@ -15,6 +15,8 @@ from zotune.errors import InputError
 from zotune.tasks.rows import other_files, read_file, split_file
 from zotune.tasks.task import Task
 
+KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
+
 TASK = Task(name="t", prompt="{text} It was", words={"0": "bad", "1": "good"})
 
 
@@ -208,13 +210,24 @@ def test_no_value_means_the_same_in_all_formats(tmp_path, name, text):
             "a.json: one JSON object (with 'data') where a list of them was expected",
         ),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a whole gzip file"),
-        ("a.csv.gz", gzip.compress(b"a\n1\n")[:-9], "a.csv.gz: not a whole gzip file"),
+        ("a.csv.gz", gzip.compress(b"a\n1\n", mtime=0)[:-9], "a.csv.gz: not a whole gzip file"),
         ("a.parquet.gz", b"", "a.parquet.gz: not a .jsonl"),
+        *[
+            (f"a.{kind}", b"version https://git-lfs.github.com/spec/v1\noid", f"a.{kind}: is a git-lfs pointer")
+            for kind in KINDS
+        ],
+        *[(f"a.{kind}", b"<!DOCTYPE html>\n<html>", f"a.{kind}: is a web page") for kind in KINDS],
         ("a.tsv", "a\tb\n1\t2\t3\n", "a.tsv:2: more values than the header has names; a field cannot hold a tab here"),
     ],
 )
 def test_what_no_format_means_is_refused_in_one_line(tmp_path, name, text, said):
     assert said in refusal(write(tmp_path / name, text))
+
+
+def test_what_is_packed_is_read_whatever_its_name(tmp_path):
+    for name in ("a.csv", "a.csv.gz"):
+        (row,) = read_file(write(tmp_path / name, gzip.compress(b"a\n1\n")))
+        assert row.fields == {"a": "1"}
 
 
 def test_a_column_that_parquet_has_twice_is_refused(tmp_path):

@@ -22,13 +22,11 @@ DATABASE = "results.sqlite"
 EXTRA = ("sqlalchemy", "jinja2", "itables", "matplotlib", "optuna", "pandas")
 
 
-def need_extra() -> None:
-    """Raises InputError where `zotune[bench]` is not installed."""
+def need_extra(what: str = "zotune bench") -> None:
+    """Raises InputError where `zotune[bench]` is not installed. what: the command that needs it."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"zotune bench needs zotune[bench] (missing: {', '.join(missing)}): pip install 'zotune[bench]'"
-        )
+        raise InputError(f"{what} needs zotune[bench] (missing: {', '.join(missing)}): pip install 'zotune[bench]'")
 
 
 class Stopped(Exception):

@@ -28,7 +28,7 @@ def outcome(records: Sequence[Record]) -> list[dict[str, Any]]:
     rows = []
     for tried in pairs.values():
         lr, eps = (_value(tried, key) for key in ("lr", "eps"))
-        eps = eps if has_eps(tried[0].method) else math.nan
+        eps = eps if has_eps(tried[0].method, recorded=True) else math.nan
         done = [record for record in tried if record.status == "done"]
         whole = len(done) == len(tried)
         rows.append(

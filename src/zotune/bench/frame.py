@@ -12,6 +12,7 @@ import pandas as pd
 from zotune.bench.suite import _text
 from zotune.methods import METHODS, has_eps
 from zotune.models.schemes import SCHEMES
+from zotune.step.choices import AUTO
 from zotune.tasks.task import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def _row(record: Record) -> dict[str, Any]:
         "labels": labels,
         "search": bool(record.labels.get("search")),
         "status": record.status,
-        "lr": _number(result.get("lr", options.get("lr"))),
-        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method) else math.nan,
+        "lr": math.nan
+        if options.get("lr") == AUTO
+        else _number(result.get("lr", options.get("lr"))),  # each seed finds its own
+        "eps": _number(result.get("eps", options.get("eps"))) if has_eps(record.method, recorded=True) else math.nan,
         "queries": int(options.get("queries") or 1),
         "tokens": _number(options.get("tokens")),
         "batch_size": _number(options.get("batch_size")),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from zotune.bench.store import Record, Store
 
 # Options that name no part of what is computed. A training run is the same experiment on every device.
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+ENDS = 1 << 20  # bytes at each end of weights that tell them from others
 FREE = ("report_to", "log_every", "device")
 
 
@@ -42,7 +44,7 @@ class Run:
     def arguments(self) -> list[str]:
         """What follows `zotune`: the exact command, without --output and --resume."""
         if self.cell.kind == "probe":
-            return ["bench", "probe", json.dumps(self.options, sort_keys=True)]
+            return ["bench", "probe", json.dumps(self.options, sort_keys=True, allow_nan=False)]
         flags: list[str] = []
         for name, value in self.options.items():
             flag = "--" + name.replace("_", "-")
@@ -51,7 +53,7 @@ class Run:
             elif isinstance(value, list):
                 flags += [flag, ",".join(map(str, value))] if value else []
             else:
-                flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+                flags += [flag, json.dumps(value, allow_nan=False) if isinstance(value, dict) else str(value)]
         return ["train", *flags]
 
     @property
@@ -163,7 +165,38 @@ def identity(cell: Cell) -> dict[str, Any]:
     Memory and time are all that a probe finds, so its device counts.
     """
     options = {k: v for k, v in cell.options.items() if k not in FREE or (cell.kind == "probe" and k == "device")}
-    return {"kind": cell.kind, "options": options, "made": cell.made}
+    return {"kind": cell.kind, "options": options, "made": cell.made} | _contents(options)
+
+
+def _contents(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the local files that options name: under the same name another model, or other rows, are another run."""
+    data_dir, task = options.get("data_dir"), options.get("task")
+    places = {name: options.get(name) for name in ("model", "data")}
+    places |= {"data_dir": f"{data_dir}/{task}" if data_dir else None}
+    paths = {name: Path(place).expanduser() for name, place in places.items() if isinstance(place, str)}
+    there = {name: _files(path) for name, path in paths.items() if path.exists()}
+    return {"contents": {name: _content(files) for name, files in there.items()}} if there else {}
+
+
+def _files(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Paths, sizes and times of change."""
+    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+@lru_cache
+def _content(files: tuple[tuple[str, int, int], ...]) -> str:
+    """A digest of names, sizes and bytes, of weights those at both ends."""
+    seen = hashlib.sha256()
+    for name, size, _ in files:
+        path = Path(name)
+        seen.update(f"{path.name} {size}\n".encode())
+        part = ENDS if path.suffix in WEIGHTS else size
+        with open(path, "rb") as opened:
+            seen.update(opened.read(part))
+            opened.seek(max(part, size - part))
+            seen.update(opened.read())
+    return seen.hexdigest()[:16]
 
 
 def made_folder(folder: Path, what: str, cell: Cell, definition: Mapping[str, Any]) -> Path:
@@ -173,7 +206,7 @@ def made_folder(folder: Path, what: str, cell: Cell, definition: Mapping[str, An
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of the value as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
 @lru_cache
@@ -182,7 +215,7 @@ def code_version() -> str:
     home = Path(zotune.__file__).parent
     sources = hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
-        if path.relative_to(home).parts[0] not in ("bench", "cli"):
+        if path.relative_to(home).parts[0] not in ("bench", "cli", "reports"):
             sources.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{zotune.__version__}+{sources.hexdigest()[:8]}"
 
@@ -194,7 +227,7 @@ def _estimated(options: Mapping[str, Any]) -> str:
     """What an estimate depends on."""
     from zotune.estimates.estimate import READ
 
-    return json.dumps([options.get(name) for name in ("model", *READ)], sort_keys=True)
+    return json.dumps([options.get(name) for name in ("model", *READ)], sort_keys=True, allow_nan=False)
 
 
 class Forecast:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import itables
-import jinja2
 import pandas as pd
 import yaml
 from itables.javascript import generate_init_offline_itables_html
@@ -19,7 +17,9 @@ from PIL import Image
 import zotune
 from zotune.bench import figures, quoted, tables
 from zotune.bench.figures import drawing
+from zotune.bench.findings import findings
 from zotune.bench.frame import groups_frame, metric_of, percentage, runs_frame
+from zotune.bench.pages import template
 from zotune.bench.store import Record, Store
 from zotune.errors import InputError
 
@@ -60,11 +60,12 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     drawn = _figures(runs, groups[~groups.tried], partial, compact)  # a search's budget is another
+    found = findings(runs, groups)
     matrices = tables.scores(groups[groups.kind == "train"])
     scored = "Test " + metric_of(runs) + " in percent" * percentage(metric_of(runs))
     _files(partial, matrices, scored, tables.summary(groups), tables.runs(runs))
-    _readme(partial, matrices, scored, drawn, runs)
-    page = _environment().get_template("page.html.j2").render(
+    _readme(partial, found, matrices, scored, drawn, runs)
+    page = template("page.html.j2").render(
         title=", ".join(sorted(set(runs.suite))),
         made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=zotune.__version__,
@@ -73,6 +74,7 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
         counts={status: int((runs.status == status).sum()) for status in ("done", "failed", "oom")},
         waiting=waiting,
         svg_files=not compact,
+        findings=found,
         matrices=[
             {"name": name, "columns": list(table.columns), "rows": list(zip(table.index, table.to_numpy(), strict=True))}
             for name, table in matrices.items()
@@ -91,14 +93,6 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     shutil.rmtree(report, ignore_errors=True)
     partial.replace(report)
     return report / "index.html"
-
-
-def _environment() -> jinja2.Environment:
-    text = files("zotune.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return jinja2.Environment(
-        loader=jinja2.DictLoader({"page.html.j2": text}), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
 
 
 def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bool) -> list[dict[str, Any]]:
@@ -136,7 +130,12 @@ def _files(
 
 
 def _readme(
-    folder: Path, matrices: dict[str, pd.DataFrame], scored: str, drawn: list[dict[str, Any]], runs: pd.DataFrame
+    folder: Path,
+    found: list[str],
+    matrices: dict[str, pd.DataFrame],
+    scored: str,
+    drawn: list[dict[str, Any]],
+    runs: pd.DataFrame,
 ) -> None:
     """The tables and figures as a page of Markdown, which forges show."""
     devices = ", ".join(sorted({tables.plain(device) for device in runs.device if device}))
@@ -149,6 +148,8 @@ def _readme(
         "[index.html](index.html) sorts and filters, and has each run's configuration and exact command; "
         "[tables.md](tables.md), [tables.tex](tables.tex), [summary.csv](summary.csv), [runs.csv](runs.csv).\n",
     ]
+    if found:
+        lines.append("## Findings\n\n" + "\n".join(f"- {tables.plain(one)}" for one in found) + "\n")
     if matrices:
         lines.append(f"{scored}, {SPREAD}\n")
     lines += [f"## {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in matrices.items()]
@@ -181,7 +182,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
             "name": " · ".join(n for n in (group.model, group.task, group.method, group.scheme, group.variant) if n),
             "figure": tables.mean_sd(group) if group.kind == "train" else "",
             "searched": group.searched,
-            "lr": f"{group.lr:g}",
+            "lr": f"{group.lr:g}" if group.lr == group.lr else "",
             "eps": f"{group.eps:g}" if group.eps == group.eps else "",
             "runs": [
                 {
@@ -190,7 +191,7 @@ def _groups(runs: pd.DataFrame, groups: pd.DataFrame) -> list[dict[str, Any]]:
                     "search": by_key[key].search,
                     "lr": f"{by_key[key].lr:g}" if by_key[key].lr == by_key[key].lr else "",
                     "status": by_key[key].status,
-                    "score": tables._written(by_key[key].metric, by_key[key].score),
+                    "score": tables.cell_text(by_key[key].metric, by_key[key].score),
                     "options": yaml.safe_dump(by_key[key].options, sort_keys=False, allow_unicode=True, width=100),
                     "command": by_key[key].command,
                     "code": by_key[key].code,

@@ -13,14 +13,13 @@ from zotune.bench.plan import Plan, Run, foresee, make_plan
 from zotune.bench.suite import Suite, expand
 from zotune.errors import InputError
 from zotune.methods import has_eps
-from zotune.options import SweepConfig
+from zotune.options import SweepConfig, TrainConfig
 
 if TYPE_CHECKING:
     from zotune.bench.store import Store
 
 __all__ = ["by_optuna", "outcome", "plan_of", "suite_of", "values"]
 
-OWN = ("lrs", "epses", "seeds", "trials", "storage", "jobs", "output", "resume", "overwrite", "dry_run")
 STUDY = "study.sqlite"
 BETWEEN = 1.0  # a range of Optuna's spans at least so many decades to each side of a single value
 
@@ -30,7 +29,7 @@ def values(options: SweepConfig) -> tuple[list[float], list[float]]:
     from zotune.models.schemes import get_scheme
 
     scheme = get_scheme(options.scheme)
-    lrs = options.lrs or ([options.lr] if options.lr is not None else None)
+    lrs = options.lrs or ([options.lr] if isinstance(options.lr, float) else None)
     if lrs is None:
         low, high = min(scheme.lr, scheme.small_lr) / 10, max(scheme.lr, scheme.small_lr) * 10
         count = math.ceil(math.log10(high / low) - 1e-9)
@@ -39,9 +38,15 @@ def values(options: SweepConfig) -> tuple[list[float], list[float]]:
     return sorted(set(lrs)), sorted(set(epses)) if has_eps(options.method) else epses[:1]
 
 
-def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float]) -> Suite:
-    """The search as a suite: lr × eps × seeds over one configuration."""
-    given = options.model_dump(exclude=set(OWN) | {"lr", "eps", "seed", "steps"}, exclude_unset=True, exclude_none=True)
+def entries(options: TrainConfig) -> tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Model and task by names of a suite's own, their entries in it, and the other options that were given."""
+    own = (set(type(options).model_fields) - set(TrainConfig.model_fields)) | {
+        "output",
+        "resume",
+        "overwrite",
+        "dry_run",
+    }
+    given = options.model_dump(exclude=own | {"lr", "eps", "seed", "steps"}, exclude_unset=True, exclude_none=True)
     given.pop("task", None)
     task = options.task
     tasks: dict[str, dict[str, Any]] = {}
@@ -59,12 +64,18 @@ def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float])
         if Path(model["model"]).expanduser().is_dir()
         else model["model"]
     )
+    return name, task, {name: model}, tasks, given
+
+
+def suite_of(options: SweepConfig, lrs: Sequence[float], epses: Sequence[float]) -> Suite:
+    """The search as a suite: lr × eps × seeds over one configuration."""
+    name, task, models, tasks, given = entries(options)
     grid = {
         "model": [name], "task": [task], "method": [given.pop("method", options.method)],
         "scheme": [given.pop("scheme", options.scheme)], "seed": options.seeds or [options.seed],
         "lr": list(lrs), "eps": list(epses),
     }  # fmt: skip
-    suite = {"name": "sweep", "models": {name: model}, "tasks": tasks, "grid": grid, "defaults": given}
+    suite = {"name": "sweep", "models": models, "tasks": tasks, "grid": grid, "defaults": given}
     return Suite.model_validate(suite | {"budget": {"steps": options.steps}})
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from zotune.bench import DATABASE, FINAL
 from zotune.errors import InputError
+from zotune.run.folder import as_json
 
 
 class Base(DeclarativeBase):
@@ -62,7 +63,7 @@ class Store:
         if not create and not path.is_file():
             raise InputError(f"{folder}: no {DATABASE} in it; run `zotune bench run SUITE --output {folder}` first")
         folder.mkdir(parents=True, exist_ok=True)
-        self.engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+        self.engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30}, json_serializer=as_json)
         event.listen(self.engine, "connect", _write_ahead)
         try:
             with self.engine.begin() as connection:  # create_all looks first, and another process may be as quick

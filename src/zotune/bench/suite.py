@@ -210,7 +210,7 @@ def _check_change(suite: Mapping[str, Any], key: str, given: Any) -> None:
     if suite.get("kind") != "probe":
         kinds["task"] = [*names("task"), *(suite.get("tasks") or {}), "all"]
     for value in _listed(given) if name in kinds else ():
-        if value not in kinds[name]:
+        if value not in kinds[name] and not (name == "method" and ":" in str(value)):
             raise InputError(f"--set {key}={value}: no such {name}; {nearest(str(value), kinds[name])}")
 
 
@@ -339,6 +339,7 @@ def _searched(suite: Suite, axes: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
     """What of a cell this version lacks, and a hint."""
+    from zotune.methods import find
     from zotune.registry import names
 
     options = _options(suite, axes)
@@ -346,7 +347,12 @@ def _lacks(suite: Suite, axes: Mapping[str, Any]) -> tuple[str, str] | None:
         value, known = options.get(kind), names(kind)
         if kind == "task" and (suite.kind == "probe" or value in suite.tasks):
             continue
-        if value is not None and value not in known:
+        if kind == "method" and ":" in str(value):  # somebody's own: where it is not to be had, the reason is said
+            try:
+                find(str(value))
+            except ValueError as error:
+                return str(error), ""
+        elif value is not None and value not in known:
             return f"{kind} {value!r} is not in this version", f"; {nearest(str(value), known)}"
     fields = [*TrainConfig.model_fields, *(PROBE_KEYS if suite.kind == "probe" else ())]
     for key in options:
@@ -407,10 +413,11 @@ def probe_config(options: Mapping[str, Any]) -> TrainConfig:
     for key in options:
         if key not in (*PROBE_OPTIONS, *PROBE_KEYS):
             raise InputError(f"--{key.replace('_', '-')}: a probe times a few steps on random weights and takes none")
-    if options.get("checkpointing") and not str(options.get("method")).startswith("fo-"):
-        raise InputError(f"--checkpointing: method {options.get('method')!r} keeps no activations; it is for fo-*")
     given = {key: value for key, value in options.items() if key in PROBE_OPTIONS and key not in ("model", "steps")}
-    return resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
+    config = resolve(TrainConfig, given | {"model": "-", "data": "-", "output": "-"}, None)
+    if options.get("checkpointing") and not config.made_method.first_order:
+        raise InputError(f"--checkpointing: method {config.method!r} keeps no activations; it is for fo-*")
+    return config
 
 
 _SIZES = ("train", "validation", "test")

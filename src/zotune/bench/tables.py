@@ -111,13 +111,13 @@ def written(table: pd.DataFrame) -> pd.DataFrame:
     )
     for column in table.columns:
         name = metric if metric and column in ("sd", "before") else str(column)
-        text = [_written(name, value) for value in table[column]]
+        text = [cell_text(name, value) for value in table[column]]
         if any(text):
             out[column] = pd.Series(text, index=table.index, dtype=object)
     return out
 
 
-def _written(column: str, value: Any) -> str:
+def cell_text(column: str, value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if column in FORMATS:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from zotune import quiet
 from zotune.bench.child import die_with
 
 # What `zotune train` imports on its way, whatever the model.
@@ -198,6 +199,7 @@ def do(job: Mapping[str, Any]) -> int:
 
 def load() -> bool:
     """Imports; False where one of them has started the CUDA driver, which no fork can use."""
+    quiet.libraries()
     for module in LOADED:
         with contextlib.suppress(Exception):  # a run that needs it says what is wrong
             importlib.import_module(module)

@@ -15,6 +15,16 @@ KINDS = {"methods": "method", "schemes": "scheme", "tasks": "task", "engines": "
 PACKAGES = ("zotune", "torch", "transformers", "peft", "accelerate", "datasets", "numba", "numpy", "triton")
 
 
+def show_kinds() -> None:
+    """What `zotune list` can be asked for, with the names of each."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for kind, singular in KINDS.items():
+        table.add_row(f"zotune list {kind}", ", ".join(name for name, _ in entries(singular)))
+    Console().print(table)
+
+
 def show(kind: str) -> None:
     if kind not in KINDS:
         raise InputError(f"zotune list {kind}: {nearest(kind, KINDS)}")

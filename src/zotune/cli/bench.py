@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zotune import quiet
 from zotune.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -22,9 +23,13 @@ app = typer.Typer(
     name="bench",
     help="Suites of runs: every method, scheme, model and task of a grid, resumable, with a report.",
     no_args_is_help=True,
-    rich_markup_mode=None,
 )
 EXECUTORS = ("local", "ray")
+
+
+@app.callback()
+def _before() -> None:
+    quiet.libraries()
 
 
 @app.command("run", help="Run a suite, or go on with it; shows the plan first.")
@@ -44,7 +49,7 @@ def run(
     ] = None,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="as of `zotune train`, for every run")] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="runs at one time [default: one for each GPU, else 1]")
+        int | None, typer.Option("--jobs", help=r"runs at one time \[default: one for each GPU, else 1]")
     ] = None,
     time_limit: Annotated[
         float | None,
@@ -63,7 +68,7 @@ def run(
     ray_address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address", help="of the cluster, such as auto or HOST:6379 [default: one that is started here]"
+            "--ray-address", help=r"of the cluster, such as auto or HOST:6379 \[default: one that is started here]"
         ),
     ] = None,
 ) -> None:
@@ -314,7 +319,7 @@ def duration(seconds: list[float | None]) -> str:
     >>> duration([30.0, 60.0]), duration([9000.0, None]), duration([None])
     ('1.5 minutes', '2.5 hours or more', '? minutes')
     """
-    from zotune.cli.expected import time_of
+    from zotune.estimates.words import time_of
 
     known = [s for s in seconds if s is not None]
     if seconds and not known:

@@ -39,6 +39,9 @@ def estimate(options: EstimateConfig) -> None:
     room = int(options.memory * 2**30) if options.memory else rates.memory
     limit = getattr(config, "max_position_embeddings", None)
     seq_len = options.seq_len or min(SEQ_LEN, limit if isinstance(limit, int) else SEQ_LEN)
+    if options.members:
+        _rewards(options, config, rates, room, seq_len, path)
+        return
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
     if options.checkpointing and needs.kind != "first-order":
         able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")
@@ -86,3 +89,37 @@ def estimate(options: EstimateConfig) -> None:
     console.print("fo-adam below the first row: its moments in the weights' dtype, as torch's are", highlight=False)
     if path is not None:
         write_atomically(path, json.dumps([vars(row) for row in rows], indent=2, allow_nan=False) + "\n")
+
+
+def _rewards(options: EstimateConfig, config: Any, rates: Any, room: int | None, seq_len: int, path: Any) -> None:
+    """Of a step of `zotune reward`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from zotune.cli.expected import time_of
+    from zotune.decode.slots import SLOTS_ON_CPU, SLOTS_ON_CUDA
+    from zotune.estimates.writing import writing_cost
+
+    assert options.members is not None
+    slots = options.slots or (SLOTS_ON_CPU if rates.node is None else SLOTS_ON_CUDA)
+    dtype = options.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = writing_cost(
+            config, members=options.members, prompts=options.batch_size, seq_len=seq_len, new_tokens=options.max_new_tokens,
+            slots=slots, scheme=options.scheme, dtype=dtype, rates=rates,
+        )  # fmt: skip
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row(
+        "answers a step", f"{made.answers:,}, {made.slots} at a time, of at most {options.max_new_tokens} tokens"
+    )
+    table.add_row("weights", readable(made.weights))
+    table.add_row("keys and values", readable(made.cache))
+    fits = "" if not room else f"   {'fits' if made.peak <= room else 'does not fit'} in {readable(room)}"
+    table.add_row("peak", f"{readable(made.peak)}{fits}")
+    where = options.card or "this machine"
+    table.add_row("a step", f"{time_of(made.step_seconds)} at most, rough, on {where}; without the reward functions")
+    console.print(table, highlight=False)
+    if path is not None:
+        write_atomically(path, json.dumps(vars(made), indent=2, allow_nan=False) + "\n")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from zotune import inference
 from zotune.cli.progress import Bars
 from zotune.cli.replay import rebuilt
@@ -27,8 +30,21 @@ def evaluate(options: EvalConfig) -> None:
     said = "  ".join(f"{name} {figure(name, value)}" for name, value in shown)
     rows = some_of(figures["n"], figures.get("rows_given", 0))
     print(f"{figures['task']}  {said}  ({rows} rows of {figures['split']}{cut})")
+    if options.details:
+        _show(figures)
     if path is not None:
         inference.write_figures(figures, path)
+
+
+def _show(figures: dict[str, Any]) -> None:
+    """The interval and the confusion matrix under the figures' line."""
+    if span := figures.get("interval"):
+        print(f"95 % interval {span[0]:.1f} to {span[1]:.1f}")
+    if labels := figures.get("labels"):
+        table = Table("right ↓ given →", *labels, box=None, padding=(0, 2, 0, 0))
+        for label, row in zip(labels, figures["confusion"], strict=True):
+            table.add_row(label, *map(str, row))
+        Console().print(table)
 
 
 def predict(options: PredictConfig) -> None:

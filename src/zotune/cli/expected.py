@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zotune.estimates.memory import readable
+from zotune.estimates.words import time_of
 from zotune.prepare.prepared import LENGTHS, Prepared
 
 
@@ -23,17 +24,6 @@ class Expected:
         if not self.peak_bytes:
             return f"not known ({self.why})"
         return f"{readable(self.peak_bytes)} at the peak, about {time_of(self.seconds)}"
-
-
-def time_of(seconds: float) -> str:
-    """
-    >>> time_of(2.14), time_of(264.0), time_of(9000.0), time_of(864000.0)
-    ('2.1 s', '4.4 minutes', '2.5 hours', '10.0 days')
-    """
-    for unit, length, least in (("days", 86400, 172800), ("hours", 3600, 7200), ("minutes", 60, 60)):
-        if seconds >= least:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def expected(ready: Prepared) -> Expected:
@@ -67,18 +57,19 @@ def expected(ready: Prepared) -> Expected:
         "method": config.method, "scheme": config.scheme, "dtype": config.dtype, "queries": config.queries,
         "batch_size": sequences, "answer_tokens": answer, "rates": rates,
         "estimator": config.estimator, "state_dtype": config.state_dtype, "rounding": config.rounding,
-        "masked": bool(config.sparsity), "engine": config.engine,
+        "masked": bool(config.sparsity), "engine": config.engine, "forward_tokens": config.forward_tokens,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             base = copy.deepcopy(getattr(ready.model, "config"))  # noqa: B009
-            largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **common)
+            together = sequences * min(size, config.micro_batch or size) // size
+            largest = estimate(base, seq_len=_padded(max(lengths), on_cpu), **(common | {"batch_size": together}))
             step = estimate(base, seq_len=_padded(round(sum(usual) / len(usual)), on_cpu), **common)
     except Exception as error:  # an estimate is no reason for a run to fail
         return Expected(why=(str(error).splitlines() or [type(error).__name__])[0])
     evaluations = -(-config.steps // config.evaluates_every)
-    scored = 2 * len(ready.test) + evaluations * len(ready.validation)
+    scored = 2 * len(ready.test) + (1 + evaluations) * len(ready.validation)
     seconds = config.steps * config.accumulate * (step.step_seconds or 0.0)
     seconds += scored / sequences * forward_seconds(step, rates)
     return Expected(largest.peak + PROCESS_BYTES * on_cpu, seconds)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
-from zotune.models.adapters import put_adapter, save
+from zotune.models.adapters import put_adapter, refuse_other_tokens, save, unproven
 from zotune.models.kinds import kind_of
 from zotune.models.loading import load_model
 from zotune.models.merging import merged, seen
@@ -32,7 +32,10 @@ def merge(options: MergeConfig) -> None:
             f"--adapter {options.adapter}: virtual tokens cannot be merged into weights; use the adapter as it is (--adapter)"
         )
     refuse_untrained(adapted, f"--model {options.model}")
+    refuse_other_tokens(options.adapter, tokenizer)
     ends.take_from_adapter(adapted, options.adapter)
+    if said := unproven(options.adapter, options.model):
+        print(said)
     before, kind = seen(adapted), kind_of(adapted)
     device = before.ids.device
     whole = merged(adapted, f"--adapter {options.adapter}")
@@ -40,5 +43,7 @@ def merge(options: MergeConfig) -> None:
         save(whole, tokenizer, path)
         del model, adapted, whole  # one of them at a time
         read: dict[str, Any] = {"kind": kind, "device": device, "trust_remote_code": options.trust_remote_code}
-        before.check(load_model(str(path), **read), f"--adapter {options.adapter}")
+        said = before.check(load_model(str(path), **read), f"--adapter {options.adapter}")
+    if said:
+        print(said)
     print(f"merged model: {output}")

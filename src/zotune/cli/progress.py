@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
 from zotune.cli.expected import Expected, expected
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
+from zotune.rewards.shown import table_of
 
 
 class Bars(Listener):
@@ -50,6 +52,10 @@ class Bars(Listener):
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def answered(self, step: int, shown: Sequence[dict[str, Any]]) -> None:
+        """A table of some answers with their rewards."""
+        self.console.print(table_of(step, shown))
+
     def prepared(self, ready: Prepared) -> None:
         """What the run is expected to take, from its model's config and its rows alone."""
         self.expected = expected(ready)
@@ -59,8 +65,9 @@ class Bars(Listener):
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")
 
     def advance(self, what: str, done: int, **shown: float) -> None:
+        fine = ("loss", "reward", "held-out", "± members", "alike", "cut")
         text = "  ".join(
-            f"{name} {value:.3f}" if name == "loss" else f"{name} {value:.1f}" for name, value in shown.items()
+            f"{name} {value:.3f}" if name in fine else f"{name} {value:.1f}" for name, value in shown.items()
         )
         extra: Any = {"shown": text} if text else {}
         self.progress.update(self._tasks[what], advance=done, **extra)

@@ -12,7 +12,7 @@ from zotune.errors import InputError
 app = typer.Typer(help="A task's definition: show it, or copy it to a file to change.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="built-in task, see `zotune list tasks`, or a task's file")]
-Target = Annotated[str | None, typer.Argument(metavar="PATH", help="file or folder [default: NAME.yaml]")]
+Target = Annotated[str | None, typer.Argument(metavar="PATH", help=r"file or folder \[default: NAME.yaml]")]
 
 
 @app.command("show", help="Print a task's definition.")

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import functools
-import time
+import os
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zotune.cli.expected import Expected, time_of
+from zotune.cli.expected import Expected
 from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
 from zotune.estimates.memory import keep_freed, peak_bytes, readable
+from zotune.estimates.words import time_of
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
-from zotune.prepare.listener import Listener
-from zotune.prepare.prepared import Prepared, prepare, resolved
+from zotune.options.defaults import flags_of
+from zotune.prepare.prepared import prepare, resolved
 from zotune.run import train as run
-from zotune.run.arguments import check_reporters, optimizer_for
+from zotune.run.arguments import check_reporters
 from zotune.run.folder import RunFolder
 from zotune.run.result import device_name
+from zotune.run.timing import timed
 from zotune.tasks.metrics import figure
-from zotune.tasks.objectives import objective
+from zotune.workers.launcher import is_first
+
+BUSY = 0.75  # of the cores: load of others from which a time says little
 
 
 def train(config: TrainConfig) -> None:
+    first = is_first()  # of the workers that torchrun has started
     if config.dry_run:
-        dry_run(config)
+        if first:
+            dry_run(config)
         return
     keep_freed()
+    if not first:
+        run.train(config)
+        return
     with Bars() as bars:
         result = run.train(config, bars)
     summary(result, config.output, bars.expected)
@@ -55,7 +62,7 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
         f"{after}   step {result['chosen_step']} of {result['steps']}, best on validation{early}",
     )
     if result["one_class"]:
-        table.add_row("always one class", f"{result['one_class']:.1f} %")
+        table.add_row("always one class", f"{result['one_class']:.1f} %{_no_better(result)}")
     table.add_row("forward passes", f"{result['forward_passes']:,}")
     took = time_of(result["wall_seconds"]) + (f" (expected {time_of(told.seconds)})" if told else "")
     table.add_row("wall time", f"{took}   {result['device']}")
@@ -73,13 +80,21 @@ def summary(result: dict[str, Any], output: str, expected: Expected | None = Non
     Console().print(table)
 
 
+def _no_better(result: dict[str, Any]) -> str:
+    """Where a run ends no better than one answer for all rows: what to try."""
+    if result["metric"] != "accuracy" or result["test_after"] > result["one_class"]:
+        return ""
+    return "   no better than that: try more steps, another lr (zotune sweep), --loss candidates or --balance-classes"
+
+
 def dry_run(config: TrainConfig) -> None:
-    """What a run would do and cost. Writes nothing; one step at lr 0 is timed, which leaves every weight as it is."""
+    """What a run would do and cost. Writes nothing; steps at lr 0 are timed, which leaves every weight as it is."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others, before this process works
     check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
     ready = prepare(config)
-    ready.config = config = resolved(config, ready.model)
+    ready.config = config = resolved(ready)
     console = Console()
     console.print(Text("configuration", style="bold"))
     console.print(
@@ -91,9 +106,9 @@ def dry_run(config: TrainConfig) -> None:
     console.print(Text(f"rows as the model will see them (answer {how})", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         show_row(console, example, encoded, ready.tokenizer)
-    step_seconds, row_seconds, forwards, engine = _time(ready)
+    step_seconds, row_seconds, forwards, engine = timed(ready)
     evaluations = -(-config.steps // config.evaluates_every)
-    scored = len(ready.test) * 2 + len(ready.validation) * evaluations
+    scored = len(ready.test) * 2 + len(ready.validation) * (1 + evaluations)
     lengths = [row.tokens for row in ready.train]
     weights = weight_bytes(ready.model)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -108,6 +123,8 @@ def dry_run(config: TrainConfig) -> None:
     if one_class := ready.one_class(ready.test):
         table.add_row("always one class", f"{one_class:.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
+    if config.by_default:
+        table.add_row("for want of options", flags_of(config.by_default))
     table.add_row("engine", engine)
     table.add_row(
         "forward passes",
@@ -119,34 +136,9 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")
+    if ready.device.type == "cpu" and load > BUSY * (os.cpu_count() or 1):
+        table.add_row("", f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores): alone it would be faster")
     console.print(table)
     if ready.unread:
         console.print(Text(ready.unread))
     console.print("nothing was written")
-
-
-def _time(ready: Prepared) -> tuple[float, float, int, str]:
-    """Seconds a step, seconds a scored row, forwards a step, and the engine: the last of three steps, one evaluation batch."""
-    config = ready.config
-    ready.model.eval()
-    optimizer = optimizer_for(ready)
-    rows = (ready.train * config.batch_size)[: config.batch_size]
-    asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
-    batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
-    loss_of = functools.partial(asked.row_loss, ready.model)
-    seconds = 0.0
-    for _ in range(3):
-        began = _now(ready.device)
-        optimizer.step(loss_of, batch=batch)
-        seconds = _now(ready.device) - began
-    began = _now(ready.device)
-    scored = ready.validation[: 2 * config.batch_size]
-    ready.score(scored, Listener(), "timing")
-    row_seconds = (_now(ready.device) - began) / len(scored)
-    return seconds * config.accumulate, row_seconds, optimizer.forwards_a_step, optimizer.chosen_engine
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -7,7 +7,7 @@ is the work of a writer beside the engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from zotune.errors import nearest
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zotune.directions import Directions, Displacement, HeldDisplacement
+    from zotune.directions.subspaces import Subspace
     from zotune.engines.places import Places
     from zotune.engines.scratch import Scratch
     from zotune.engines.sequential import SequentialEngine
@@ -49,6 +50,10 @@ class Engine(Protocol):
         """
         ...
 
+    def overlook(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> None:
+        """Take from a batch that somebody else evaluates at its places what the update needs of it."""
+        ...
+
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         """What the closure returns at θ + displacement, as it returns it."""
         ...
@@ -58,7 +63,7 @@ class Engine(Protocol):
         ...
 
 
-def choose(groups: int | str = 1) -> tuple[str, str]:
+def choose(groups: int | str = 1, low_rank: bool = False) -> tuple[str, str]:
     """What `auto` takes, and why: the fastest that draws the directions as the method has them (docs/performance.md).
 
     >>> choose(groups=1)
@@ -66,6 +71,8 @@ def choose(groups: int | str = 1) -> tuple[str, str]:
     """
     if groups != 1:
         return "lowrank", "it gives rows directions of their own"
+    if low_rank:
+        return "lowrank", "the method's directions are low-rank"
     return "dual", "one forward gives all losses of a batch; on a CPU of up to 512 tokens"
 
 
@@ -75,24 +82,21 @@ def make_engine(
     groups: int | str = 1,
     rank: int = 1,
     forward_tokens: int | None = None,
-    own_inputs: bool = False,
+    kind: Subspace | Literal["own-inputs", "tracked-inputs", "flipout"] | None = None,
 ) -> SequentialEngine:
-    """The named engine, or the one that `choose` takes for `auto`. forward_tokens: see `FollowingEngine`. own_inputs: with
-    `lowrank`, directions u·vᵀ whose v are of the rows. Unknown names, and groups with another engine, raise ValueError.
+    """The named engine, or the one that `choose` takes for `auto`. forward_tokens: see `FollowingEngine`.
+
+    kind: of directions that `lowrank` alone evaluates, which `auto` takes then: in a subspace, made of the maps' inputs, or
+    of signs of the rows about one draw.
+    Unknown names, and groups with another engine, raise ValueError.
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {name!r}; {nearest(name, ['auto', *ENGINES])}")
     asked = name
     if asked == "auto":
-        name, _ = choose(groups)
-    if name == "lowrank" and own_inputs:
-        from zotune.engines.own_inputs import OwnInputsEngine
-
-        return OwnInputsEngine(directions, forward_tokens)
+        name, _ = choose(groups, kind is not None)
     if name == "lowrank":
-        from zotune.engines.lowrank import LowRankEngine
-
-        return LowRankEngine(directions, rank, forward_tokens)
+        return _low_rank(directions, rank, forward_tokens, kind)
     if groups != 1:
         raise ValueError(
             f"groups={groups!r}: engine {name!r} gives a batch one direction; use engine='lowrank' or 'auto'"
@@ -104,3 +108,25 @@ def make_engine(
     from zotune.engines.dual import DualEngine
 
     return DualEngine(directions, asked == "dual", forward_tokens)  # with `auto` weights are current after each step
+
+
+def _low_rank(directions: Directions, rank: int, forward_tokens: int | None, kind: Any) -> SequentialEngine:
+    if kind is None:
+        from zotune.engines.lowrank import LowRankEngine
+
+        return LowRankEngine(directions, rank, forward_tokens)
+    if kind == "own-inputs":
+        from zotune.engines.own_inputs import OwnInputsEngine
+
+        return OwnInputsEngine(directions, forward_tokens)
+    if kind == "tracked-inputs":
+        from zotune.engines.tracked import TrackedEngine
+
+        return TrackedEngine(directions, forward_tokens)
+    if kind == "flipout":
+        from zotune.engines.flipout import FlipoutEngine
+
+        return FlipoutEngine(directions, forward_tokens)
+    from zotune.engines.subspace import SubspaceEngine
+
+    return SubspaceEngine(directions, kind, rank, forward_tokens)

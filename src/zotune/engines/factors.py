@@ -33,8 +33,10 @@ class Factored:
         self.dense = [p for p in directions.params if id(p) not in chosen] if params is None else []
         names = {directions.slots[id(p)].name for p in directions.params}
         matrices = [p for p in directions.params if p.dim() > 1]
+        matrices = matrices if params is None else [*directions.params]
         own = [f"{directions.slots[id(p)].name}.{side}" for p in matrices for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
+        self.distribution = directions.distribution
         self._drawn: dict[int, Factors] = {}  # by the number of directions
         self._alone: dict[int, list[Factors]] = {}
 
@@ -42,7 +44,7 @@ class Factored:
         """The factors of all parameters for these directions, in buffers that the next as many will have."""
         count = len(at.seeds_Q)
         if count not in self._drawn:
-            self._drawn[count] = Factors(self, count)
+            self._drawn[count] = self.made(count)
         self._drawn[count].draw(at)
         return self._drawn[count]
 
@@ -51,8 +53,12 @@ class Factored:
         if count not in self._alone:
             largest = max((sum(side for side, _ in self.sides_of(p)) for p in self.params), default=0)
             room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.params}
-            self._alone[count] = [Factors(self, count, [p], room[p.dtype]) for p in self.params]
+            self._alone[count] = [self.made(count, [p], room[p.dtype]) for p in self.params]
         return self._alone[count]
+
+    def made(self, count: int, params: list[torch.nn.Parameter] | None = None, memory: Tensor | None = None) -> Factors:
+        """Factors of these parameters, of all where none are named."""
+        return Factors(self, count, params, memory)
 
     def has_room_for(self, count: int) -> bool:
         """Whether there are buffers for so many directions, or none at all yet."""
@@ -95,7 +101,7 @@ class Factors:
                 items.append(noise.Item(out.view(count, -1), None, pid))
                 pair.append(out.view(count, side, of.rank))
             self.of[id(param)] = tuple(pair)
-        self._many = noise.Many(items, of.directions.distribution)
+        self._many = noise.Many(items, of.distribution)
         self._held: Any = None
 
     def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:

@@ -130,11 +130,7 @@ class FollowingEngine(SequentialEngine):
         copies, limit = len(places.copies), self.forward_tokens
         if limit is None:
             limit = max(most_tokens(self.directions.params[0].device), 2 * tokens_in(batch))
-        most = max(1, limit * rows // max(1, tokens_in(batch)))
-        forwards = -(-copies * rows // most)
-        each = -(-copies // forwards) * rows
-        if each > most:
-            each = -(-copies * rows // forwards)
+        each = rows_together(rows, copies, tokens_in(batch), limit)
         for first in range(0, copies * rows, each):
             yield first, min(first + each, copies * rows)
 
@@ -235,8 +231,30 @@ def most_tokens(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 2 * WORTH_ON_CPU
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return int(2 ** math.floor(math.log2(max(gib, 4) * TOKENS_A_GIB)))
+    return most_tokens_of(torch.cuda.get_device_properties(device).total_memory)
+
+
+def most_tokens_of(memory: int) -> int:
+    """`most_tokens` of a card with so many bytes.
+
+    >>> most_tokens_of(24 << 30), most_tokens_of(80 << 30)
+    (4096, 16384)
+    """
+    return int(2 ** math.floor(math.log2(max(memory / 2**30, 4) * TOKENS_A_GIB)))
+
+
+def rows_together(rows: int, copies: int, tokens: int, limit: int) -> int:
+    """How many rows of a batch's copies one forward has: all forwards of a size, of whole copies where that makes no more of them.
+
+    tokens: of the batch. limit: tokens of a forward.
+
+    >>> rows_together(4, 3, 48, 144), rows_together(4, 3, 48, 72), rows_together(4, 3, 48, 100)
+    (12, 6, 8)
+    """
+    most = max(1, limit * rows // max(1, tokens))
+    forwards = -(-copies * rows // most)
+    each = -(-copies // forwards) * rows
+    return each if each <= most else -(-copies * rows // forwards)
 
 
 def capturing() -> bool:

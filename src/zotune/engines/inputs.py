@@ -88,7 +88,7 @@ class InputVectors:
     def look(self, loss: Callable[[], Any], answers: AnswerTokens, first: int, rows_of_step: int) -> None:
         """One forward at θ. The batch's rows are first, first + 1, … of the step's."""
         redraw = same_draws(self._directions.params)
-        with torch.no_grad(), _InputReads(self._directions, answers) as mode:
+        with torch.no_grad(), InputReads(self._directions, lambda weight, side, x: answers.of(x)) as mode:
             loss()
         redraw()  # the places see the same dropout
         if not self.maps:
@@ -106,25 +106,58 @@ class InputVectors:
                 length_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
                 v_BD.copy_((x_BD / length_B1.clamp_min(torch.finfo(x_BD.dtype).tiny)).nan_to_num(0, 0, 0))
 
-    def _choose(self, mode: _InputReads) -> None:
-        slots = self._directions.slots
-        maps = [p for p in self._directions.params if id(p) in mode.found and id(p) not in mode.otherwise]
-        self.maps += [p for p in maps if _IN_A_LAYER.search(slots[id(p)].name)] or maps
-        if not self.maps:
-            raise ValueError(
-                "directions from the rows' own inputs: nothing that trains is read as a linear map of the batch "
-                "(torch's linear, or addmm as in GPT-2); use --scheme full, lora or head, or another method"
-            )
-        self.side = {id(p): mode.found[id(p)][0] for p in self.maps}
+    def _choose(self, mode: InputReads) -> None:
+        self.side = mode.maps()
+        self.maps += [p for p in self._directions.params if id(p) in self.side]
 
 
-class _InputReads(TorchFunctionMode):
-    """found: of each matrix that linear maps are made with, which side takes x, and x of each row at its answer, as read last."""
+class Tokens:
+    """All tokens of a batch that its attention mask counts."""
 
-    def __init__(self, directions: Directions, answers: AnswerTokens) -> None:
+    def __init__(self, batch: Any) -> None:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._counted = mask.ne(0).flatten() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """(n, D): their x (…, D), in float32 or wider; all of an x of another number of tokens. None where x is a vector."""
+        if x.dim() < 2 or x.numel() == 0:
+            return None
+        x_nD = x.detach().reshape(-1, x.shape[-1])
+        if self._counted is not None and len(self._counted) == len(x_nD):
+            x_nD = x_nD[self._counted]
+        return x_nD if x.dtype == torch.float64 else x_nD.float()
+
+
+def read_inputs(
+    directions: Directions,
+    loss: Callable[[Any], Any],
+    batch: Any,
+    see: Callable[[Any, int, Tensor, Tokens], bool],
+) -> dict[int, int]:
+    """One forward at θ, in which `see` is given each matrix that is read as a linear map, the side that takes x, and x.
+
+    Returns the side of each map, as `InputReads.maps` chooses them.
+    """
+    tokens, redraw = Tokens(batch), same_draws(directions.params)
+    with (
+        torch.no_grad(),
+        InputReads(directions, lambda weight, side, x: see(weight, side, x, tokens) or None) as mode,
+    ):
+        loss(batch)
+    redraw()
+    return mode.maps()
+
+
+class InputReads(TorchFunctionMode):
+    """found: of each matrix that linear maps are made with, which side takes x, and what `see` made of its x, as read last.
+
+    see: (weight, side, x) → what is wanted of them; None where x is nothing that it knows.
+    """
+
+    def __init__(self, directions: Directions, see: Callable[[Any, int, Tensor], Any]) -> None:
         super().__init__()
-        self._slots, self._answers = directions.slots, answers
-        self.found: dict[int, tuple[int, Tensor]] = {}
+        self._directions, self._slots, self._see = directions, directions.slots, see
+        self.found: dict[int, tuple[int, Any]] = {}
         self.otherwise: set[int] = set()
 
     def __torch_function__(
@@ -141,5 +174,16 @@ class _InputReads(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, x: Any, weight: Any, side: int) -> None:
-        if id(weight) in self._slots and weight.dim() == 2 and (x_BD := self._answers.of(x)) is not None:
-            self.found[id(weight)] = side, x_BD
+        if id(weight) in self._slots and weight.dim() == 2 and (seen := self._see(weight, side, x)) is not None:
+            self.found[id(weight)] = side, seen
+
+    def maps(self) -> dict[int, int]:
+        """The side that takes x of each trainable map that is read in no other way; of the model's layers, where those train."""
+        maps = [p for p in self._directions.params if id(p) in self.found and id(p) not in self.otherwise]
+        maps = [p for p in maps if _IN_A_LAYER.search(self._slots[id(p)].name)] or maps
+        if not maps:
+            raise ValueError(
+                "directions from the rows' own inputs: nothing that trains is read as a linear map of the batch "
+                "(torch's linear, or addmm as in GPT-2); use --scheme full, lora or head, or another method"
+            )
+        return {id(p): self.found[id(p)][0] for p in maps}

@@ -68,7 +68,7 @@ class LowRankEngine(FollowingEngine):
         at = places.at.some(copy.first, copy.first + len(places.shares))
         with torch.no_grad(), self._reads(at, parts) as mode:
             result = self._run(closure)
-        if self._unread is None:
+        if self.unread is None:
             self._all_read(mode)
         return result
 
@@ -80,7 +80,7 @@ class LowRankEngine(FollowingEngine):
             self._stacks[len(parts)] = Stacks(self.directions, self.factored.dense, len(parts))
         stacks = self._stacks[len(parts)]
         stacks.draw(at, parts)
-        return LowRankReads(self, at, parts, stacks, self.factored.drawn(at))
+        return LowRankReads(self, at, parts, stacks.of, self.factored.drawn(at))
 
 
 class LowRankReads(PartedReads):
@@ -91,10 +91,10 @@ class LowRankReads(PartedReads):
         engine: LowRankEngine,
         at: Displacement | HeldDisplacement,
         parts: Parts,
-        stacks: Stacks,
+        stacks: dict[int, Tensor],
         factors: Factors,
     ) -> None:
-        super().__init__(parts, engine.moving, stacks.of)
+        super().__init__(parts, engine.moving, stacks)
         self.engine, self.at, self.factors, self.rank = engine, at, factors, engine.factored.rank
         self._scales: dict[tuple[int, torch.dtype], Tensor] = {}
         # the x of the last product, how often it had been written, and scale·x·in by weight
@@ -192,7 +192,9 @@ class LowRankReads(PartedReads):
 
     def _add_by_products(self, y: Tensor, x: Tensor, in_QDR: Tensor, out_QOR: Tensor, scale_P: Tensor) -> None:
         which_P, _ = self.parts.tables(y.device)
-        x, in_PDR, out_PRO = x.to(y.dtype), in_QDR.to(y.dtype)[self.entry_of(y.device)], out_QOR.to(y.dtype)[which_P].mT
+        # contiguous (P, R, O): a product with a transposed view may round otherwise
+        x, in_PDR, out_PRO = x.to(y.dtype), in_QDR.to(y.dtype)[self.entry_of(y.device)], out_QOR.to(y.dtype).mT[which_P]
+        out_PRO = out_PRO.contiguous()
         if self.parts.equal:  # under autocast x and the factors may be wider than y
             x_PMD, y_PMO = (self.parts.by_part(t).flatten(1, -2) for t in (x, y))
         else:  # parts of different sizes: each row (of the batch) with factors of its own

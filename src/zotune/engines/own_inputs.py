@@ -25,7 +25,6 @@ from zotune.engines.inputs import AnswerTokens, InputVectors
 from zotune.engines.lowrank import LowRankEngine, LowRankReads
 from zotune.engines.parts import PartedReads, Parts, Values
 from zotune.engines.places import Places, rows_in
-from zotune.engines.stacks import Stacks
 from zotune.engines.writing import Writer
 
 
@@ -43,13 +42,17 @@ class OwnInputsEngine(LowRankEngine):
         return self.inputs.maps
 
     def losses(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> Tensor:
+        self.overlook(loss, batch, places)
+        return super().losses(loss, batch, places)
+
+    def overlook(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> None:
+        """v of these rows, by a forward at θ."""
         rows = rows_in(batch) if isinstance(batch, Mapping) else len(places.shares)
         if places.shares != (1,) * rows:
             raise ValueError("directions from the rows' own inputs: each row has its own; use groups='batch'")
         first = min((copy.first for copy in places.copies if copy.sign), default=0)
         rows_of_step = len(places.at.seeds_Q) // max(1, places.queries)
         self.inputs.look(lambda: self._run(lambda: loss(batch)), AnswerTokens(batch, rows), first, rows_of_step)
-        return super().losses(loss, batch, places)
 
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         if len(at.seeds_Q):
@@ -57,7 +60,7 @@ class OwnInputsEngine(LowRankEngine):
         return super().loss(closure, at)
 
     def _reads(self, at: Displacement | HeldDisplacement, parts: Parts) -> PartedReads:
-        return _OwnInputsReads(self, at, parts, Stacks(self.directions, [], len(parts)), self.factored.drawn(at))
+        return _OwnInputsReads(self, at, parts, {}, self.factored.drawn(at))
 
 
 class Outputs(Factored):

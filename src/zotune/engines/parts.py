@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import PartsOf
+from zotune.engines.attended import attended
 from zotune.engines.reads import leaves, reads_no_values
 
 
@@ -152,7 +153,7 @@ class PartedReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not any(map(self._touches, args)) and not (kwargs and any(map(self._touches, kwargs.values()))):
-            result = func(*args, **kwargs)
+            result = attended(func, args, kwargs)
             if self.watching and isinstance(result, Tensor) and result.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(result.dtype).eps)
             return result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +23,15 @@ _NO_VALUES = {
     "is_floating_point",
     "nelement",
 }
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """What torch.compile has made of a model or a loss runs as it was written: a compiled forward reads its parameters past torch
+    functions, or would have the perturbation traced into it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def leaves(value: Any, substitute: Callable[[Any], Any]) -> Any:

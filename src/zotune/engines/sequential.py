@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.engines.attended import attended
 from zotune.engines.places import Copy, Places, as_losses
 from zotune.engines.reads import leaves, reads_no_values, same_draws, tensors_in
 from zotune.engines.scratch import Scratch
@@ -35,7 +36,8 @@ class SequentialEngine:
     """The loss at any place, for any closure and any module, by a forward of its own: an `Engine` (see `zotune.engines`).
 
     Scratch: the largest parameter that a single function reads. An embedding look-up draws only the rows it uses, a linear
-    map over `TILE_BYTES` goes by tiles of its rows.
+    map over `TILE_BYTES` goes by tiles of its rows. seen: ids of the parameters that a function has read. unread: those that none
+    has by the end of the first loss; None before it.
     """
 
     name = "sequential"
@@ -45,8 +47,8 @@ class SequentialEngine:
         self.writer = Writer(directions)
         self.scratch = Scratch()
         self.forwards = 0
-        self._seen: set[int] = set()
-        self._unread: list[torch.nn.Parameter] | None = None  # unknown until a first loss has run
+        self.seen: set[int] = set()
+        self.unread: list[torch.nn.Parameter] | None = None
 
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         """What the closure returns where every trainable parameter reads θ + displacement.
@@ -58,12 +60,12 @@ class SequentialEngine:
             if len(at.seeds_Q) == 0:
                 return self._run(closure)
             result = self._displaced_loss(closure, at)
-            if self._unread is None:
-                self._unread = [p for p in self.directions.params if id(p) not in self._seen]
-                if self._unread:
+            if self.unread is None:
+                self.unread = [p for p in self.directions.params if id(p) not in self.seen]
+                if self.unread:
                     # Never read through a torch function: unused, or read by a kernel of someone's own. Copies that
                     # stand in for the weights during the whole forward are right for both; this loss lacked them.
-                    names = [self.directions.slots[id(p)].name for p in self._unread]
+                    names = [self.directions.slots[id(p)].name for p in self.unread]
                     logger.warning(
                         "%d trainable parameters are not read by any torch function (first: %s): "
                         "they are perturbed as whole copies during each forward",
@@ -76,6 +78,9 @@ class SequentialEngine:
     def losses(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> Tensor:
         """A forward a copy of the batch: see `zotune.engines.Engine`."""
         return self._apart(loss, batch, places)
+
+    def overlook(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> None:
+        """Nothing: directions follow from seeds alone."""
 
     def replayed(self) -> None:
         """A captured step was replayed: what it wrote into buffers is not what the host left there."""
@@ -106,7 +111,7 @@ class SequentialEngine:
     def _stand_ins(self, at: Displacement | HeldDisplacement) -> Iterator[None]:
         swapped: list[tuple[torch.nn.Parameter, Tensor]] = []
         try:
-            for param in self._unread or ():
+            for param in self.unread or ():
                 own = param.data
                 copy = self.directions.displaced(param, at, torch.empty_like(own))
                 swapped.append((param, own))
@@ -121,7 +126,7 @@ class PerturbedReads(TorchFunctionMode):
     def __init__(self, engine: SequentialEngine, at: Displacement | HeldDisplacement) -> None:
         super().__init__()
         self.engine, self.at = engine, at
-        stand_ins = {id(p) for p in engine._unread or ()}
+        stand_ins = {id(p) for p in engine.unread or ()}
         self.read = {key for key in engine.directions.slots if key not in stand_ins}
 
     def __torch_function__(
@@ -129,7 +134,7 @@ class PerturbedReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self._reads(args) and not (kwargs and self._reads(tuple(kwargs.values()))):
-            return func(*args, **kwargs)
+            return attended(func, args, kwargs)
         if reads_no_values(func):
             return func(*args, **kwargs)
         if func is F.linear and (product := self._tiled_linear(*args, **kwargs)) is not None:
@@ -155,7 +160,7 @@ class PerturbedReads(TorchFunctionMode):
             key = id(arg)
             if key in self.read:
                 if key not in copies:
-                    self.engine._seen.add(key)
+                    self.engine.seen.add(key)
                     copies[key] = directions.displaced(arg, self.at, scratch.take(arg))
                 return copies[key]
             return arg
@@ -175,9 +180,9 @@ class PerturbedReads(TorchFunctionMode):
         if id(weight) not in self.read or size <= TILE_BYTES or weight.dim() != 2:
             return None
         directions, scratch = self.engine.directions, self.engine.scratch
-        self.engine._seen.add(id(weight))
+        self.engine.seen.add(id(weight))
         if bias is not None and id(bias) in self.read:
-            self.engine._seen.add(id(bias))
+            self.engine.seen.add(id(bias))
             bias = directions.displaced(bias, self.at, torch.empty_like(bias))  # type: ignore[arg-type]
         rows = -(-weight.shape[0] // -(-size // TILE_BYTES))
         copy = scratch.take(weight[:rows])
@@ -202,7 +207,7 @@ class PerturbedReads(TorchFunctionMode):
         """The rows that a look-up uses, perturbed; None where the whole table costs less or is renormalised."""
         if max_norm is not None or id(weight) not in self.read or input.numel() > weight.shape[0]:
             return None
-        self.engine._seen.add(id(weight))
+        self.engine.seen.add(id(weight))
         rows_K = input.reshape(-1)
         out = torch.empty((rows_K.numel(), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
         self.engine.directions.displaced_rows(weight, rows_K.long(), self.at, out)  # type: ignore[arg-type]

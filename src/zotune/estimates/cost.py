@@ -6,9 +6,12 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zotune.errors import InputError
+
+if TYPE_CHECKING:
+    from zotune.estimates.needs import Needs
 
 # Where a suite does not say: the defaults of `zotune train`.
 CALIBRATION_ROWS, TRAIN_SIZE, BATCH_SIZE = 128, 1000, 16
@@ -26,19 +29,24 @@ def forwards_a_step(options: Mapping[str, Any]) -> int:
     >>> forwards_a_step({"method": "zo-sgd", "estimator": "one-sided", "queries": 3, "accumulate": 2})
     8
     """
+    step = _needs(options).forwards * _blocks(options) + (options.get("hybrid") is not None)
+    return step * int(options.get("accumulate") or 1)
+
+
+def _needs(options: Mapping[str, Any]) -> Needs:
     from zotune.estimates.needs import needs_of
 
     queries = int(options["queries"]) if options.get("queries") else None
-    needs = needs_of(str(options.get("method", "zo-sgd")), queries, options.get("estimator"))
-    step = needs.forwards * _blocks(options) + (options.get("hybrid") is not None)
-    return step * int(options.get("accumulate") or 1)
+    return needs_of(str(options.get("method", "zo-sgd")), queries, options.get("estimator"))
 
 
 def _blocks(options: Mapping[str, Any]) -> int:
     blocks = options.get("blocks") or 1
     if str(blocks).isdecimal():
         return int(blocks)
-    return _blocks_of(json.dumps(options.get("model")), str(options.get("scheme") or "full"), str(blocks))
+    return _blocks_of(
+        json.dumps(options.get("model"), allow_nan=False), str(options.get("scheme") or "full"), str(blocks)
+    )
 
 
 @cache
@@ -66,7 +74,8 @@ def forwards_of(steps: int, options: Mapping[str, Any]) -> int:
     if options.get("mask") == "wanda":
         masks = -(-steps // int(options.get("mask_refresh") or max(steps, 1)))
     rows = min(int(options.get("calibration_rows") or CALIBRATION_ROWS), int(options.get("train_size") or TRAIN_SIZE))
-    return steps * forwards_a_step(options) + masks * -(-rows // int(options.get("batch_size") or BATCH_SIZE))
+    once = _needs(options).once if steps else 0
+    return steps * forwards_a_step(options) + once + masks * -(-rows // int(options.get("batch_size") or BATCH_SIZE))
 
 
 def steps_for(forward_passes: int, options: Mapping[str, Any]) -> int:

@@ -98,7 +98,8 @@ def _count(
             engine.derivative(loss, Displacement((0,), ((1.0,),)))
         elif passes in ("dual", "lowrank"):
             tokens = batch_size * (seq_len + extra)
-            held = places * _copy_bytes(model, tokens, batch_size * answer_tokens, on_card, whole=passes == "dual")
+            small, tile = _copy_bytes(model, tokens, batch_size * answer_tokens, on_card)
+            held = places * small + min(places, 2) * tile * (passes == "dual")
             batch = _batch(places * batch_size, seq_len + extra, answer_tokens)
             with torch.no_grad():
                 loss()
@@ -117,7 +118,7 @@ def _count(
 def _probe(model: nn.Module, loss: Callable[[], Tensor], live: Allocations) -> int:
     """One probe by the sequential engine; the bytes of scratch that it keeps."""
     engine = SequentialEngine(Still([_trainable(model)]))
-    engine._unread = []
+    engine.unread = []
     engine.scratch = scratch = CountedScratch(live)
     engine.loss(loss, Displacement((0,), ((1.0,),)))
     return scratch.most
@@ -127,15 +128,15 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _copy_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whole: bool) -> int:
-    """A place's copies of all small parameters, and with `whole`, as of dual, of the largest tile of a product with so many tokens.
+def _copy_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool) -> tuple[int, int]:
+    """A place's copies of all small parameters, and a copy of the largest tile of a product with so many tokens.
 
     answers: positions that the output head sees.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     small, largest = sum(p.numel() * p.element_size() for p in trained if is_small(p)), 0
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    for module in model.modules() if whole else ():
+    for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter):  # of a table rows alone are read
             continue
@@ -143,7 +144,7 @@ def _copy_bytes(model: nn.Module, tokens: int, answers: int, on_card: bool, whol
             has_bias = getattr(module, "bias", None) is not None
             rows, _ = plan(weight, answers if module is head else tokens, has_bias, on_card)
             largest = max(largest, rows * weight.shape[1] * weight.element_size())
-    return small + largest
+    return small, largest
 
 
 def _forward(model: nn.Module, loss: Callable[[], Tensor], checkpointing: bool) -> Tensor:

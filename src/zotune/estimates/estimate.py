@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from zotune.engines import ENGINES
-from zotune.engines.dual import WORTH_ON_CPU
+from zotune.engines.following import WORTH_ON_CPU, most_tokens_of, rows_together
 from zotune.errors import InputError, nearest
 from zotune.estimates.counted import Step, counted
 from zotune.estimates.meta import model_config
 from zotune.estimates.needs import needs_of
 from zotune.estimates.rates import Rates, rates_here, step_seconds
-from zotune.methods import METHODS
+from zotune.models.border import reading
 from zotune.models.loading import DTYPES
 from zotune.models.schemes import SCHEMES
 from zotune.updates.rule import TILE
@@ -67,7 +67,7 @@ def estimate(
     masked: bool = False,
     engine: str = "auto",
     tf32: bool = False,
-    places: int | None = None,
+    forward_tokens: int | None = None,
 ) -> Estimate:
     """Peak bytes and seconds of a training step of zotune.
 
@@ -75,8 +75,8 @@ def estimate(
     quantised: the base model's linear layers as NF4 (QLoRA). answer_tokens: positions with logits, K.
     state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. masked: whether directions
     are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches. tf32: whether a
-    card takes float32 products by TF32. places: how many of a step's places (a direction at a sign) one forward evaluates; by
-    default both signs of a pair.
+    card takes float32 products by TF32. forward_tokens: as of `zotune train`, of one forward over several of a step's places; by
+    default what the engines take by themselves.
     Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
     """
     needs = needs_of(method, queries, estimator)
@@ -95,12 +95,17 @@ def estimate(
     # Methods with the same passes differ in their state alone.
     passes: str = needs.kind
     if needs.kind == "zeroth-order":
-        shares = (needs.paired or places is not None) and not masked
         worth = on_card or batch_size * seq_len <= WORTH_ON_CPU
-        passes = (
-            "sequential" if not shares or (engine == "auto" and not worth) else "dual" if engine == "auto" else engine
-        )
-    at_once = min(places or 2, needs.forwards) if passes in ("dual", "lowrank") else 1
+        passes = "sequential" if masked or (engine == "auto" and not worth) else "dual" if engine == "auto" else engine
+        passes = "lowrank" if needs.low_rank else passes
+    at_once = 1
+    if passes in ("dual", "lowrank"):
+        tokens = batch_size * seq_len
+        limit = forward_tokens
+        if limit is None:
+            own = most_tokens_of(rates.memory or 0) if rates is not None and on_card else 2 * WORTH_ON_CPU
+            limit = max(own, 2 * tokens)
+        at_once = -(-rows_together(batch_size, needs.places, tokens, limit) // batch_size)
     of_step = _counted(
         config, kind, scheme, passes, at_once, on_card, batch_size, seq_len, answer_tokens, checkpointing, quantised
     )
@@ -128,24 +133,15 @@ def estimate(
     if not rates:
         return made
     how: dict[str, Any] = {"widened": widened > 0, "checkpointing": checkpointing, "masked": masked}
-    return replace(made, step_seconds=step_seconds(made, of_step, needs, rates, places=places or 2, **how))
+    return replace(made, step_seconds=step_seconds(made, of_step, needs, rates, places=at_once, **how))
 
 
 def _counted(config: Any, kind: torch.dtype, scheme: str, *of: Any) -> Step:
-    try:
+    name = getattr(config, "model_type", type(config).__name__)
+    with reading(
+        f"{name}, scheme {scheme}: a step cannot be counted without weights"
+    ):  # by a stranger's modelling code
         return counted(config, kind, scheme, *of)
-    except InputError:
-        raise
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a stranger's modelling code
-        said = (str(error).splitlines() or [""])[0] or type(error).__name__
-        name = getattr(config, "model_type", type(config).__name__)
-        raise InputError(f"{name}, scheme {scheme}: a step cannot be counted without weights ({said})") from error
 
 
 def compare(
@@ -181,7 +177,7 @@ def compare(
 READ = (
     "method", "scheme", "batch_size", "tokens", "answer_tokens", "dtype", "checkpointing", "queries", "estimator",
     "state_dtype", "rounding", "sparsity", "mask", "engine", "tf32", "device", "blocks", "hybrid", "quantize", "groups",
-    "accumulate",
+    "accumulate", "forward_tokens",
 )  # fmt: skip
 
 
@@ -212,6 +208,7 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         rates=rates_here(options.get("device", "auto")),
         masked=bool(options.get("sparsity")),
         tf32=bool(options.get("tf32")),
+        forward_tokens=int(options["forward_tokens"]) if options.get("forward_tokens") else None,
         # a probe on a CPU steps without a batch, which one forward would need
         engine="sequential" if not on_gpu and "tokens" in options else options.get("engine") or "auto",
     )
@@ -230,8 +227,7 @@ def uncounted(options: Mapping[str, Any]) -> str:
     others = {name: options.get(name) for name in ("blocks", "hybrid", "quantize")}
     others["mask"] = options.get("mask") if options.get("mask") in ("magnitude", "wanda") else None
     others["groups"] = options.get("groups") if str(options.get("groups") or 1) != "1" else None
-    others["method"] = (
-        method if (method := str(options.get("method"))) in METHODS and needs_of(method).of_rows else None
-    )
+    if (method := options.get("method")) is not None and needs_of(str(method)).of_rows:
+        others["method"] = method
     given = ", ".join(f"--{name} {value}" for name, value in others.items() if value)
     return f"no estimate of {given}" if given else ""

@@ -23,10 +23,8 @@ def model_config(source: str | Mapping[str, Any], trust_remote_code: bool = Fals
 
     if not isinstance(source, str):
         given = dict(source["random"])
-        try:
+        with reading("random model"):
             return transformers.AutoConfig.for_model(**given)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"random model: {str(error).splitlines()[0]}") from None
     path = Path(source).expanduser()
     looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".json"
     if looks_local and not path.exists():

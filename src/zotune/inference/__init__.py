@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
-from zotune.models.adapters import put_adapter
+from zotune.models.adapters import put_adapter, refuse_other_tokens, unproven
 from zotune.models.ids import pad_id
 from zotune.models.partial import refuse_untrained
 from zotune.options import EvalConfig, PredictConfig
@@ -20,6 +21,7 @@ from zotune.run.folder import write_atomically
 from zotune.tasks import Example, Task, ends
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.evaluation import Outcome, also, outcome
+from zotune.tasks.intervals import confusion, interval
 from zotune.tasks.own import data_of, encoded
 from zotune.tasks.splits import (
     BETWEEN_SHOTS,
@@ -30,6 +32,9 @@ from zotune.tasks.splits import (
     scored_rows,
     some_of,
 )
+from zotune.tasks.told import right_of, row_scores, told
+
+TABLES = {".csv": ",", ".tsv": "\t"}  # files of predictions that are tables, and what parts their cells
 
 Loader = Callable[[EvalConfig | PredictConfig, Task], tuple[Any, Any]]
 
@@ -42,7 +47,8 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
     shots = demonstrations(task, source, options.shots, options.seed, rows) if options.shots else []
     if split == "validation":
         listener.say("no test split here: these are validation's figures")
-    _, scored, found = _outcome(options, task, source, examples, listener, loader, shots=shots)
+    examples, scored, found = _outcome(options, task, source, examples, listener, loader, shots=shots)
+    details = _details(task, examples, scored, found) if options.details else {}
     given = given_rows(source, split)
     cut = sum(bool(row.cut) for row in scored)
     return {
@@ -53,11 +59,27 @@ def evaluation(options: EvalConfig, listener: Listener, loader: Loader | None = 
         "split": split,
         **({"shots": options.shots} if options.shots else {}),
         **{name: found.metric(name, scored) for name in also(task)},
+        **details,
         **({"rows_given": given} if given != len(scored) else {}),
         **({"cut_rows": cut} if cut else {}),
         **({"unended_answers": found.unended} if found.unended else {}),
         **({"bad_rows": len(source.bad.said)} if source.bad.said else {}),
     }
+
+
+def _details(task: Task, examples: Sequence[Example], rows: Sequence[Encoded], found: Outcome) -> dict[str, Any]:
+    """`interval`: 95 %, in percent, where the metric is a mean over rows. `labels` and `confusion`, rows by the right label, where
+    all rows have the same labels."""
+    details: dict[str, Any] = {}
+    scores = row_scores(task.metric, found, rows)
+    if scores and all(0 <= score <= 1 for score in scores) and ":" not in task.metric:
+        details["interval"] = [100 * end for end in interval(scores)]
+    if task.labels and found.scores:
+        given = [line["label"] for line in told(task, examples, found)]
+        right = [str(right_of(task, example)) for example in examples]
+        details["labels"] = task.labels
+        details["confusion"] = confusion(zip(right, given, strict=True), task.labels)
+    return details
 
 
 def output_file(name: str, overwrite: bool = True) -> Path:
@@ -77,9 +99,37 @@ def write_figures(figures: Mapping[str, Any], path: Path) -> None:
     write_atomically(path, _json(figures, path, indent=2) + "\n")
 
 
-def write_lines(told: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """A JSON object a line. Raises InputError for a number that JSON has none of."""
-    write_atomically(path, "".join(_json(line, path, ensure_ascii=False) + "\n" for line in told))
+def write_lines(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A JSON object a line; as a table where the file is named .csv or .tsv, a score a column, what is no text or number as JSON.
+
+    Raises InputError for a number that JSON has none of.
+    """
+    written = [_json(line, path, ensure_ascii=False) for line in lines]
+    if path.suffix.lower() not in TABLES:
+        write_atomically(path, "".join(line + "\n" for line in written))
+        return
+    flat = [_flat(line) for line in lines]
+    text = io.StringIO()
+    table = csv.DictWriter(
+        text,
+        dict.fromkeys(key for line in flat for key in line),
+        delimiter=TABLES[path.suffix.lower()],
+        lineterminator="\n",
+    )
+    table.writeheader()
+    table.writerows(flat)
+    write_atomically(path, text.getvalue())
+
+
+def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
+    plain = lambda value: value is None or isinstance(value, (str, int, float))  # noqa: E731
+    cells = {
+        key: value if plain(value) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        for key, value in line.items()
+        if key != "scores"
+    }
+    scores = {f"score {name}": score for name, score in line.get("scores", {}).items()}
+    return cells | scores
 
 
 def _json(value: Mapping[str, Any], path: Path, **how: Any) -> str:
@@ -94,8 +144,9 @@ def _json(value: Mapping[str, Any], path: Path, **how: Any) -> str:
 def predictions(
     options: PredictConfig, listener: Listener, loader: Loader | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """What is told of each row, in the order of the rows, and the split that they are of.
+    """Each row's fields and what is told of it, in the order of the rows, and the split that they are of.
 
+    A field that is named as what is told (`label`, `answer`) is kept as `given_label`.
     Rows that are skipped as bad ones have no place in it; with --skip-bad-rows each says which `row` it is of.
     """
     task, source = data_of(options, labelled=False)
@@ -103,27 +154,20 @@ def predictions(
     examples = [task.example(row, labelled=False) for row in rows]
     if len(rows) < (given := given_rows(source, split)):
         listener.say(f"rows: {some_of(len(rows), given)} of {split} (--eval-size {options.eval_size})")
-    examples, _, found = _outcome(options, task, source, examples, listener, loader, replies=True)
-    told = [*_told(task, examples, found)]
-    if options.skip_bad_rows:
-        told = [{"row": example.where} | line for example, line in zip(examples, told, strict=True)]
-    return told, split
+    examples, asked, found = _outcome(options, task, source, examples, listener, loader, replies=True)
+    if cut := sum(bool(row.cut) for row in asked):
+        listener.say(f"{cut} of {len(asked)} rows are cut to {options.max_length} tokens (--max-length)")
+    fields = {row.where: row.fields for row in rows}
+    lines = []
+    for example, line in zip(examples, told(task, examples, found), strict=True):
+        place = {"row": example.where} if options.skip_bad_rows else {}
+        lines.append(_beside(fields[example.where], place | line))
+    return lines, split
 
 
-def _told(task: Task, examples: Sequence[Example], found: Outcome) -> Iterator[dict[str, Any]]:
-    """Of each row the best label and the scores, the answer, or how well the text is predicted."""
-    for loss in found.losses:
-        yield {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # beyond it is no number
-    for answer in found.answers:
-        yield {"answer": answer}
-    for example, scores in zip(examples if found.scores else [], found.scores, strict=True):
-        best = max(range(len(scores)), key=scores.__getitem__)
-        names = task.labels or list(example.names) or [text.strip() for text in example.candidates]
-        yield {
-            "label": names[best],
-            "scores": dict(zip(names, scores, strict=True)),
-            "probability": _softmax(scores)[best],
-        }
+def _beside(fields: Mapping[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+    """A row's own fields with what is told of it; a field of the same name is kept as given_NAME."""
+    return {f"given_{name}" if name in line else name: value for name, value in fields.items()} | line
 
 
 def _outcome(
@@ -140,7 +184,10 @@ def _outcome(
     model, tokenizer = loader(options, task) if loader is not None else load(options, task, seed=options.seed)
     if options.adapter:
         model = put_adapter(model, options.adapter, options.allow_pickle)
+        refuse_other_tokens(options.adapter, tokenizer)
         ends.take_from_adapter(model, options.adapter)
+        if said := unproven(options.adapter, options.model):
+            listener.say(said)
     if not getattr(options, "trajectory", None):  # whose steps have trained what its run drew
         refuse_untrained(model, f"--model {options.model}")
     if shots:
@@ -170,9 +217,3 @@ def _outcome(
             "(--max-new-tokens)"
         )
     return examples, rows, found
-
-
-def _softmax(scores: list[float]) -> list[float]:
-    top = max(scores)
-    weights = [math.exp(s - top) for s in scores]
-    return [w / sum(weights) for w in weights]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zotune.errors import InputError
 from zotune.models.border import reading
+from zotune.models.ids import refuse_without_ids
 from zotune.models.kinds import kind_of, without_adapter
 from zotune.models.partial import some
 from zotune.models.quantized import base_dtype, inner_tensors
@@ -67,6 +68,8 @@ def put_adapter(model: nn.Module, folder: str, allow_pickle: bool = False) -> An
         held = peft.load_peft_weights(str(path), device="cpu")
         found: Any = peft.set_peft_model_state_dict(adapted, held, adapter_name=NAME)
     if adapted.active_peft_config.is_prompt_learning:
+        if adapted.active_peft_config.peft_type != peft.PeftType.PREFIX_TUNING:
+            refuse_without_ids(adapted, where, "prefix tuning or LoRA")
         return adapted  # whose one table PEFT takes whole, or not at all
     own = dict(adapted.named_parameters(remove_duplicate=False))
     missing = {name for name in found.missing_keys if NAME in name.split(".")}
@@ -77,6 +80,41 @@ def put_adapter(model: nn.Module, folder: str, allow_pickle: bool = False) -> An
         told += [f"no place in the model for its {some(found.unexpected_keys)}"] * bool(found.unexpected_keys)
         raise InputError(f"{where}: does not fit the model: {'; '.join(told)}; {_made_for(path)}")
     return adapted
+
+
+def unproven(folder: str, name: str) -> str | None:
+    """A line on an adapter whose folder does not tell the weights that it was trained on; None where they were compared, or where
+    it names the hub's model that it is put on. name: the model's.
+
+    A folder's name says little of what is in it, and mirrors of one model have many names, so another one is told, not refused.
+    """
+    path = Path(folder).expanduser()
+    if (path / BASE).is_file():
+        return None
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    at = f" at revision {revision}" if revision else ""
+    if base == name and not at and not Path(name).expanduser().exists():
+        return None
+    made = f"it names {base}{at}" if base else "it names no model"
+    return f"--adapter {folder}: whether it was trained on the weights of {name} is not known: {made}, and none of their values"
+
+
+def refuse_other_tokens(folder: str, tokenizer: Any) -> None:
+    """Raises InputError where the adapter was trained with tokens that the model's tokenizer writes as texts, or has otherwise."""
+    file = Path(folder).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        return
+    with reading(f"--adapter {folder}", file):
+        added = {
+            token["id"]: token["content"] for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        }
+    own = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    if others := [text for i, text in added.items() if own.get(i) != text]:
+        raise InputError(
+            f"--adapter {folder}: its tokenizer has tokens that the model's has not ({some(others)}): put its tokenizer's files "
+            "beside the model's weights"
+        )
 
 
 def _made_for(path: Path) -> str:

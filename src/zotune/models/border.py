@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ from zotune.errors import InputError
 # What loaders of models, tokenizers and adapters open in a folder, by kind of file.
 TEXTS = ("*config.json", "tokenizer.json", "*.index.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 OTHERS = ("*.safetensors", "*.bin", "*.gguf", "*.model", "merges.txt", "vocab.txt")
+STATES = ("trainer_state.json", "*.pt", "*.pth")  # and of a checkpoint to go on from
+PICKLES = (".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
+WEB_PAGE = "is a web page; fetch the file again"
 OURS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # the machine's fault, not the file's
 PICKLED = "pickled weights hold more than tensors, which is not read"
 
@@ -33,15 +37,19 @@ def reading(what: str, place: str | Path | None = None, said: str = "") -> Itera
     """
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in OURS:
+        if not tells_of_input(error):
             raise
         found = damaged(place) if place is not None else None
         if found is None and isinstance(error, pickle.UnpicklingError):
             found = PICKLED  # torch's own words recommend to unpickle it
         raise InputError(f"{what}: {found or said + first_line(error)}") from error
+
+
+def tells_of_input(error: Exception) -> bool:
+    """Whether an exception that a library raises while it reads says something of what it reads, and says it for the first time."""
+    machine = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) in OURS
+    return not machine and not isinstance(error, InputError)
 
 
 def first_line(error: BaseException) -> str:
@@ -60,7 +68,9 @@ def damaged(place: str | Path) -> str | None:
         if found is None:
             return None
         path = found
-    files = [path] if path.is_file() else sorted(file for kind in (*TEXTS, *OTHERS) for file in path.glob(kind))
+    files = (
+        [path] if path.is_file() else sorted(file for kind in (*TEXTS, *OTHERS, *STATES) for file in path.glob(kind))
+    )
     for file in files:
         try:
             if file.is_file() and (looks := _looks(file)) is not None:
@@ -93,20 +103,29 @@ def _looks(file: Path) -> str | None:
         start = opened.read(256)
     if not size:
         return "is empty; fetch it again"
-    if start.startswith(POINTER):
-        return "is a git-lfs pointer, not the file itself; run git lfs pull"
+    if found := stands_in(start):
+        return found
     if start.lstrip()[:1] == b"<" and file.suffix in (".json", ".safetensors", ".bin", ".gguf"):
-        return "is a web page; fetch the file again"
+        return WEB_PAGE
     if file.suffix == ".json":
         return _looks_json(file)
     if file.suffix == ".safetensors":
         return _looks_safetensors(file, size)
-    if file.suffix == ".bin" and start.startswith(b"PK") and not zipfile.is_zipfile(file):
+    if file.suffix in PICKLES and start.startswith(b"PK") and not zipfile.is_zipfile(file):
         return "is cut; fetch it again"
-    if file.suffix == ".bin" and start[:1] not in (b"P", b"\x80"):
-        return "holds no pickled weights; fetch it again"
+    if file.suffix in PICKLES and start[:1] not in (b"P", b"\x80"):
+        return "holds no pickled tensors; fetch it again"
     if file.suffix == ".gguf" and not start.startswith(b"GGUF"):
         return "is no GGUF file; fetch it again"
+    return None
+
+
+def stands_in(start: bytes) -> str | None:
+    """What stands in a file's place, by how it begins: a git-lfs pointer or a web page."""
+    if start.startswith(POINTER):
+        return "is a git-lfs pointer, not the file itself; run git lfs pull"
+    if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
+        return WEB_PAGE
     return None
 
 

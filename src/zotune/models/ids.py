@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from zotune.errors import InputError
-from zotune.models.kinds import kind_of
+from zotune.models.kinds import is_encoder, kind_of, without_adapter
 
 
 def embedding_rows(model: nn.Module) -> int | None:
@@ -24,6 +24,46 @@ def pad_id(tokenizer: Any, model: nn.Module) -> int:
     rows, config = embedding_rows(model), model.config
     named = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
     return next((i for i in named if isinstance(i, int) and i >= 0 and (rows is None or i < rows)), 0)
+
+
+def padding_counts(model: nn.Module) -> bool:
+    """Whether padding on the left changes what a model writes: it stands between an adapter's virtual tokens and the text.
+
+    Virtual tokens that are embeddings are then further away from the text than they were trained; keys and values (prefix) are
+    not, but where a layer's window slides over them.
+    """
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if adapter is None or not adapter.is_prompt_learning:
+        return False
+    config: Any = without_adapter(model).config
+    sliding = "sliding_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+    return str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "PREFIX_TUNING" or sliding
+
+
+def refuse_without_ids(model: nn.Module, where: str, instead: str) -> None:
+    """Raises InputError for a decoder's classifier behind virtual tokens: it would read the text's last token, which it finds by
+    ids, and embeddings have none, so that it reads padding. where, instead: who asks for them, and what serves.
+    """
+    config: Any = without_adapter(model).config
+    decodes = getattr(config, "is_encoder_decoder", False) or not is_encoder(config)
+    if kind_of(model) == "classifier" and decodes:
+        raise InputError(f"{where}: a decoder's classifier cannot tell padding from text there; use {instead}")
+
+
+def refuse_uncounted(model: nn.Module, where: str) -> None:
+    """Raises InputError where a model counts positions from its padding's id (RoBERTa and its kin) and its config names none.
+
+    The tokenizer's would be a guess: positions begin behind the id that the model was trained with. where: whose config it is.
+    """
+    for module in model.modules():
+        table: Any = getattr(module, "position_embeddings", None)
+        if not isinstance(table, nn.Embedding) or not hasattr(module, "padding_idx"):
+            continue
+        if not (isinstance(module.padding_idx, int) and 0 <= module.padding_idx < table.num_embeddings):
+            raise InputError(
+                f"{where}: pad_token_id of its config.json is {module.padding_idx}, and the model counts positions from it; write "
+                "there the one that it was trained with (RoBERTa's is 1)"
+            )
 
 
 def agree(model: nn.Module, tokenizer: Any, where: str) -> None:

@@ -15,6 +15,8 @@ from torch import nn
 from zotune.errors import InputError, nearest
 from zotune.models.border import damaged, reading
 from zotune.models.heads import check_count, head_names, label_names
+from zotune.models.hub import look_first
+from zotune.models.ids import refuse_uncounted
 from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, refuse_other, without_adapter
 from zotune.models.partial import heads_of_others, refuse_partial, some
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
@@ -91,6 +93,7 @@ def load_model(
             kwargs["quantization_config"] = quantization(quantize, whole)
             model, missing, unexpected = _pretrained(kind, name, seed, kwargs)
     refuse_partial(model, name, missing, unexpected)
+    refuse_uncounted(model, f"--model {name}")
     if kind == "classifier":
         missing |= heads_of_others(model)
     elif missing:
@@ -320,6 +323,7 @@ def _said_as_one_line(name: str, gguf_file: str | None, said: str = "") -> Itera
         here = sorted(p.name for p in path.glob("*.gguf"))
         raise InputError(f"--gguf-file {gguf_file}: not in {name} (it has {', '.join(here) or 'no .gguf file'})")
     where = path / gguf_file if gguf_file and path.is_dir() else name
+    look_first(name)
     with reading(f"--model {name}", where, said):
         try:
             yield
@@ -333,6 +337,11 @@ def _said_as_one_line(name: str, gguf_file: str | None, said: str = "") -> Itera
 
 def _told(words: str) -> str | None:
     """What to do where transformers' words name an argument that nobody here can give."""
+    if "couldn't connect to" in words:
+        return (
+            "no folder of that name, not among this machine's files of the hub, and the hub cannot be reached; give a folder, or "
+            "fetch it first where there is a network (hf download NAME)"
+        )
     if "trust_remote_code" in words:
         return "it comes with modelling code of its own; --trust-remote-code runs that, so read it first"
     if "ignore_mismatched_sizes" in words:

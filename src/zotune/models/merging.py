@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.engines.attended import hiding_nothing
 from zotune.errors import InputError
 from zotune.models.border import reading
 from zotune.models.finite import refuse_weights
@@ -24,13 +25,15 @@ ROWS, TOKENS = 2, 8  # that it is checked on
 
 @dataclass(frozen=True)
 class Seen:
-    """Some tokens, and a model's logits on them."""
+    """Some tokens, and a model's logits on them; how far its adapter moves these, root mean square."""
 
     ids: Tensor
     logits: Tensor
+    moved: float
 
-    def check(self, model: nn.Module, where: str) -> None:
-        """Raises InputError where another model's are others than the rounding of its weights makes them."""
+    def check(self, model: nn.Module, where: str) -> str | None:
+        """Raises InputError where another model's are others than the rounding of its weights makes them. A line where that takes
+        half of what the adapter does."""
         found, off = _logits(model, self.ids), OFF.get(base_dtype(model), 1e-1)
         spread = float((self.logits - self.logits.mean(-1, keepdim=True)).square().mean().sqrt())
         apart = (
@@ -41,6 +44,12 @@ class Seen:
                 f"{where}: merged, the model's outputs are {apart:.3g} off those with the adapter on it, which spread by "
                 f"{spread:.3g}; nothing is written: use the adapter as it is (--adapter), or merge in --dtype float32"
             )
+        if apart <= self.moved / 2:
+            return None
+        return (
+            f"{where}: it changes the model's outputs by {self.moved:.3g}, and rounding the merged weights to their dtype by "
+            f"{apart:.3g}: little of it is left; merge in --dtype float32, or use it as it is"
+        )
 
 
 def seen(model: Any) -> Seen:
@@ -52,7 +61,10 @@ def seen(model: Any) -> Seen:
         ids = ids.masked_fill(ids == config.eos_token_id, (config.eos_token_id + 1) % rows)
         ids[:, -1] = config.eos_token_id  # which its head reads
     ids = ids.to(next(model.parameters()).device)
-    return Seen(ids, _logits(model, ids))
+    logits = _logits(model, ids)
+    with model.disable_adapter():
+        moved = float((_logits(model, ids) - logits).square().mean().sqrt())
+    return Seen(ids, logits, moved)
 
 
 def merged(adapted: Any, where: str) -> Any:
@@ -93,5 +105,6 @@ def _say_whether_tied(model: Any) -> None:
 
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    with hiding_nothing(model.parameters()):
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits.double()

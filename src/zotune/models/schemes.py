@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from zotune.errors import InputError, nearest
-from zotune.models.kinds import head_modules, is_encoder, kind_of
+from zotune.models.border import reading
+from zotune.models.ids import refuse_without_ids
+from zotune.models.kinds import head_modules, kind_of
 from zotune.models.quantized import refuse_whole
 
 SMALL_MODEL = 500_000_000  # parameters; smaller ones want larger steps
@@ -91,10 +93,7 @@ def _prompt(model: nn.Module) -> nn.Module:
     """10 virtual tokens before the input's embeddings, started from the embeddings of random real tokens."""
     import peft
 
-    if kind_of(model) == "classifier" and not is_encoder(model.config):
-        raise InputError(  # it would read the last token, which it finds by its id, and virtual tokens have none
-            "--scheme prompt: a decoder's classifier cannot tell padding from text there; use --scheme prefix or lora"
-        )
+    refuse_without_ids(model, "--scheme prompt", "--scheme prefix or lora")
     tokens = _random_tokens(model, PROMPT_TOKENS)
     start = model.get_input_embeddings()(tokens)[0]  # type: ignore[operator]
     adapted = _adapted(model, peft.PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, **_of_kind(model)), "prompt")
@@ -161,13 +160,9 @@ def _cache_of(model: nn.Module, ids: torch.Tensor) -> Any:
 def _adapted(model: nn.Module, config: Any, scheme: str) -> Any:
     import peft
 
-    try:
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    with reading(f"--scheme {scheme}: PEFT cannot adapt {kind!r}"):
         adapted = peft.get_peft_model(model, config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        kind = getattr(model.config, "model_type", type(model).__name__)
-        raise InputError(
-            f"--scheme {scheme}: PEFT cannot adapt {kind!r} ({(str(error).splitlines() or ['?'])[0]})"
-        ) from None
     if config.is_prompt_learning:
         adapted.register_forward_pre_hook(_on_its_device)
         adapted.base_model.register_forward_pre_hook(_off_its_device)

@@ -44,6 +44,7 @@ class Stream(IntEnum):
     MASK = 1
     ROUNDING = 2
     SEED = 3
+    SAMPLE = 4
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

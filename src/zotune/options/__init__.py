@@ -1,11 +1,12 @@
 """The options of every command: one definition for flags, YAML files and the record of a run. Loads no torch.
 
-commands.py has the options, a model a command; checks.py reads them and says what does not go together.
+commands.py has the options, a model a command, reward.py those of rewards; checks.py reads them and says what does not go together.
 """
 
 from zotune.files.checked import Options
 from zotune.options.checks import resolve
 from zotune.options.commands import (
+    CompareConfig,
     DataOptions,
     EstimateConfig,
     EvalConfig,
@@ -14,12 +15,16 @@ from zotune.options.commands import (
     PredictConfig,
     PreviewConfig,
     ReplayConfig,
+    RowOptions,
+    RunOptions,
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.reward import RewardConfig
 from zotune.options.step import StepOptions
 
 __all__ = [
+    "CompareConfig",
     "DataOptions",
     "EstimateConfig",
     "EvalConfig",
@@ -29,6 +34,9 @@ __all__ = [
     "PredictConfig",
     "PreviewConfig",
     "ReplayConfig",
+    "RewardConfig",
+    "RowOptions",
+    "RunOptions",
     "StepOptions",
     "SweepConfig",
     "TrainConfig",

@@ -11,12 +11,20 @@ from pydantic import ValidationError
 from zotune.errors import InputError, OptionError, nearest
 from zotune.files.checked import Options, fault_line, flag
 from zotune.files.reading import read_yaml
+from zotune.options.code import is_record, refuse_code
 from zotune.options.commands import (
     WHOLE,
     DataOptions,
+    EstimateConfig,
+    RunOptions,
     SweepConfig,
     TrainConfig,
 )
+from zotune.options.defaults import by_default
+from zotune.options.from_run import from_run
+from zotune.options.reward import RewardConfig
+from zotune.rewards import is_code
+from zotune.step.choices import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +40,32 @@ def resolve(kind: type[T], flags: Mapping[str, Any], file: str | None) -> T:
         if key not in kind.model_fields and not _of_another_command(key, kind)
     ]
     given = {key: value for key, value in from_file.items() if key in kind.model_fields}
+    if file and is_record(file):
+        refuse_code(file, given, flags)
     if any(_of_another_command(key, kind) for key in from_file):
         given.pop("output", None)  # the run's own folder
     given |= {key: value for key, value in flags.items() if value is not None}
+    if not issubclass(kind, RunOptions) and kind is not EstimateConfig:
+        given = from_run(given, kind.model_fields)
+    taken = by_default(given) if kind is TrainConfig else {}
+    given = taken | given
     try:
         options = kind.model_validate(given)
     except ValidationError as error:
         flagged = {key for key, value in flags.items() if value is not None}
         problems += [fault_line(e, None if e["loc"][0] in flagged else file) for e in error.errors()]
     else:
-        if isinstance(options, TrainConfig):
+        if isinstance(options, RewardConfig):
+            problems += _reward_problems(options)
+        elif isinstance(options, RunOptions):
             problems += _method_problems(options)
             _say_unused(options.method, given)
+            if isinstance(options, TrainConfig):
+                options.note(taken)
     if issubclass(kind, DataOptions):
         problems += _data_problems(given)
-    if given.get("quantize") is not None and issubclass(kind, TrainConfig) and given.get("scheme", "full") in WHOLE:
+    problems += _code_in(file, from_file, flags) if kind is RewardConfig else []
+    if given.get("quantize") is not None and issubclass(kind, RunOptions) and given.get("scheme", "full") in WHOLE:
         problems.append(
             f"--quantize {given['quantize']}: scheme {given.get('scheme', 'full')} trains weights of the model itself; "
             "use --scheme lora, prefix or prompt"
@@ -70,28 +89,28 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
         problems.append("--alignment none: of built-in tasks; --template says how your own rows are asked")
     if given.get("subset") is not None and data is None:
         problems.append("--subset: belongs to --data; a task names its own")
-    if (
-        data is not None
-        and task is None
-        and given.get("template") is None
-        and not any(
-            given.get(key) is not None for key in ("label_words", "choices_field", "answer_field", "label_field")
-        )
-    ):
-        return problems  # the rows' columns tell
+    kinds = ("label_words", "choices_field", "answer_field")
     if data is not None and task is None:
-        if not given.get("template"):
+        chosen = [key for key in kinds if given.get(key) is not None]
+        if not given.get("template") and (
+            given.get("template") is not None or {"choices_field", "answer_field"} & set(chosen)
+        ):
             problems.append(
                 "--template: needed with --data, such as '{text} It was' (rows of text, prompt and completion, or messages "
                 "need no option)"
             )
-        kinds = ("label_words", "choices_field", "answer_field")
-        if sum(given.get(key) is not None for key in kinds) != 1:
+        if len(chosen) > 1:
             problems.append("--label-words, --choices-field, --answer-field: give one of them with --data")
+        if given.get("text_field") is not None:
+            problems += [
+                f"{flag(key)}: means nothing beside --text-field, whose text counts as it stands"
+                for key in ("template", "label_field", *kinds)
+                if given.get(key) is not None
+            ]
         if given.get("answer_field") is not None and given.get("loss") == "candidates":
             problems.append("--loss candidates: a generated answer has none; use answer")
     elif task is not None:
-        owned = ("template", "label_field", "label_words", "choices_field", "answer_field")
+        owned = ("template", "label_field", "text_field", *kinds)
         problems += [
             f"{flag(key)}: belongs to --data without --task, which brings its own"
             for key in owned
@@ -100,8 +119,30 @@ def _data_problems(given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _method_problems(options: TrainConfig) -> list[str]:
+def _reward_problems(options: RewardConfig) -> list[str]:
+    try:
+        return list(options.problems()) or _method_problems(options.filled)
+    except OptionError as error:
+        return [f"{flag(error.option)}: {error}"]
+
+
+def _code_in(file: str | None, from_file: Mapping[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Functions that a file names and no flag: a run's folder is a file too, and may be a stranger's."""
+    named = from_file.get("reward")
+    named = named if isinstance(named, list) else [named]
+    if flags.get("reward") is not None:
+        return []
+    return [
+        f"{file}: reward {name!r:.80}: no file has code imported; where you know it, name it again by --reward {name:.80}"
+        for name in named
+        if isinstance(name, str) and is_code(name)
+    ]
+
+
+def _method_problems(options: RunOptions) -> list[str]:
     """Options that the method does not have, or that do not go together."""
+    if isinstance(options, SweepConfig) and options.lr == AUTO:
+        return ["--lr auto: a search tries numbers; give --lrs, or leave the search to `zotune train --lr auto`"]
     for name in ("steps", "eval_every"):
         if (getattr(options, name) or 0) % options.fold_every:
             return [
@@ -114,8 +155,8 @@ def _method_problems(options: TrainConfig) -> list[str]:
         return [f"{flag(error.option)}: {error}"]
     except ValueError as error:
         return [f"--method: {error}"]
-    if options.calibration_rows is not None and options.mask != "wanda":
-        return [f"--calibration-rows: calibration_rows={options.calibration_rows}: means nothing without mask wanda"]
+    if getattr(options, "calibration_rows", None) is not None and options.mask != "wanda":
+        return ["--calibration-rows: means nothing without mask wanda"]
     return [f"{flag(problem.option)}: {problem}" for problem in chosen.problems()]
 
 
@@ -134,4 +175,4 @@ def _say_unused(method: str, given: Mapping[str, Any]) -> None:
 
 def _of_another_command(key: str, kind: type[Options]) -> bool:
     """A run's config.yaml also serves `eval` and `predict`: what only training has is passed over there."""
-    return kind is not TrainConfig and key in TrainConfig.model_fields
+    return not issubclass(kind, RunOptions) and key in {**TrainConfig.model_fields, **RewardConfig.model_fields}

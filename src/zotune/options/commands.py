@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from zotune.files.checked import Options, Positive
 from zotune.options.step import StepOptions, known_name
+from zotune.step.choices import AUTO
 
 
 class ModelOptions(Options):
@@ -31,42 +32,28 @@ class ModelOptions(Options):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run")
 
 
-class DataOptions(Options):
-    task: str | dict[str, Any] | None = Field(
-        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
-    )
-    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+class RowOptions(Options):
+    """Rows of any kind, from files, the hub or memory, and how many of them."""
+
     data: str | None = Field(
         None,
         description="your own rows: a folder of train/validation/test .jsonl, .json, .csv, .tsv (also as .gz) or .parquet, one "
         "such file, or a hub name",
     )
     subset: str | None = Field(None, description="subset (configuration) of a hub data set")
-    template: str | None = Field(None, description="prompt over a row's fields, such as '{text} It was'")
-    label_field: str | None = Field(None, description="field that holds the label [default: label]")
-    label_words: dict[str, str] | None = Field(
-        None, description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}'"""
-    )
-    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
-    answer_field: str | None = Field(
-        None, description="field that holds the text to generate, or a list of right ones (generation)"
+    template: str | None = Field(
+        None, description="prompt over a row's fields, such as '{text} It was' [default: told by the columns]"
     )
     columns: dict[str, str] | None = Field(
         None, description="""JSON, your data's field to the name that is wanted, such as '{"question": "prompt"}'"""
     )
     skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
-    alignment: Literal["template", "none"] = Field(
-        "template", description="none: the task's prompt without its template's words"
-    )
     batch_size: Positive = Field(16, description="rows a step")
     eval_size: Positive | None = Field(
         None, description="at most so many validation and test rows [default: 500, 1000]"
     )
     max_length: Positive | None = Field(
         None, description="cut longer rows to so many tokens in all, prompts at the start of their longest field"
-    )
-    max_new_tokens: Positive | None = Field(
-        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="seed of the directions, the rows drawn and their order"
@@ -82,7 +69,7 @@ class DataOptions(Options):
     def set_tables(self, tables: dict[str, list[Any]] | None) -> None:
         self._tables = tables
 
-    @field_validator("label_words", "columns", mode="before")
+    @field_validator("label_words", "columns", mode="before", check_fields=False)
     @classmethod
     def _read_words(cls, value: Any, info: Any) -> Any:
         if isinstance(value, str):
@@ -96,6 +83,31 @@ class DataOptions(Options):
         if isinstance(value, Mapping):
             return {str(key).lower() if isinstance(key, bool) else str(key): word for key, word in value.items()}
         return value
+
+
+class DataOptions(RowOptions):
+    task: str | dict[str, Any] | None = Field(
+        None, description="built-in task, see `zotune list tasks`, or a task's YAML file (in YAML also the task itself)"
+    )
+    data_dir: str | None = Field(None, description="folder with TASK/{train,validation,test}.jsonl, instead of the hub")
+    label_field: str | None = Field(None, description="field that holds the label [default: label]")
+    label_words: dict[str, str] | None = Field(
+        None,
+        description="""JSON, label to word, such as '{"0": "terrible", "1": "great"}' [default: labels that are words]""",
+    )
+    choices_field: str | None = Field(None, description="field that holds a row's own choices (multiple choice)")
+    answer_field: str | None = Field(
+        None, description="field that holds the text to generate, or a list of right ones (generation)"
+    )
+    text_field: str | None = Field(
+        None, description="field whose text is learned as it stands, each token (plain text)"
+    )
+    alignment: Literal["template", "none"] = Field(
+        "template", description="none: the task's prompt without its template's words"
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="at most so many tokens of a generated answer [default: 50, of a conversation's reply 256]"
+    )
 
     @field_validator("task", mode="before")
     @classmethod
@@ -126,28 +138,21 @@ class OutputOptions(Options):
     dry_run: bool = Field(False, description="show what would be done and what it costs; write nothing")
 
 
-class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
+class RunOptions(StepOptions, OutputOptions, RowOptions, ModelOptions):
+    """Of a run that trains, on whatever."""
+
     scheme: str = Field("full", description="what trains, see `zotune list schemes`")
     freeze: list[str] = Field(
         [], description="parameters that do not train after all: patterns of names, such as '*embed_tokens*,*norm*'"
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="what becomes of lr over the run"
-    )
     tf32: bool = Field(False, description="on CUDA, products of float32 numbers by their first 10 bits: faster")
-    calibration_rows: Positive | None = Field(
-        None, description="training rows that a mask of wanda is made from [default: 128]"
-    )
-    loss: str = Field(
-        "answer",
-        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
-        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
-    )
     steps: Positive = Field(1000, description="updates")
-    accumulate: Positive = Field(1, description="batches an update")
     train_size: Positive = Field(1000, description="at most so many training rows")
-    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
-    eval_every: Positive | None = Field(None, description="steps between evaluations on validation [default: a tenth]")
+    eval_every: Positive | None = Field(
+        None,
+        description="steps between evaluations on validation [default: a tenth, or so many that they see at most half as many rows "
+        "as the steps]",
+    )
     early_stop: Positive | None = Field(
         None, description="stop after so many evaluations in a row without a better validation [default: never]"
     )
@@ -162,6 +167,9 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     sync_every: Positive = Field(
         64, description="steps until the trajectory is surely on the disk: what a power loss can cost"
     )
+    worker_timeout: Positive = Field(
+        1800, description="under torchrun, seconds that a worker waits for the others, which may be scoring or saving"
+    )
     deterministic: bool = Field(False, description="only algorithms that give the same bits each time; slower on CUDA")
     report_to: list[str] = Field(
         [], description="trackers of transformers' Trainer, such as tensorboard, wandb, trackio"
@@ -172,6 +180,70 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        return known_name("scheme", value)
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batch_size
+
+    @property
+    def pairs(self) -> int:
+        """Directions of a full step."""
+        rows = self.rows_a_step
+        return self.directions_a_row * (rows if self.groups == "batch" else min(int(self.groups), rows))
+
+    @property
+    def evaluates_every(self) -> int:
+        """Steps between evaluations: where updates wait for each other, none falls between two folds."""
+        return self.evaluated(0)
+
+    def evaluated(self, rows: int) -> int:
+        """The same where validation has so many rows and nothing is said: 500 of them every 6 steps would cost half the time."""
+        seen = 2 * self.directions_a_row * self.rows_a_step  # rows of a step's forwards, about
+        often = self.eval_every or max(1, self.steps // 10, -(-rows // (seen // 2 or 1)))
+        return min(-(-often // self.fold_every) * self.fold_every, self.steps)
+
+    @property
+    def saves_every(self) -> int:
+        return self.save_every or self.evaluates_every
+
+
+class TrainConfig(RunOptions, DataOptions):
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        None,  # as it is seen never: see _falls
+        validate_default=True,
+        description="what becomes of lr over the run [default: constant; with lr auto linear, to 0]",
+    )
+    calibration_rows: Positive | None = Field(
+        None, description="training rows that a mask of wanda is made from [default: 128]"
+    )
+    loss: str = Field(
+        "answer",
+        description="answer: −log p of the answer's tokens; candidates: cross-entropy over the label words; or, without a "
+        "gradient: accuracy, f1, exact_match, or package.module:function that scores (prompt, answer, golds)",
+    )
+    accumulate: Positive = Field(1, description="batches an update")
+    balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
+
+    _by_default: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def by_default(self) -> dict[str, Any]:
+        """Options of its steps that were not given, and come from a table; see `zotune.options.defaults`."""
+        return self._by_default
+
+    def note(self, by_default: Mapping[str, Any]) -> None:
+        self._by_default = dict(by_default)
+
+    @field_validator("lr_schedule", mode="before")
+    @classmethod
+    def _falls(cls, value: Any, info: Any) -> Any:
+        """A rate that is found is one that falls, where nothing is said."""
+        return value or ("linear" if info.data.get("lr") == AUTO else "constant")
+
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, value: str) -> str:
@@ -179,26 +251,9 @@ class TrainConfig(StepOptions, OutputOptions, DataOptions, ModelOptions):
 
         return check_name(value)
 
-    @field_validator("scheme")
-    @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        return known_name("scheme", value)
-
     @property
-    def pairs(self) -> int:
-        """Directions of a full step."""
-        rows = self.batch_size * self.accumulate
-        return self.directions_a_row * (rows if self.groups == "batch" else min(int(self.groups), rows))
-
-    @property
-    def evaluates_every(self) -> int:
-        """Steps between evaluations: where updates wait for each other, none falls between two folds."""
-        folds = -(-(self.eval_every or max(1, self.steps // 10)) // self.fold_every)
-        return min(folds * self.fold_every, self.steps)
-
-    @property
-    def saves_every(self) -> int:
-        return self.save_every or self.evaluates_every
+    def rows_a_step(self) -> int:
+        return self.batch_size * self.accumulate
 
 
 WHOLE = ("full", "head")  # schemes that train weights of the model, which then cannot be quantised
@@ -227,12 +282,32 @@ class SweepConfig(TrainConfig):
         return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
 
 
+class CompareConfig(TrainConfig):
+    output: str = Field(description="folder of the comparison: a benchmark's, `zotune bench report` reads it")
+    equal: Literal["time", "passes", "memory"] = Field(
+        "time",
+        description="what each way to train gets as much of; memory: the same time, and who fits zeroth order's memory",
+    )
+    minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="of training each, rates aside")
+    passes: Positive | None = Field(
+        None, description="forward passes each, for --equal passes [default: --steps times a step's]"
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="seeds of each [default: --seed]")
+    jobs: Positive | None = Field(None, description="runs at one time [default: one for each GPU, else 1]")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [text.strip() for text in value.split(",") if text.strip()] or None if isinstance(value, str) else value
+
+
 class EvalConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
     trajectory: str | None = Field(None, description="trajectory.zot of a run: score its chosen step, nothing is saved")
     shots: Annotated[int, Field(ge=0)] = Field(
         0, description="training rows shown with their answers before each prompt, drawn by the seed"
     )
+    details: bool = Field(False, description="the 95 % interval too, and which labels are taken for which")
     output: str | None = Field(None, description="write the figures to this JSON file")
 
 
@@ -261,7 +336,7 @@ class PreviewConfig(DataOptions):
 
 class PredictConfig(DataOptions, ModelOptions):
     adapter: str | None = Field(None, description="folder of a PEFT adapter to put on the model")
-    output: str = Field(description="write labels and scores to this .jsonl file")
+    output: str = Field(description="write the rows with labels and scores to this .jsonl, .csv or .tsv file")
     overwrite: bool = Field(False, description="replace the output file")
 
 
@@ -278,6 +353,12 @@ class EstimateConfig(Options):
     batch_size: Positive = Field(16, description="rows a step")
     seq_len: Positive | None = Field(None, description="tokens a row [default: 256, or what the model takes]")
     answer_tokens: Positive = Field(1, description="positions a row that need logits")
+    members: Positive | None = Field(
+        None,
+        description="of `zotune reward`: a step whose --batch-size prompts of --seq-len tokens so many members answer",
+    )
+    max_new_tokens: Positive = Field(64, description="with members: tokens of an answer")
+    slots: Positive | None = Field(None, description="with members: answers written at a time [default: by device]")
     queries: Positive | None = Field(
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )

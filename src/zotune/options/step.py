@@ -4,19 +4,21 @@ made of this model. Loads no torch.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from zotune.errors import nearest
 from zotune.files.checked import Options, Positive
+from zotune.step.choices import AUTO
 
 if TYPE_CHECKING:
     from zotune.methods import Method
     from zotune.step.choices import Choices
 
 # Of the method; others are of what a step perturbs (`Enhancements`), or of every step.
-METHOD_OPTIONS = ("estimator", "sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype")
+METHOD_OPTIONS = ("estimator", "sign_mode", "momentum", "beta1", "beta2", "adam_eps", "state_dtype", "anchor")
 OWN_PLACE = (
     "method",
     "lr",
@@ -28,15 +30,20 @@ ALWAYS = ("eps", "queries", "groups", "rank")  # in a trajectory's header, whate
 
 
 class StepOptions(Options):
-    method: str = Field("zo-sgd", description="see `zotune list methods`")
+    method: str = Field(
+        "zo-sgd",
+        description="see `zotune list methods`; a run without any option of a step takes what is best on its device",
+    )
     direction: Literal["gaussian", "rademacher"] | None = Field(
         None, description="distribution of the directions [default: the method's own, else gaussian]"
     )
     estimator: Literal["two-sided", "one-sided", "leave-one-out"] | None = Field(
         None, description="how the losses give a gradient [default: the method's own, mostly two-sided]"
     )
-    lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="learning rate [default: by scheme and model size]"
+    lr: float | Literal["auto"] | None = Field(
+        None,
+        description="learning rate, or auto: found in the run, by how far its noise carries the weights [default: by scheme and "
+        "model size]",
     )
     eps: Annotated[float, Field(gt=0)] | None = Field(
         None, description="perturbation of the weights [default: by scheme]"
@@ -51,10 +58,17 @@ class StepOptions(Options):
         description="directions over the rows of a batch: 1, a number, or batch for one a row (engine lowrank) [default: the "
         "method's own, mostly 1]",
     )
-    rank: Positive = Field(1, description="rank of the directions of engine lowrank")
+    rank: Positive = Field(
+        None,  # as it is seen never: see _rank
+        validate_default=True,
+        description="rank of the directions of engine lowrank, or of a method's subspace [default: the method's own, mostly 1]",
+    )
     forward_tokens: Positive | None = Field(
         None,
         description="tokens of one forward at most, where places of a step share it [default: by memory on CUDA, 1024 on a CPU]",
+    )
+    micro_batch: Positive | None = Field(
+        None, description="rows of a step that are evaluated together, what workers share out [default: all of a batch]"
     )
     fold_every: Positive = Field(
         1, description="apply the updates of so many steps together, in one pass over the weights"
@@ -78,6 +92,11 @@ class StepOptions(Options):
     )
     state_dtype: Literal["float32", "bfloat16", "parameter"] | None = Field(
         None, description="of the state of momentum and Adam; parameter: that of each weight [default: float32]"
+    )
+    anchor: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="of es and eggroll: part of the way back to the base that each step takes; keeps what trains twice in memory "
+        "[default: 0, none]",
     )
     g_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="bound on |g| of each direction")
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -105,14 +124,32 @@ class StepOptions(Options):
     fo_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="learning rate of the others, with hybrid")
     engine: str = Field("auto", description="see `zotune list engines`")
 
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value is None or value == AUTO:
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (0 <= number < math.inf):
+            raise ValueError(f"{value!r}: give a number from 0, or auto")
+        return number
+
     @field_validator("groups", mode="before")
     @classmethod
     def _groups(cls, value: Any, info: Any) -> Any:
         if value is None:
-            return groups_of(info.data.get("method"))
+            return own_of(info.data.get("method"), "groups")
         if value == "batch" or (str(value).isdecimal() and int(value) >= 1):
             return value if value == "batch" else int(value)
         raise ValueError(f"{value!r}: give 1, a number of directions, or batch")
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any, info: Any) -> Any:
+        return own_of(info.data.get("method"), "rank") if value is None else value
 
     @field_validator("method", "engine")
     @classmethod
@@ -141,6 +178,7 @@ class StepOptions(Options):
         given = self.optimizer_options
         more = Enhancements(**{name: given.pop(name) for name in Enhancements.names() if name in given})
         own = {name: value for name, value in given.items() if name not in (*METHOD_OPTIONS, "queries")}
+        own |= {} if self.lr is None else {"lr": self.lr}
         return Choices(self.made_method, self.method, seed, scheme=scheme, enhancements=more, **own)
 
     @property
@@ -151,9 +189,9 @@ class StepOptions(Options):
         defaults = {name: field.default for name, field in StepOptions.model_fields.items()}
         given = {k: v for k, v in self.optimizer_options.items() if k not in OWN_PLACE}
         kept = {k: v for k, v in given.items() if k in ALWAYS or v != defaults[k]}
-        known = find(self.method).options
-        kept["queries"] = self.directions_a_row if "queries" in known else self.queries or 1
-        return kept | ({"estimator": self.estimator or "two-sided"} if "estimator" in known else {})
+        found = find(self.method)
+        kept["queries"] = self.directions_a_row if "queries" in found.options else self.queries or 1
+        return kept | ({"estimator": self.estimator or found.estimator} if found.estimator else {})
 
     @property
     def directions_a_row(self) -> int:
@@ -163,10 +201,11 @@ class StepOptions(Options):
 
 def known_name(option: str, value: str) -> str:
     """The value, where it is a name that the option takes; `module:NAME` of a method says itself what is wrong with it."""
-    from zotune.methods import find
     from zotune.registry import names
 
-    if option == "method" and ":" in value:
+    if option == "method":
+        from zotune.methods import find
+
         find(value)
         return value
     known = names(option)
@@ -175,11 +214,11 @@ def known_name(option: str, value: str) -> str:
     return value
 
 
-def groups_of(method: str | None) -> int | str:
-    """Directions over the rows of a batch where nothing is said: the method's own, else 1."""
+def own_of(method: str | None, option: str) -> Any:
+    """groups or rank where nothing is said: the method's own, else 1."""
     from zotune.methods import make_method
 
     try:
-        return make_method(method or "zo-sgd").groups or 1
+        return getattr(make_method(method or "zo-sgd"), option) or 1
     except ValueError:  # is told of the method
         return 1

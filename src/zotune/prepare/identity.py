@@ -7,10 +7,13 @@ progress.json and leave its options alone.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
+from zotune.rewards.prompts import Prompt
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.splits import SPLITS, Source
 from zotune.tasks.task import Example, Task
@@ -28,11 +31,13 @@ def identity(
     examples: Mapping[str, Sequence[Example]],
     rows: Mapping[str, Sequence[Encoded]],
     base: str = "",
+    named: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Digests of a run's examples by split, and of what they are as ids.
 
     rows: as they are read, split by split. texts: what template and task make of them. seen: what the tokenizer makes of those,
-    with what else is scored. The rest is digested by itself. base: fingerprint of the model as it was loaded.
+    with what else is scored. The rest is digested by itself. base: fingerprint of the model as it was loaded. code: files of code
+    that is not zotune's own: the metric's, `ask`'s of the task, and of what else is `named` module:NAME (loss, method).
     """
     wanted = {example.where for part in examples.values() for example in part}
     read = {row.where: row.fields for split in SPLITS for row in source.rows(split) or () if row.where in wanted}
@@ -47,6 +52,29 @@ def identity(
         "template": _digest([(task.prompt, task.plain, chat)]),
         "task": _digest([_asked(task)]),
         "base": base,
+        "code": _code(task, named),
+    }
+
+
+def identity_of_prompts(
+    tokenizer: Any, prompts: Mapping[str, Sequence[Prompt]], asked: tuple[Any, ...], base: str
+) -> dict[str, Any]:
+    """The same of prompts, whose columns count too: reward functions see them all. asked: how rows were made prompts."""
+    chat = getattr(tokenizer, "chat_template", None)
+    some = [prompt for part in prompts.values() for prompt in part]
+    return {
+        "format": FORMAT,
+        "rows": {
+            name: _digest((p.prompt, sorted(map(repr, p.columns.items()))) for p in part)
+            for name, part in prompts.items()
+        },
+        "seen": {},
+        "texts": _digest(repr(p.prompt) for p in some),
+        "tokenizer": _digest([_vocabulary(tokenizer)]),
+        "template": _digest([(*asked, chat if any(p.conversational for p in some) else None)]),
+        "task": _digest([]),
+        "base": base,
+        "code": {},  # of reward functions: named anew at each resumption
     }
 
 
@@ -74,6 +102,8 @@ def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     rows = [split for split in apart if known["rows"].get(split) != now["rows"][split]]
     said = [f"rows ({', '.join(rows)})"] if rows else []
     said += [name for name in NAMES if was.get(name) != now[name]]
+    code = was.get("code", now["code"])  # an older record has none
+    said += [f"code ({name})" for name, digest in now["code"].items() if code.get(name) != digest]
     if apart and not said:
         said = ["template" if was.get("texts") != now["texts"] else "tokenizer (the same texts have other ids)"]
     return said
@@ -106,6 +136,16 @@ def _asked(task: Task) -> Any:
     ask = getattr(task.ask, "__qualname__", None)
     fields = (task.label_field, task.choices_field, task.answer_field, task.text_field, task.messages_field)
     return (list((task.words or {}).items()), fields, ask, task.metric, task.generates, sorted(task.columns.items()))
+
+
+def _code(task: Task, named: Iterable[str]) -> dict[str, str]:
+    """Digests of the files of modules that are not zotune's own."""
+    names = [name for name in (*named, task.metric) if ":" in name]
+    names += [f"{task.ask.__module__}:{task.ask.__qualname__}"] if task.ask is not None else []
+    modules = {name: name.partition(":")[0] for name in names}
+    files = {name: getattr(sys.modules.get(module), "__file__", None) for name, module in modules.items()}
+    own = {name: file for name, file in files.items() if file and modules[name].split(".")[0] != "zotune"}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in own.items()}
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 
 from zotune.engines.following import most_tokens
 from zotune.engines.places import tokens_in
@@ -15,55 +13,41 @@ from zotune.errors import InputError
 from zotune.estimates.memory import AdamCost, adam_cost
 from zotune.methods import find, make_method
 from zotune.models import schemes
-from zotune.models.ids import pad_id
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
+from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import fingerprint
 from zotune.tasks import Task, ends
 from zotune.tasks.encoding import Encoded
-from zotune.tasks.evaluation import outcome
+from zotune.tasks.evaluation import Outcome, outcome
 from zotune.tasks.objectives import objective
 from zotune.tasks.own import data_of, encoded
-from zotune.tasks.rows import BadRows
 from zotune.tasks.splits import TEST_SIZE, VALIDATION_SIZE, Splits, training_splits
 
 LENGTHS = 16  # on CUDA batches are padded to a multiple of so many tokens: a captured step serves one shape
 
 
-@dataclass
-class Prepared:
+@dataclass(kw_only=True)
+class Prepared(Ready):
     """A model with its scheme on, and the rows that it will see."""
 
     config: TrainConfig
     task: Task
-    model: nn.Module
-    tokenizer: Any
     splits: Splits
-    bad: BadRows
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
-    unread: str | None = None  # a line on files that are no split's
-    base: str = ""  # fingerprint of the model as it was loaded
-    ends: list[int] = field(default_factory=list)  # the tokens that end the answers that are trained
-    made_of: dict[str, Any] = field(
-        default_factory=dict
-    )  # rows, tokenizer, template and task by content; see `identity`
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def pad_id(self) -> int:
-        return pad_id(self.tokenizer, self.model)
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""
+        return self.outcome(rows, listener, what).metric(self.task.metric, rows)
+
+    def outcome(self, rows: list[Encoded], listener: Listener, what: str) -> Outcome:
+        """What the model makes of the rows."""
         listener.begin(what, len(rows))
         found = outcome(
             self.model,
@@ -75,7 +59,7 @@ class Prepared:
             advance=lambda n: listener.advance(what, n),
         )
         listener.end(what)
-        return found.metric(self.task.metric, rows)
+        return found
 
     def one_class(self, rows: list[Encoded]) -> float:
         """Percent right by always answering the label that is most frequent among the rows; 0 where nothing is chosen."""
@@ -142,14 +126,14 @@ def prepare(config: TrainConfig) -> Prepared:
     made_of: dict[str, Any] = {}
     if not config.dry_run:
         drawn = {"train": train, "validation": validation, "test": test}
-        made_of = identity(task, tokenizer, source, drawn, rows, base)
+        made_of = identity(task, tokenizer, source, drawn, rows, base, (config.loss, config.method))
     return Prepared(
-        config,
-        task,
-        model,
-        tokenizer,
-        splits,
-        source.bad,
+        config=config,
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        splits=splits,
+        bad=source.bad,
         **rows,
         unread=source.unread,
         base=base,
@@ -158,9 +142,11 @@ def prepare(config: TrainConfig) -> Prepared:
     )
 
 
-def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
-    """The options with what depends on the model filled in."""
+def resolved(ready: Prepared) -> TrainConfig:
+    """The options with what depends on the model and its rows filled in, and what the rows told of their task."""
+    config, model, task = ready.config, ready.model, ready.task
     scheme, found = get_scheme(config.scheme), find(config.method)
+    told = {"template": task.prompt, "label_words": dict(task.words)} if config.task is None and task.words else {}
     method = found.build()
     return config.model_copy(
         update={
@@ -169,15 +155,17 @@ def resolved(config: TrainConfig, model: nn.Module) -> TrainConfig:
             "direction": config.direction or method.direction or "gaussian",
             "queries": config.directions_a_row if "queries" in found.options else config.queries,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
-            "eval_every": config.evaluates_every,
+            "eval_every": config.evaluated(len(ready.validation)),
+            **told,
         }
     )
 
 
 def tokens_together(ready: Prepared) -> int:
-    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any batch at least."""
+    """Tokens of one forward over several places, where nothing is said: what suits the device, and a pair of any piece."""
     config = ready.config
     longest = max(ready.train, key=lambda row: row.tokens)
     multiple = LENGTHS if ready.device.type == "cuda" else 1
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
-    return max(most_tokens(ready.device), 2 * tokens_in(asked.collate([longest] * config.batch_size)))
+    rows = min(config.batch_size, config.micro_batch or config.batch_size)
+    return max(most_tokens(ready.device), 2 * tokens_in(asked.collate([longest] * rows)))

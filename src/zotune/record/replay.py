@@ -11,7 +11,7 @@ from torch import nn
 from zotune import noise
 from zotune.directions.calibration import NormsFolder
 from zotune.errors import InputError, plain
-from zotune.methods import METHODS, make_method
+from zotune.methods import METHODS, make_method, plugins
 from zotune.models import schemes
 from zotune.models.loading import DTYPES
 from zotune.models.quantized import is_quantized, library_versions
@@ -53,7 +53,7 @@ def check(header: Header, path: str, method: str | None = None) -> None:
         )
     if method not in (None, header.method):
         raise InputError(f"--method {method}: the run's was {plain(header.method):.80}")
-    if header.method not in METHODS and ":" in header.method and method is None:
+    if (":" in header.method or header.method in plugins()) and header.method not in METHODS and method is None:
         raise InputError(
             f"{path}: its method is none of zotune's; where you know that module, name it again, to `zotune replay`: "
             f"--method {plain(header.method):.80}"

@@ -23,6 +23,7 @@ A step of a zeroth-order run is a few scalars, so 20,000 steps fit in 420 kB. Al
     9       f32 × P    g, the projected gradient of each pair
             f32 × G    lr, if the header's layout names it (else the header holds it)
             f32 × G    decay, likewise
+            f32 × M    of a run on rewards (layout "rewards"): each member's reward, in the order of the places
     R − 4   u32        CRC-32 of the record's bytes before it, seeded by the CRC-32 that precedes it
     ======  =========  ===========================================================================
 
@@ -56,7 +57,8 @@ MAX_HEADER = 1 << 16  # bytes of JSON
 MAX_DEPTH = 16  # of nested JSON
 MAX_VALUES = 1 << 16  # pairs × parameter groups
 FEATURES: frozenset[str] = frozenset()  # names that `required` may hold
-LAYOUT = ("lr", "decay")  # names that `layout` may hold, in the order of the bytes
+LAYOUT = ("lr", "decay")  # names that `layout` may hold, in the order of the bytes: a number a parameter group
+REWARDS = "rewards"  # the one behind them: a number a member
 
 _SKIPPED, _MARKER, _FOLDED, _CHOICE = 1, 2, 4, 4  # the last one is a shift
 _PREAMBLE = struct.Struct("<8sII")
@@ -77,7 +79,8 @@ class Header:
 
     method, method_options: the preset's name and its options. seed: the run's; those of a step follow from it.
     planned_steps: the records of a run that was not stopped early. pairs: P, queries × groups of rows.
-    groups: G, the parameter groups. layout: which of "lr" and "decay" each record holds; the others are constant, here,
+    groups: G, the parameter groups. members: M, the rewards of a record where layout names "rewards", else 0.
+    layout: which of "lr" and "decay" each record holds; the others are constant, here,
     one float32 per parameter group, () for zeros. base: name, revision, hash of the weights, GGUF file. versions:
     of zotune, torch, …. created: ISO 8601, or "". required: features without which a reader would misread the records.
     extra: top-level keys of the JSON that this version does not know; they are kept.
@@ -92,6 +95,7 @@ class Header:
     planned_steps: int
     pairs: int = 1
     groups: int = 1
+    members: int = 0
     layout: tuple[str, ...] = ("lr",)
     lr: tuple[float, ...] = ()
     decay: tuple[float, ...] = ()
@@ -112,7 +116,7 @@ class Header:
         for kind, names in _KINDS.items():
             for name in names:
                 _require(isinstance(getattr(self, name), kind), name, getattr(self, name), f"a {kind.__name__}")
-        for name, known in (("layout", frozenset(LAYOUT)), ("required", FEATURES)):
+        for name, known in (("layout", frozenset((*LAYOUT, REWARDS))), ("required", FEATURES)):
             value = getattr(self, name)
             _require(_list_of(value, str) and len({*value}) == len(value), name, value, "a list of different names")
             _require(
@@ -127,6 +131,12 @@ class Header:
             sizes = {0} if name in self.layout else {0, self.groups}
             _require(len(rounded) in sizes, name, value, "one number per group; none if the records hold it")
             object.__setattr__(self, name, rounded)
+        _require(
+            (REWARDS in self.layout) == (self.members > 0),
+            "members",
+            self.members,
+            "above 0 where rewards are recorded",
+        )
         _require(self.pairs * self.groups <= MAX_VALUES, "pairs × groups", self.pairs * self.groups, f"≤ {MAX_VALUES}")
         clash = sorted(self.extra.keys() & {f.name for f in fields(self)})
         _require(not clash, "extra", clash, "free of the header's own names")
@@ -134,7 +144,8 @@ class Header:
     @cached_property
     def body(self) -> struct.Struct:
         """A record without its check sum."""
-        return struct.Struct(f"<B{2 + self.pairs + self.groups * len(self.layout)}f")
+        each_group = len({*self.layout} - {REWARDS})
+        return struct.Struct(f"<B{2 + self.pairs + self.groups * each_group + self.members}f")
 
     @property
     def record_size(self) -> int:
@@ -144,6 +155,8 @@ class Header:
     def encode(self) -> bytes:
         """The file up to its first record."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if not self.members:  # the header of a run without rewards is what it always was
+            del values["members"]
         text = _json(values | self.extra)
         _require(len(text) <= MAX_HEADER, "the header", f"{len(text):,} bytes long", f"at most {MAX_HEADER:,}")
         data = _PREAMBLE.pack(MAGIC, VERSION, len(text)) + text
@@ -161,6 +174,7 @@ _WHOLE = {
     "planned_steps": (0, 1 << 32),
     "pairs": (1, MAX_VALUES + 1),
     "groups": (1, MAX_VALUES + 1),
+    "members": (0, MAX_VALUES + 1),
 }
 _KINDS: dict[type, tuple[str, ...]] = {
     str: ("direction", "method", "dtype", "engine", "task", "created"),
@@ -173,7 +187,8 @@ class Record:
     """What one step saw and applied; numbers are rounded to float32 when written.
 
     step: from 0. g: one per pair. lr, decay: one per parameter group. skipped: the losses were not finite, nothing was
-    applied. folded: updates held back were folded here out of turn. choice: of a conservative step.
+    applied. folded: updates held back were folded here out of turn. choice: of a conservative step. rewards: one per member, NaN
+    where it got none.
     """
 
     step: int
@@ -185,6 +200,7 @@ class Record:
     skipped: bool = False
     folded: bool = False
     choice: int = 0
+    rewards: tuple[float, ...] = ()
 
     def encode(self, header: Header) -> bytes:
         """The record's bytes without its check sum. Raises ValueError where it does not fit the header."""
@@ -200,6 +216,8 @@ class Record:
             else:
                 same = tuple(map(float32, value)) == header._held(name)
                 _require(same, where + name, value, f"the header's {header._held(name)}, or named in its layout")
+        _require(len(self.rewards) == header.members, where + "rewards", self.rewards, f"{header.members} numbers")
+        values += self.rewards
         flags = _SKIPPED * self.skipped | _FOLDED * self.folded | self.choice << _CHOICE
         return header.body.pack(flags, *map(float32, values))
 
@@ -242,8 +260,9 @@ class Records:
             at += header.groups
         skipped, folded, choice = bool(flags & _SKIPPED), bool(flags & _FOLDED), flags >> _CHOICE
         return Record(
-            step, plus, minus, tuple(values[: header.pairs]), parts["lr"], parts["decay"], skipped, folded, choice
-        )
+            step, plus, minus, tuple(values[: header.pairs]), parts["lr"], parts["decay"], skipped, folded, choice,
+            tuple(values[at:]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def arguments(ready: Prepared, folder: RunFolder) -> ZOTrainingArguments:
         method_options={name: value for name, value in given.items() if name not in ZO_FIELDS},
         calibration_rows=config.calibration_rows or ZOTrainingArguments.calibration_rows,
         **{name: value for name, value in given.items() if name in ZO_FIELDS},
-        learning_rate=config.lr,
+        lr=config.lr,
         lr_scheduler_type=config.lr_schedule,
         weight_decay=weight_decay,
         max_steps=config.steps,

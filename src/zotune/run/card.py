@@ -13,11 +13,38 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from zotune.methods import make_method
-from zotune.options import TrainConfig
-from zotune.options.step import groups_of
+from zotune.options import RewardConfig, RunOptions, TrainConfig
+from zotune.options.step import own_of
 from zotune.record.trajectory import Header
 from zotune.tasks import Task
 from zotune.tasks.metrics import figure
+
+
+def reward_card(config: RewardConfig, result: Mapping[str, Any], trajectory: bool) -> ModelCard:
+    """The same of a run on rewards, of its model or of its trajectory."""
+    library = "zotune" if trajectory else "peft" if config.scheme in ("lora", "prefix", "prompt") else "transformers"
+    before, after = (figure("reward", result[when]) for when in ("reward_before", "reward_after"))
+    steps = f"{result['steps']}, {config.batch_size} prompts each, {result['generated_tokens']:,} tokens written"
+    text = f"""# {Path(config.model).name}, trained on rewards without back-propagation
+
+| | |
+|---|---|
+| base model | {config.model} |
+| prompts | {config.data} |
+| rewards | {_cell(", ".join(result["rewards"]))} |
+| method | {config.method}, {config.members} members, sigma {config.sigma}, lr {config.lr}, scheme {config.scheme} |
+| steps | {steps}; kept: step {result["chosen_step"]} |
+| reward, {result["test_rows"]} held-out prompts | {before} before, {after} after |
+| answers | at most {config.max_new_tokens} tokens, temperature {config.temperature} |
+| device, dtype | {result["device"]}, {config.dtype} |
+
+Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]}:
+
+```
+{command(config)}
+```
+"""
+    return ModelCard(_front(config, library) + text + (_rebuilding(config) if trajectory else ""))
 
 
 def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
@@ -28,21 +55,24 @@ def model_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> Mo
 
 def trajectory_card(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> ModelCard:
     """The same of a run's trajectory, and how the model is had from it."""
-    model = shlex.quote(config.model) + (f" --gguf-file {shlex.quote(config.gguf_file)}" if config.gguf_file else "")
     folder = (
         "\nThe masks of this run need the folder `calibration/` beside the file.\n" if config.mask == "wanda" else ""
     )
     if make_method(config.method).needs_rows:
         text = f"\n`trajectory.zot` holds the steps of the run. Those of {config.method} need its rows too: they give no weights.\n"
         return ModelCard(_front(config, "zotune") + _run(config, task, result) + text)
-    text = f"""
+    return ModelCard(_front(config, "zotune") + _run(config, task, result) + _rebuilding(config) + folder)
+
+
+def _rebuilding(config: RunOptions) -> str:
+    model = shlex.quote(config.model) + (f" --gguf-file {shlex.quote(config.gguf_file)}" if config.gguf_file else "")
+    return f"""
 The fine-tune is `trajectory.zot`: the steps of the run, a few bytes each. With the base model it gives the weights again:
 
 ```
 zotune replay --model {model} --trajectory trajectory.zot --output model
 ```
-{folder}"""
-    return ModelCard(_front(config, "zotune") + _run(config, task, result) + text)
+"""
 
 
 def rebuilt_card(header: Header, line: str) -> ModelCard:
@@ -62,7 +92,7 @@ def rebuilt_card(header: Header, line: str) -> ModelCard:
     return ModelCard(f"---\ntags:\n- zotune\n- zeroth-order\n---\n\n{text}")
 
 
-def _front(config: TrainConfig, library: str) -> str:
+def _front(config: RunOptions, library: str) -> str:
     data = ModelCardData(
         library_name=library,
         tags=["zotune", "zeroth-order", config.method],
@@ -72,7 +102,7 @@ def _front(config: TrainConfig, library: str) -> str:
 
 
 def _run(config: TrainConfig, task: Task, result: Mapping[str, Any]) -> str:
-    words = ", ".join(f"{label} → {word}" for label, word in (task.words or {}).items())
+    words = _row(", ".join(f"{label} → {word}" for label, word in (task.words or {}).items()))
     rows, steps = result["test_rows"], f"{result['steps']}, batch {config.batch_size}"
     before, after = (figure(task.metric, result[when]) for when in ("test_before", "test_after"))
     one_class = f"; one class always: {result['one_class']:.1f}" if result["one_class"] else ""
@@ -97,7 +127,16 @@ Made by [zotune](https://pypi.org/project/zotune/) {result["versions"]["zotune"]
 
 
 def _asked(task: Task) -> str:
-    return f"`{task.prompt}`" if task.ask is None else task.asked
+    """On one line of a table, whatever the template's own lines."""
+    return _code(str(task.prompt)) if task.ask is None else " ".join(task.asked.split())
+
+
+def _code(text: str) -> str:
+    """A span of code in a cell: line ends and bars are written out, and a fence is longer than any within."""
+    text = _row(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _plain(text: str) -> str:
@@ -105,19 +144,30 @@ def _plain(text: str) -> str:
     return html.escape(re.sub(r"([\\`*_\[\]|])", r"\\\1", text), quote=False)
 
 
+def _row(text: str) -> str:
+    """What a user wrote, within a cell of a table."""
+    return text.replace("\n", "\\n").replace("|", "\\|")
+
+
 def _cell(value: object) -> str:
     return _plain(" ".join(str(value).replace("\\\n", " ").split()))[:4000]
 
 
-def command(config: TrainConfig, without: Collection[str] = ()) -> str:
-    """The `zotune train` command that describes the same run. without: keys to leave out."""
-    defaults = TrainConfig.model_construct(groups=groups_of(config.method))
-    parts = ["zotune train"]
+def command(config: RunOptions, without: Collection[str] = ()) -> str:
+    """The `zotune train` or `reward` command that describes the same run. without: keys to leave out."""
+    defaults = type(config).model_construct(**{name: own_of(config.method, name) for name in ("groups", "rank")})
+    reward = isinstance(config, RewardConfig)
+    without = {*without, *(("eps", "queries") if reward else ())}
+    parts = ["zotune reward" if reward else "zotune train"]
     for key, value in config.model_dump(exclude={"resume", "overwrite", "dry_run"}).items():
         if key in without or value is None or value == getattr(defaults, key, None):
             continue
-        text = (
-            json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, list) else str(value)
-        )
+        if key == "reward":
+            parts += [f"--reward {shlex.quote(one)}" for one in value]
+            continue
+        if key == "reward_weights":
+            value = json.dumps(value, allow_nan=False)
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        text = json.dumps(value, allow_nan=False) if isinstance(value, dict) else text
         parts.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(text)}"))
     return " \\\n  ".join(parts)

@@ -23,15 +23,30 @@ CHECKPOINT = "checkpoint-"
 CALIBRATION = "calibration"  # what masks of wanda were made from, which a replay needs
 STAGING = ".tmp"  # what is being written or deleted; a suffix too, of single files
 CARD = "README.md"
-OWN = ("config.yaml", "metrics.jsonl", "result.json", "trajectory.zot", CALIBRATION, "model", CARD, "progress.json")
+STEPS, COMPLETIONS = "steps.jsonl", "completions.jsonl"  # of a run on rewards
+OWN = (
+    "config.yaml", "metrics.jsonl", "result.json", "predictions.jsonl", "report.html", "trajectory.zot", CALIBRATION,
+    "model", CARD, "progress.json", STEPS, COMPLETIONS,
+)  # fmt: skip
 # Keys that may differ between a run and its resumption: they name no part of what is computed.
-FREE = {"output", "resume", "overwrite", "dry_run", "report_to", "device", "save_every", "keep", "sync_every"}
+FREE = {
+    "output",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "report_to",
+    "device",
+    "save_every",
+    "keep",
+    "sync_every",
+    "worker_timeout",
+}
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's fault, not the folder's
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, result.json, trajectory.zot with a README.md, model/, calibration/ (where masks need it),
-    and while it runs checkpoints and progress.json."""
+    """config.yaml, metrics.jsonl, result.json, predictions.jsonl, trajectory.zot with a README.md, model/,
+    calibration/ (where masks need it), and while it runs checkpoints and progress.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -70,6 +85,10 @@ class RunFolder:
         if changed:
             said = ", ".join(f"{k} was {was!r:.80}, is {now!r:.80}" for k, was, now in changed)
             raise InputError(f"--output {self.path}: holds a run of other options ({said}); --resume changes none")
+
+    def recorded(self, option: str) -> Any:
+        """What config.yaml holds of an option; None where there is none yet."""
+        return self._config().get(option) if (self / "config.yaml").is_file() else None
 
     def _config(self) -> dict[str, Any]:
         old = load_yaml(self / "config.yaml", str(self / "config.yaml"))

@@ -13,7 +13,7 @@ import transformers
 
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.prepare.listener import Listener
-from zotune.prepare.prepared import Prepared
+from zotune.prepare.ready import Ready
 from zotune.record.scalars import float32
 from zotune.record.trajectory import Record
 from zotune.run.folder import as_json, sync, write_atomically
@@ -33,7 +33,7 @@ class Recorder(transformers.TrainerCallback):
     signs: of the method's places, which say what its losses are.
     """
 
-    def __init__(self, state: RunState, ready: Prepared, listener: Listener, signs: Sequence[int]) -> None:
+    def __init__(self, state: RunState, ready: Ready, listener: Listener, signs: Sequence[int]) -> None:
         self.state, self.ready, self.listener, self.signs = state, ready, listener, signs
         self.path = state.folder / "metrics.jsonl"
         self.guards = Guards(listener.say)

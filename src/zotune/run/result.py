@@ -14,6 +14,7 @@ from zotune.models.adapters import save
 from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.prepare.prepared import Prepared
+from zotune.prepare.ready import Ready
 from zotune.run.card import model_card
 from zotune.run.state import RunState
 from zotune.step.optimizer import ZeroOrderOptimizer
@@ -38,6 +39,7 @@ def result_of(
         "validation_rows": len(ready.validation),
         "rows_given": dict(ready.splits.given),
         "one_class": ready.one_class(ready.test),
+        "validation_before": state.progress.get("validation_before"),  # None of a run that an older version began
         "validation_best": reached.best_metric,
         "steps": reached.global_step,
         "chosen_step": chosen,
@@ -56,7 +58,7 @@ def result_of(
         "method": config.method,
         "scheme": config.scheme,
         "engine": optimizer.engine.name,
-        "lr": config.lr,
+        "lr": config.lr if optimizer.rate is None else optimizer.rate.so_far,
         "eps": config.eps,
         "dtype": config.dtype,
         "device": device_name(ready.device),
@@ -66,10 +68,15 @@ def result_of(
     }
 
 
-def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
-    """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
+def save_weights(ready: Ready, path: Path) -> None:
+    """The weights as `from_pretrained` (or PEFT) loads them, with the tokenizer."""
     save(ready.model, ready.tokenizer, path)
     ends.save_beside_adapter(ready.model, path)
+
+
+def save_model(ready: Prepared, path: Path, result: Mapping[str, Any]) -> None:
+    """The chosen weights as `from_pretrained` (or PEFT) loads them, with tokenizer and model card."""
+    save_weights(ready, path)
     model_card(ready.config, ready.task, result).save(path / "README.md")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from zotune.record.trajectory import Header, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
+from zotune.workers.group import Workers
 
 MADE_OF = "made_of"  # key of progress.json: rows, tokenizer, template and task by content
 
@@ -19,7 +20,7 @@ class RunState:
 
     progress: what progress.json holds; `save` writes it. checkpoint: what the run goes on from. header: of its trajectory, None
     where a step is no list of scalars (back-propagation). recorded: steps that were taken before a kill, to be applied again.
-    stop: the signal that asked for an end. peak: bytes, of the steps alone.
+    asked: the signal that this process was sent. workers: that take the run together. peak: bytes, of the steps alone.
     """
 
     folder: RunFolder
@@ -28,17 +29,24 @@ class RunState:
     header: Header | None = None
     trajectory: TrajectoryWriter | None = None
     recorded: Records | None = None
-    stop: int | None = None
+    asked: int | None = None
+    workers: Workers = field(default_factory=lambda: Workers(0, 1))
     peak: int = 0
     began: float = field(default_factory=time.monotonic)
     earlier: float = 0.0  # seconds before this process
 
     @classmethod
-    def found(cls, folder: RunFolder) -> RunState:
+    def found(cls, folder: RunFolder, workers: Workers | None = None) -> RunState:
         """Of the run that the folder holds, or of one that begins."""
         fresh: dict[str, Any] = {"resumed_at": [], "wall_seconds": 0.0}
         progress = fresh | folder.read_json("progress.json")
-        return cls(folder, progress, folder.last_checkpoint(), earlier=progress["wall_seconds"])
+        return cls(
+            folder,
+            progress,
+            folder.last_checkpoint(),
+            workers=workers or Workers(0, 1),
+            earlier=progress["wall_seconds"],
+        )
 
     def wall(self) -> float:
         return self.earlier + time.monotonic() - self.began
@@ -47,4 +55,9 @@ class RunState:
         self.folder.write_json("progress.json", self.progress)
 
     def ask_to_stop(self, number: int) -> None:
-        self.stop = number
+        self.asked = self.workers.asked = number
+
+    @property
+    def stop(self) -> int | None:
+        """The signal by which the run ends: of several workers, one that all have heard of at the same step."""
+        return self.asked if self.workers.size == 1 else self.workers.stop

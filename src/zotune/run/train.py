@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from zotune.directions.calibration import NormsFolder
@@ -9,6 +10,7 @@ from zotune.errors import InputError
 from zotune.estimates.memory import peak_bytes, reset_peak
 from zotune.models.partial import some, untrained
 from zotune.options import TrainConfig
+from zotune.options.defaults import flags_of
 from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved, tokens_together
@@ -16,54 +18,128 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.predictions import keep
 from zotune.run.process import Interrupted, deterministic, signals, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
+from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
 from zotune.run.trainer import TaskTrainer
 from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
+from zotune.workers.group import Workers, joined
+from zotune.workers.launcher import launch
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
-RESOLVED = ("lr", "eps", "dtype", "direction", "queries", "estimator", "forward_tokens")
+RESOLVED = (
+    "lr",
+    "eps",
+    "dtype",
+    "direction",
+    "queries",
+    "estimator",
+    "forward_tokens",
+    "template",
+    "label_words",
+    "eval_every",
+)
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, Any]:
-    """Run, or go on with, the run that the options describe. Returns what result.json holds."""
-    listener = listener or Listener()
+    """Run, or go on with, the run that the options describe. Returns what result.json holds.
+
+    Under torchrun all workers return it. The first alone writes the folder and talks to the listener.
+    """
+    with joined(config.worker_timeout) as workers, ExitStack() as held:
+        listener = listener if listener is not None and workers.first else Listener()
+        folder = RunFolder(config.output)
+        workers.together(lambda: refuse_few(config, workers.size))
+        if workers.first:
+            config = goes_on(config, folder)
+        if done := workers.from_first(lambda: _open(config, folder, listener, held)):
+            return done
+        every = workers.from_first(lambda: folder.recorded("eval_every") if config.resume else None)
+        config = config.model_copy(
+            update={"eval_every": every or config.eval_every}
+        )  # as it was, whatever the default is now
+        held.enter_context(deterministic(config.deterministic))
+        held.enter_context(tf32(config.tf32))
+        ready = _alike(config, folder, listener, workers)
+        workers.from_first(lambda: _write_down(ready, folder))
+        listener.prepared(ready)
+        with state_of(folder, workers) as state:
+            return _go(ready, state, listener)
+
+
+def _open(config: TrainConfig, folder: RunFolder, listener: Listener, held: ExitStack) -> dict[str, Any]:
+    """Hold the folder while `held` lasts. Returns what result.json holds, if the run has ended before."""
     check_reporters(config.report_to)
-    folder = RunFolder(config.output)
     recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
     asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
-    asked["eval_every"] = config.evaluates_every
+    if config.eval_every is not None:
+        asked["eval_every"] = config.evaluates_every  # as it is recorded
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    with folder.storing(), folder.locked():
-        folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-        folder.tidy()
-        if config.resume and (done := folder.read_json("result.json")):
-            listener.say(f"{folder.path}: this run is finished; nothing to do")
-            folder.finish(config.keep is not None)  # as its process may have been killed before
-            return done
-        with deterministic(config.deterministic), tf32(config.tf32):
-            ready = prepare(config)
-            if config.task is None and config.template is None:
-                listener.say(described(ready.task))
-            listener.say(ready.splits.described())
-            if ready.unread:
-                listener.say(ready.unread)
-            if fresh := untrained(ready.model):
-                listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
-            if config.resume:
-                _check_resumed(folder, ready, listener)
-            ready.config = config = resolved(config, ready.model)
-            if config.forward_tokens is None:
-                ready.config = config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
-            if not config.resume:
-                optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
-            if config.overwrite:
-                folder.clear()
-            folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
-            listener.prepared(ready)
-            return _go(ready, folder, listener)
+    held.enter_context(folder.storing())
+    held.enter_context(folder.locked())
+    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
+    folder.tidy()
+    done = folder.read_json("result.json") if config.resume else {}
+    if done:
+        listener.say(f"{folder.path}: this run is finished; nothing to do")
+        folder.finish(config.keep is not None)  # as its process may have been killed before
+    return done
+
+
+def _alike(config: TrainConfig, folder: RunFolder, listener: Listener, workers: Workers) -> Prepared:
+    """What each worker begins with, once all are known to begin with the same."""
+    several = workers.size > 1
+    ready: Prepared | None = None
+
+    def begin() -> dict[str, Any]:
+        nonlocal ready
+        ready = _ready(config, folder, listener, workers)
+        return facts(ready) if several else {}
+
+    told = workers.together(begin)
+    assert ready is not None
+    workers.together(lambda: refuse_unlike(told))
+    if several:
+        tokens = workers.from_first(lambda: ready.config.forward_tokens)
+        ready.config = ready.config.model_copy(update={"forward_tokens": tokens})
+        listener.say(f"{workers.size} workers share the steps; this one writes {folder.path}")
+    return ready
+
+
+def _ready(config: TrainConfig, folder: RunFolder, listener: Listener, workers: Workers) -> Prepared:
+    if not workers.first:
+        config = config.model_copy(update={"report_to": []})
+    ready = prepare(config)
+    if config.task is None and (config.template is None or (ready.task.words and not config.label_words)):
+        listener.say(described(ready.task))
+    listener.say(ready.splits.described())
+    if ready.unread:
+        listener.say(ready.unread)
+    if config.by_default and not config.resume:
+        listener.say(f"for want of other options: {flags_of(config.by_default)}")
+    if fresh := untrained(ready.model):
+        listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
+    if config.resume and workers.first:
+        _check_resumed(folder, ready, listener)
+    ready.config = config = resolved(ready)
+    if config.forward_tokens is None:
+        ready.config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
+    return ready
+
+
+def _write_down(ready: Prepared, folder: RunFolder) -> None:
+    """The run's options, once nothing is left to be refused."""
+    config = ready.config
+    if not config.resume:
+        optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
+    if config.overwrite:
+        folder.clear()
+    folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
+    if name := launch():
+        folder.write_json("progress.json", folder.read_json("progress.json") | {LAUNCH: name})
 
 
 def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> None:
@@ -76,16 +152,10 @@ def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> No
         )
 
 
-def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any]:
-    state = RunState.found(folder)
+def _go(ready: Prepared, state: RunState, listener: Listener) -> dict[str, Any]:
     state.progress[MADE_OF] = ready.made_of
     reset_peak(ready.device)
-    if "test_before" not in state.progress:
-        with stops_the_run("test, before"):
-            state.progress["test_before"] = ready.score(ready.test, listener, "test, before")
-        state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
-        reset_peak(ready.device)
-        state.save()
+    state.workers.from_first(lambda: _before(ready, state, listener))
     trainer = _trainer(ready, state, listener)
     try:
         with signals(state.ask_to_stop):
@@ -100,7 +170,21 @@ def _go(ready: Prepared, folder: RunFolder, listener: Listener) -> dict[str, Any
             "go on with the same command and --resume",
             128 + state.stop,
         )
-    return finish(trainer, ready, state, listener)
+    return state.workers.from_first(lambda: finish(trainer, ready, state, listener))
+
+
+def _before(ready: Prepared, state: RunState, listener: Listener) -> None:
+    """What the untrained model scores, once in a run."""
+    if "test_before" in state.progress:
+        return
+    with stops_the_run("test, before"):
+        found = ready.outcome(ready.test, listener, "test, before")
+        state.progress["test_before"] = found.metric(ready.task.metric, ready.test)
+        keep(ready, found, state.folder, "before")
+        state.progress["validation_before"] = ready.score(ready.validation, listener, "validation, before")
+    state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
+    reset_peak(ready.device)
+    state.save()
 
 
 def _trainer(ready: Prepared, state: RunState, listener: Listener) -> TaskTrainer:
@@ -108,14 +192,18 @@ def _trainer(ready: Prepared, state: RunState, listener: Listener) -> TaskTraine
         trainer = TaskTrainer(ready, state, listener)
     except ValueError as error:
         raise InputError(str(error)) from None
-    optimizer = trainer.zo_optimizer
+    optimizer, workers = trainer.zo_optimizer, state.workers
     if ready.config.engine == "auto":
         listener.say(f"engine {optimizer.chosen_engine}")
+    optimizer.sharing.workers = workers if workers.size > 1 else None
+    if optimizer.rate is not None:
+        optimizer.rate.say = listener.say
     optimizer.pairs = ready.config.pairs // ready.config.directions_a_row
     optimizer.folds_by_query = of_before(state.folder / "trajectory.zot", ready.config, listener)
     optimizer.norms = NormsFolder(state.folder / CALIBRATION)
     if not any(group.get("first_order") for group in optimizer.param_groups):
-        state.header = header_of(ready, optimizer)  # now: of the first values of what trains
+        # now: of the first values of what trains
+        state.header = workers.from_first(lambda: header_of(ready, optimizer))
     return trainer
 
 
@@ -125,7 +213,9 @@ def finish(trainer: TaskTrainer, ready: Prepared, state: RunState, listener: Lis
     chosen = int(reached.best_global_step or reached.global_step)
     trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
     with stops_the_run("test, after"):
-        test_after = ready.score(ready.test, listener, "test, after")
+        found = ready.outcome(ready.test, listener, "test, after")
+        test_after = found.metric(ready.task.metric, ready.test)
+        keep(ready, found, folder, "after")
     if state.trajectory is not None:
         with TrajectoryWriter.resume(folder / "trajectory.zot", reached.global_step) as trajectory:
             trajectory.mark_chosen(chosen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,54 +14,44 @@ import transformers
 from torch import Tensor, nn
 
 from zotune.errors import InputError
+from zotune.models.border import tells_of_input
 from zotune.models.loading import load_weights
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
+from zotune.prepare.ready import Ready
 from zotune.run.arguments import arguments
-from zotune.run.folder import BROKEN, CHECKPOINT, as_json
+from zotune.run.folder import CHECKPOINT, as_json
 from zotune.run.process import stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
+from zotune.step.pieces import pieces
 from zotune.tasks.objectives import objective
 from zotune.trainer import ZOTrainer
 
 
-class TaskTrainer(ZOTrainer):
-    """Evaluation by the task's metric; of checkpoints equal on validation the latest is the best; these are never half there."""
+class RunTrainer(ZOTrainer):
+    """A run's Trainer: steps that the trajectory has already are applied from there; of checkpoints equal on validation the
+    latest is the best; these are never half there."""
 
     model: nn.Module
     recorder: Recorder
+    ready: Ready
+    run: RunState
 
-    def __init__(self, ready: Prepared, state: RunState, listener: Listener) -> None:
-        multiple = LENGTHS if ready.device.type == "cuda" else 1
-        asked = objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
-        super().__init__(
-            ready.model,
-            arguments(ready, state.folder),
-            train_dataset=ready.train,
-            eval_dataset=ready.validation,
-            data_collator=asked.collate,
-            row_loss=asked.row_loss,
-        )
-        self.ready, self.run, self.listener = ready, state, listener
-        self._metric = f"eval_{ready.task.metric}"
-        self._unpadded = objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id).collate
+    def records_by(self, recorder: Recorder) -> None:
+        """Once it is made. The recorder's run is this one's."""
+        self.ready, self.run, self.listener, self.recorder = recorder.ready, recorder.state, recorder.listener, recorder
+        self._metric = f"eval_{self.ready.task.metric}"
         self.remove_callback(transformers.PrinterCallback)
-        optimizer: Any = self.create_optimizer()
-        self.recorder = Recorder(state, ready, listener, optimizer.method.signs)
-        self.add_callback(self.recorder)
-        if (patience := ready.config.early_stop) is not None:
+        self.add_callback(recorder)
+        if (patience := self.ready.config.early_stop) is not None:
             self.add_callback(EarlyStop(patience))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A step that the trajectory has already is applied from there, with no forward pass."""
         optimizer, step, recorded = self.zo_optimizer, self.zo_optimizer.steps, self.run.recorded
         if recorded is None or step >= len(recorded) or not self.accelerator.sync_gradients:
-            if step == 0 and self.run.header is not None and self.args.gradient_accumulation_steps == 1:
-                with torch.no_grad():  # once, to see whether probes see the same loss
-                    rows = self._rows_of(model.eval())(self.on_device(inputs))
-                self.recorder.guards.at_rest = float(rows.double().mean())
             return super().training_step(model, inputs, num_items_in_batch)
         batches, self._micro_batches = len(self._micro_batches) + 1, []
         record = recorded[step]
@@ -72,21 +61,10 @@ class TaskTrainer(ZOTrainer):
         optimizer.took(StepRecord(step, (), losses_P, g_GQ, record.lr, record.decay, record.skipped, record.choice))
         return self.tally.add(torch.tensor((record.loss_plus + record.loss_minus) / 2, device=self.args.device))
 
-    def calibration_batch(self, row: Any) -> Any:
-        return self._unpadded([row])
-
     def has_ended(self) -> bool:
         patience = self.ready.config.early_stop
         early = patience is not None and EarlyStop(patience).reached(self.args, self.state)
         return early or super().has_ended()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.settle()
-        with stops_the_run(f"step {self.state.global_step}: validation"):
-            metrics = {self._metric: self.ready.score(self.ready.validation, self.listener, "validation")}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def load_best(self, checkpoint: Path) -> None:
         """Tensor by tensor into the weights that are there: no second copy of them in memory."""
@@ -113,7 +91,9 @@ class TaskTrainer(ZOTrainer):
         return found
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
-        """What it relies on goes to the disk before it, and older ones after it."""
+        """What it relies on goes to the disk before it, and older ones after it. Of several workers the first does so."""
+        if not self.run.workers.first:
+            return
         folder = self.run.folder
         self.recorder.sync()
         with folder.staged(f"{CHECKPOINT}{self.state.global_step}") as path:
@@ -125,13 +105,56 @@ class TaskTrainer(ZOTrainer):
         return self.run.folder.staging
 
 
+class TaskTrainer(RunTrainer):
+    """Of a task: its losses, and evaluation by its metric."""
+
+    ready: Prepared
+
+    def __init__(self, ready: Prepared, state: RunState, listener: Listener) -> None:
+        multiple = LENGTHS if ready.device.type == "cuda" else 1
+        asked = objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
+        super().__init__(
+            ready.model,
+            arguments(ready, state.folder),
+            train_dataset=ready.train,
+            eval_dataset=ready.validation,
+            data_collator=asked.collate,
+            row_loss=asked.row_loss,
+        )
+        self._unpadded = objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id).collate
+        optimizer: Any = self.create_optimizer()
+        self.records_by(Recorder(state, ready, listener, optimizer.method.signs))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        new = self.run.header is not None and not self.run.recorded and self.zo_optimizer.steps == 0
+        if new and self.args.gradient_accumulation_steps == 1:
+            with torch.no_grad():  # once, to see whether probes see the same loss
+                loss, batch = self._rows_of(model.eval()), self.on_device(inputs)
+                most = self.zo_optimizer.sharing.micro_batch
+                rows = loss(batch) if most is None else torch.cat([loss(p.batch) for p in pieces([batch], most)])
+            self.recorder.guards.at_rest = float(rows.double().mean())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def calibration_batch(self, row: Any) -> Any:
+        return self._unpadded([row])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.settle()
+        with stops_the_run(f"step {self.state.global_step}: validation"):
+            score = lambda: self.ready.score(self.ready.validation, self.listener, "validation")  # noqa: E731
+            metrics = {self._metric: self.run.workers.from_first(score)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
 @contextmanager
 def readable_state(checkpoint: str) -> Iterator[None]:
     """A checkpoint's state that is damaged, or holds more than numbers, as a line; torch reads it with weights_only."""
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in BROKEN:
+    except Exception as error:
+        if not tells_of_input(error):
             raise
         said = type(error).__name__  # torch's own message recommends to unpickle it
         raise InputError(

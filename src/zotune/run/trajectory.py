@@ -12,11 +12,11 @@ from zotune.methods import make_method
 from zotune.models.heads import label_names
 from zotune.models.kinds import kind_of
 from zotune.models.quantized import library_versions
-from zotune.options import TrainConfig
+from zotune.options import RunOptions, TrainConfig
 from zotune.prepare.listener import Listener
-from zotune.prepare.prepared import Prepared
+from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import machine, start
-from zotune.record.trajectory import Header, Trajectory, TrajectoryError, TrajectoryWriter, read_file
+from zotune.record.trajectory import REWARDS, Header, Trajectory, TrajectoryError, TrajectoryWriter, read_file
 from zotune.run.card import command
 from zotune.run.folder import CALIBRATION, FREE
 from zotune.run.result import versions
@@ -27,7 +27,8 @@ UNSEEN = {"deterministic", "log_every"}  # keys that change no step
 LONGEST = 8192  # characters of a command that a trajectory's header takes
 
 
-def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
+def header_of(ready: Ready, optimizer: ZeroOrderOptimizer, members: int = 0) -> Header:
+    """members: of a run on rewards, which records what each of them got."""
     config, kind = ready.config, kind_of(ready.model)
     options = config.recorded_options
     if optimizer.folds_by_query:  # a run that is older than forwards which places share
@@ -41,6 +42,8 @@ def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
         planned_steps=config.steps,
         pairs=config.pairs * len(optimizer.blocks),
         groups=len(optimizer.param_groups),
+        members=members,
+        layout=("lr", REWARDS) if members else ("lr",),
         decay=tuple(group["weight_decay"] for group in optimizer.param_groups),
         method_options=options,
         dtype=str(config.dtype),
@@ -65,7 +68,7 @@ def header_of(ready: Prepared, optimizer: ZeroOrderOptimizer) -> Header:
     )
 
 
-def open_trajectory(state: RunState, config: TrainConfig, step: int) -> None:
+def open_trajectory(state: RunState, config: RunOptions, step: int) -> None:
     """Ready for writing (`state.trajectory`), with what a killed run has recorded if it can be applied again to the bit
     (`state.recorded`).
 

@@ -8,7 +8,7 @@ replay, to the same bits: losses, eps and lr are float64, and nothing here is a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +46,11 @@ def weights_of(shares_K: Sequence[int], pairs: int, device: torch.device | str =
 def projected(estimator: Estimator, rule: Rule, losses_CK: Tensor, given: Given) -> Tensor:
     """(G, Q) float64: g of each direction, query by query; zeros for the directions that a short batch lacks."""
     d_QK = estimator.differences(losses_CK)
-    if given.weights_K is not None:
+    if given.weights_K is not None and not rule.normalises:
         d_QK = d_QK * given.weights_K
     g_GQK = torch.stack([rule.project(d_QK, eps, losses_CK) for eps in given.eps_G.unbind()])
+    if given.weights_K is not None and rule.normalises:
+        g_GQK = g_GQK * given.weights_K
     lacking = given.pairs - g_GQK.shape[2]
     g_GQ = (torch.nn.functional.pad(g_GQK, (0, lacking)) if lacking else g_GQK).flatten(1)
     return clipped(g_GQ, given.most)
@@ -67,9 +69,21 @@ def applicable(rule: Rule, losses: Tensor, g_GQ: Tensor, given: Given) -> Tensor
     return goes
 
 
-def coefficients(rule: Linear, g_GQ: Tensor, lr_G: Tensor) -> list[Tensor]:
-    """(Q,) float32 for each parameter group, from g and lr as they are recorded."""
-    return [rule.rounded_coefficients(g_Q, lr) for g_Q, lr in zip(g_GQ, lr_G, strict=True)]
+def coefficients(
+    rule: Linear, g_GQ: Tensor, lr_G: Tensor, goes: Tensor, memories: Mapping[int, Tensor] | None = None
+) -> list[Tensor]:
+    """(Q,) float32 for each parameter group, from g and lr as they are recorded; zeros, and nothing remembered, unless goes (0-d).
+
+    memories: what the rule remembers, by parameter group (`Linear.memories`), changed in place.
+    """
+    found, memories = [], memories or {}
+    for group, (g_Q, lr) in enumerate(zip(g_GQ, lr_G, strict=True)):
+        held_M = memories.get(group, g_Q.new_zeros(rule.memory))
+        coefs_Q, after_M = rule.recalled(g_Q, lr, held_M)
+        if rule.memory:
+            held_M.copy_(torch.where(goes, after_M, held_M))
+        found.append(torch.where(goes, coefs_Q, torch.zeros_like(coefs_Q)))
+    return found
 
 
 def near(estimator: Estimator | None, losses_CK: Tensor, shares_K: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from zotune.directions import Displacement
 from zotune.record.steps import StepRecord
 from zotune.step.graphs import Flight, Shape, StepGraphs
+from zotune.step.turning import numbers_of
 from zotune.updates import Linear
-from zotune.updates.rule import passes_for, steps_of
+from zotune.updates.rule import passes_for, steps_of, table
 
 if TYPE_CHECKING:
     from zotune.step.optimizer import ZeroOrderOptimizer
@@ -35,8 +36,11 @@ class CapturedSteps:
         groups, rule, more = of.param_groups, of.method.rule, of.enhancements
         if (
             not self.wanted
+            or of.sharing.workers is not None  # the host meets the others between losses and update
             or not rule.capturable
+            or getattr(rule, "anchor", False)
             or of.method.first_order
+            or (of.rate is not None and of.rate.unseen)  # a step that goes by what it found itself
             or more.blocks is not None
             or more.hybrid is not None
         ):
@@ -49,15 +53,17 @@ class CapturedSteps:
         if rule.counts:
             self.land(of)  # how many steps were applied decides what Adam does next
         steps_G = steps_of(of.engine.directions, of.state) if rule.counts else [0] * len(groups)
-        if steps_G is None or ((not rule.linear or any(decay_G)) and passes_for(of.engine.directions) is None):
+        by_pass = of.method.subspace is None and (not rule.linear or any(decay_G))
+        if steps_G is None or (by_pass and passes_for(of.engine.directions) is None):
             return None
         if self.graphs is None or self.graphs.eps_G != eps_G:
             applies = of.fold_every == 1
             self.graphs = StepGraphs(of.engine, of.method, eps_G, of.room(), more.g_clip, of.state, applies)
         seeds_Q = of.seeds(of.steps, 0)
         empty = StepRecord(of.steps, seeds_Q, (), (), lr_G, decay_G, shares=shared)
-        shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)))
-        flight = self.graphs.step(loss_of, batches, empty, rule.table(lr_G, decay_G, steps_G), shape)
+        shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)), of.sharing.micro_batch)
+        numbers = numbers_of if of.method.subspace is not None else rule.numbers_of
+        flight = self.graphs.step(loss_of, batches, empty, table(numbers(lr_G, decay_G, steps_G)), shape)
         if flight is None:
             return None
         self._flying.append(flight)
@@ -77,9 +83,9 @@ class CapturedSteps:
                 of.pending.append(rule.displacement(record))
             of.took(record)
 
-    def fold(self, by: Displacement) -> bool:
+    def fold(self, by: Displacement, at_once: int) -> bool:
         """Apply updates that waited as a graph; False where that has to be done without one."""
-        return self.graphs is not None and self.graphs.fold(by, len(by.seeds_Q))
+        return self.graphs is not None and self.graphs.fold(by, at_once)
 
     def forget(self) -> None:
         """Make the graphs anew: they hold tensors that are gone."""

@@ -5,7 +5,8 @@ The optimizer, the command line and the estimates ask it; whoever shows a messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from zotune.step.enhancements import Enhancements
 
 DIRECTIONS = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "compensated")
+AUTO = "auto"  # for lr: the run finds it (`zotune.step.rates`)
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,16 @@ class Choices:
     max_skipped: int = 5
     enhancements: Enhancements = field(default_factory=Enhancements)
     scheme: str = "full"
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            self._check(name, _is_number(getattr(self, name)), "a number")
-        self._check("lr", self.lr >= 0, "at least 0")
-        self._check("eps", self.eps > 0, "above 0")
-        self._check("weight_decay", self.weight_decay >= 0, "at least 0")
+        check_rates(vars(self))
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         self._check("seed", whole and 0 <= self.seed < 2**64, "a whole number from 0 to 2**64 - 1")
         for name in ("max_skipped", "rank", "fold_every"):
-            self._check(name, _is_count(getattr(self, name)), "a whole number from 1")
-        if self.forward_tokens is not None:
-            self._check("forward_tokens", _is_count(self.forward_tokens), "a whole number from 1")
+            self._check(name, is_count(getattr(self, name)), "a whole number from 1")
+        for name in ("forward_tokens", "micro_batch"):
+            self._check(name, getattr(self, name) is None or is_count(getattr(self, name)), "a whole number from 1")
         if isinstance(self.groups, str) and self.groups.isdecimal():
             object.__setattr__(self, "groups", int(self.groups))
         counted = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
@@ -69,7 +68,7 @@ class Choices:
 
     @property
     def low_rank(self) -> bool:
-        return self.groups != 1 or self.engine == "lowrank"
+        return self.groups != 1 or self.engine == "lowrank" or self.method.low_rank
 
     @property
     def conservative(self) -> bool:
@@ -78,7 +77,7 @@ class Choices:
     @property
     def brings_its_engine(self) -> bool:
         """Whether method and enhancements are served by one engine alone."""
-        return self.method.kind != "zeroth-order" or self.enhancements.sequential
+        return self.method.kind != "zeroth-order" or self.enhancements.sequential or self.method.sets > 1
 
     def problems(self) -> Iterator[OptionError]:
         """All that does not go together."""
@@ -92,13 +91,29 @@ class Choices:
             raise problem
 
 
+RATES = ("lr", "eps", "weight_decay")  # of a parameter group
+
+
+def check_rates(given: Mapping[str, Any]) -> None:
+    """Raises OptionError for a rate that a parameter group cannot have; those that are not given are another's."""
+    for name in (name for name in RATES if name in given):
+        value, floor = given[name], "above 0" if name == "eps" else "at least 0"
+        if name == "lr" and value == AUTO:
+            continue
+        if not _is_number(value):
+            raise OptionError(name, f"{name}={value!r}: must be a number" + f" or {AUTO!r}" * (name == "lr"))
+        if not (value > 0 if name == "eps" else value >= 0) or not value < math.inf:
+            raise OptionError(name, f"{name}={value!r}: must be {floor} and finite")
+
+
 def _is_number(value: Any) -> bool:
     tensor = hasattr(value, "item") and hasattr(value, "dim")  # of torch, which is not loaded here
     return (isinstance(value, Real) or tensor) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return bool(value >= 1 and value == int(value))
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number from 1."""
+    return _is_number(value) and 1 <= value < math.inf and value == int(value)
 
 
 def _given(of: Choices) -> str:
@@ -109,7 +124,7 @@ def _given(of: Choices) -> str:
 
 def _needs_sequential(of: Choices) -> str:
     """What only an engine of its own serves, in words; "" where there is nothing."""
-    if of.method.kind != "zeroth-order":
+    if of.method.kind != "zeroth-order" or of.method.sets > 1:
         return f"method {of.name!r}"
     return _given(of) if of.enhancements.sequential else ""
 
@@ -117,7 +132,8 @@ def _needs_sequential(of: Choices) -> str:
 def _plain(of: Choices) -> bool:
     """Whether an update is a list of coefficients and nothing else."""
     rule = of.method.rule
-    return rule.linear and not of.conservative and not of.method.first_order and not of.enhancements.sequential
+    coefficients = rule.linear and not getattr(rule, "memory", 0) and not of.conservative and not of.method.subspace
+    return coefficients and not of.method.first_order and not of.enhancements.sequential
 
 
 class Together(NamedTuple):
@@ -131,6 +147,14 @@ class Together(NamedTuple):
 LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 
 TOGETHER: tuple[Together, ...] = (
+    Together(
+        "lr",
+        lambda of: of.lr == AUTO and (of.method.first_order or not of.method.rule.linear),
+        lambda of: (
+            f"lr='auto': is of updates that are lists of coefficients, whose noise they tell; those of method {of.name!r} are "
+            "none; give a number"
+        ),
+    ),
     Together(
         _given,
         lambda of: of.method.first_order and _given(of) != "",
@@ -196,14 +220,34 @@ TOGETHER: tuple[Together, ...] = (
         ),
     ),
     Together(
+        lambda of: _given(of),
+        lambda of: of.method.low_rank and not of.method.own_inputs and of.enhancements.sequential,
+        lambda of: f"{_given(of)}: the directions of method {of.name!r} are low-rank; leave it out, or use zo-sgd",
+    ),
+    Together(
+        "sparsity",
+        lambda of: of.method.sets > 1 and of.enhancements.sparsity is not None,
+        lambda of: f"sparsity: each direction of method {of.name!r} has a mask of its own; leave it out, or use zo-sgd",
+    ),
+    Together(
+        "engine",
+        lambda of: of.method.low_rank and not of.method.own_inputs and of.engine not in ("auto", "lowrank"),
+        lambda of: f"engine={of.engine!r}: method {of.name!r} is served by lowrank alone; use engine='auto'",
+    ),
+    Together(
         "groups",
-        lambda of: of.method.own_inputs and of.groups != "batch",
+        lambda of: (of.method.own_inputs or of.method.flipout) and of.groups != "batch",
         lambda of: f"groups={of.groups!r}: method {of.name!r} gives each row directions of its own; use groups='batch'",
     ),
     Together(
         "rank",
-        lambda of: of.method.own_inputs and of.rank != 1,
+        lambda of: of.method.of_lowrank is not None and of.rank != 1,
         lambda of: f"rank={of.rank}: the directions of method {of.name!r} are of rank 1",
+    ),
+    Together(
+        "fold_every",
+        lambda of: of.method.flipout and of.fold_every > 1,
+        lambda of: f"fold_every={of.fold_every}: the directions of a step of method {of.name!r} share a draw; use 1",
     ),
     Together(
         "fold_every",
@@ -211,13 +255,18 @@ TOGETHER: tuple[Together, ...] = (
         lambda of: f"fold_every={of.fold_every}: an update of method {of.name!r} needs its step's rows; use 1",
     ),
     Together(
+        "fold_every",
+        lambda of: getattr(of.method.rule, "anchor", False) and of.fold_every > 1,
+        lambda of: f"fold_every={of.fold_every}: an anchored decay is of each step; use 1, or leave the anchor out",
+    ),
+    Together(
         "rounding",
-        lambda of: of.method.own_inputs and of.rounding != "nearest",
+        lambda of: of.method.low_rank and not of.method.tracked_inputs and of.rounding != "nearest",
         lambda of: f"rounding={of.rounding!r}: not of method {of.name!r}; use 'nearest'",
     ),
     Together(
         "scheme",
-        lambda of: of.method.own_inputs and of.scheme in ("prefix", "prompt"),
+        lambda of: of.method.of_inputs and of.scheme in ("prefix", "prompt"),
         lambda of: (
             f"scheme={of.scheme!r}: trains no linear map, whose inputs method {of.name!r} needs; use full, lora or head"
         ),
@@ -229,6 +278,17 @@ TOGETHER: tuple[Together, ...] = (
             and of.engine not in ("auto", "sequential", *(["forward-mode"] if of.method.forward_mode else []))
         ),
         lambda of: f"engine={of.engine!r}: does not serve {_needs_sequential(of)}; use engine='auto'",
+    ),
+    Together(
+        "micro_batch",
+        lambda of: (
+            of.micro_batch is not None and (of.method.kind != "zeroth-order" or of.enhancements.hybrid is not None)
+        ),
+        lambda of: (
+            f"micro_batch={of.micro_batch}: cuts a batch into rows with places of their own; "
+            + ("hybrid" if of.enhancements.hybrid is not None else f"method {of.name!r}")
+            + " differentiates the whole of it; use accumulate, or leave it out"
+        ),
     ),
     Together(
         "groups",
@@ -249,7 +309,7 @@ TOGETHER: tuple[Together, ...] = (
     ),
     Together(
         "method",
-        lambda of: of.low_rank and (of.conservative or not of.method.rule.linear),
+        lambda of: of.low_rank and not of.method.subspace and (of.conservative or not of.method.rule.linear),
         lambda of: (
             f"method {of.name!r} reads the estimate element by element or compares moves, which low-rank directions "
             "do not serve; use groups=1 and engine='auto', or zo-sgd"

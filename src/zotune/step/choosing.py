@@ -7,7 +7,9 @@ from typing import Any
 
 from zotune.directions import Directions
 from zotune.directions.masks import Mask, MaskedDirections
+from zotune.directions.partition import PartitionedDirections
 from zotune.engines import choose, make_engine
+from zotune.engines.following import FollowingEngine
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.sequential import SequentialEngine
 from zotune.step.blocks import partition
@@ -37,19 +39,25 @@ def engines_over(
 def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any:
     directions = Directions(named, direction)
     if not of.brings_its_engine:
-        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, of.method.own_inputs)
+        kind = of.method.subspace or of.method.of_lowrank
+        return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, kind)
+    if of.method.sets > 1:
+        directions = PartitionedDirections(named, direction, of.method.sets, int(of.seed))
     if mask is not None:
-        directions = MaskedDirections(named, direction)
-        directions.mask = mask
+        directions = masked = MaskedDirections(named, direction)
+        masked.mask = mask
     return (ForwardModeEngine if of.method.forward_mode else SequentialEngine)(directions)
 
 
-def reason(name: str, of: Choices) -> str:
-    """The engine's name, and why it was taken where it was not named."""
+def reason(engine: Any, of: Choices) -> str:
+    """The engine's name, and why it was taken where it was not named; or why it does not share forwards after all."""
+    name = engine.name
     if of.method.first_order:
         return "back-propagation: the method's own"
+    if isinstance(engine, FollowingEngine) and not engine.usable:
+        return f"{name}: by separate forwards, since {engine.why}"
     if of.engine != "auto":
         return f"{name}: as asked for"
     if of.brings_its_engine:
         return f"{name}: what the method and its enhancements are served by"
-    return f"{name}: {choose(of.groups)[1]}"
+    return f"{name}: {choose(of.groups, of.method.low_rank)[1]}"

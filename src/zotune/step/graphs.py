@@ -29,6 +29,7 @@ from zotune.engines.writing import Through
 from zotune.methods import Method
 from zotune.record.steps import StepRecord
 from zotune.step.arithmetic import Given, applicable, coefficients, near, weights_of
+from zotune.step.pieces import Sharing
 from zotune.step.probing import best_of_three, look
 from zotune.updates import Conservative, Linear
 from zotune.updates.rule import DECAY, NUMBERS, passes_for
@@ -36,7 +37,7 @@ from zotune.updates.rule import DECAY, NUMBERS, passes_for
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 24  # shapes of batch; further ones run without
-_ONE_AT_A_TIME = threading.Lock()  # captures: runs may share a process, each on a thread and a stream of its own
+_ONE_AT_A_TIME = threading.RLock()  # captures: runs may share a process, each on a thread and a stream of its own
 
 
 class Flight:
@@ -70,13 +71,14 @@ class Shape:
     """What a graph is of, besides its batches' shapes.
 
     shares: rows of each direction. pairs: directions of a full batch. decays: whether any group has weight decay. at_once: how many
-    low-rank directions of the update are summed before they are rounded.
+    low-rank directions of the update are summed before they are rounded. micro_batch: rows that are evaluated together; None: all.
     """
 
     shares: tuple[int, ...]
     pairs: int
     decays: bool
     at_once: int
+    micro_batch: int | None = None
 
 
 class StepGraphs:
@@ -200,12 +202,7 @@ class StepGraphs:
                     torch.cuda.set_rng_state(draws, device)
                     raise RuntimeError("the loss draws from torch's generator (dropout?)")
                 torch.cuda.synchronize(device)
-                captured.graph = torch.cuda.CUDAGraph()
-                with (
-                    _uncollected(),
-                    torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"),
-                ):
-                    captured.run()
+                captured.graph = capture(captured.run, self._pool)
             except Exception as error:  # anything a model does may be what a graph cannot hold
                 self.usable = False
                 first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -223,6 +220,18 @@ class StepGraphs:
             yield
         finally:
             self.engine.scratch = outer
+
+
+def capture(run: Callable[[], Any], pool: Any = None) -> Any:
+    """A CUDA graph of what `run` does, whose kernels have all run before. Raises what a model does that a graph cannot hold."""
+    graph = torch.cuda.CUDAGraph()
+    with (
+        _ONE_AT_A_TIME,
+        _uncollected(),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph
 
 
 @contextmanager
@@ -246,6 +255,7 @@ class _Captured:
     ) -> None:
         self.graphs, self.loss, self.shape = graphs, loss, shape
         self.graph: Any = None
+        self.sharing = Sharing(shape.micro_batch)
         self.batches = [{name: t.clone() for name, t in batch.items()} for batch in batches]
         self.device = device = next(iter(self.batches[0].values())).device
         groups, method = len(graphs.eps_G), graphs.method
@@ -272,7 +282,13 @@ class _Captured:
         self.shares_K = torch.tensor(shape.shares, dtype=torch.float64, device=device)
         self.loss_near = torch.zeros((), dtype=torch.float32, device=device)
         # state and tables, which other graphs use too, are no part of this one's memory
+        if graphs.method.subspace is not None:
+            writer: Any = graphs.engine.writer
+            writer.reserve(graphs.rule, graphs.state)
+            return
         graphs.rule.reserve(graphs.engine.directions.params, graphs.state)
+        if isinstance(graphs.rule, Linear):
+            graphs.rule.memories(graphs.engine.directions, graphs.state)
         if graphs.applies and not graphs.rule.linear:
             graphs.update(graphs.rule.kernel)
         elif shape.decays and graphs.rule.rounding == "nearest":
@@ -289,28 +305,35 @@ class _Captured:
     @torch.no_grad()
     def run(self) -> None:
         graphs, rule, given, shares = self.graphs, self.graphs.rule, self.given, self.shape.shares
-        losses_CK, g_GQ = look(graphs.engine, graphs.method, self.loss, self.batches, self.at, given, shares)
+        losses_CK, g_GQ = look(
+            graphs.engine, graphs.method, self.loss, self.batches, self.at, given, shares, self.sharing
+        )
         goes = applicable(rule, losses_CK, g_GQ, given)
         self.found[:-1].copy_(torch.cat([losses_CK.flatten(), g_GQ.flatten(), goes.view(1)]))
         self.loss_near.copy_(near(graphs.method.estimator, losses_CK, self.shares_K))
         if not graphs.applies:
             return
         goes = goes & (self.armed != 0)
-        if isinstance(rule, Linear):
+        mean_GQ = (g_GQ.float().double() / self.queries).float()
+        if graphs.method.subspace is not None:
+            writer: Any = graphs.engine.writer
+            writer.move(rule, self.seeds_Q, mean_GQ, self.numbers_GN[:, :3], graphs.state, goes)
+        elif isinstance(rule, Linear):
             self._displace(rule, losses_CK, g_GQ, goes)
         else:
-            mean_GQ = (g_GQ.float().double() / self.queries).float()
             graphs.update(rule.kernel).run(self.seeds_Q, mean_GQ, self.numbers_GN, goes.int())
 
     def _displace(self, rule: Linear, losses_CK: Tensor, g_GQ: Tensor, goes: Tensor) -> None:
         """The update of a rule that is a list of coefficients, zeros where it does not go."""
         graphs = self.graphs
-        coefs_GQ = coefficients(rule, g_GQ, self.given.lr_G)
-        coefs_GQ = [torch.where(goes, coefs_Q, torch.zeros_like(coefs_Q)) for coefs_Q in coefs_GQ]
+        memories = rule.memories(graphs.engine.directions, graphs.state)
+        coefs_GQ = coefficients(rule, g_GQ, self.given.lr_G, goes, memories)
         by = HeldDisplacement(self.seeds_Q, coefs_GQ)
         if isinstance(rule, Conservative):
             signs = graphs.method.signs
-            choice = goes * best_of_three(graphs.engine, rule, self.loss, self.batches, losses_CK, signs, by)
+            choice = goes * best_of_three(
+                graphs.engine, rule, self.loss, self.batches, losses_CK, signs, by, self.sharing
+            )
             self.found[-1].copy_(choice)
             sign = (choice == 1).float() - (choice == 2).float()
             by = HeldDisplacement(self.seeds_Q, [sign * coefs_Q for coefs_Q in coefs_GQ])

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from zotune.directions import Displacement
+from zotune.engines.attended import hiding_nothing
 from zotune.engines.reads import same_draws
 from zotune.errors import InputError
 from zotune.record.steps import StepRecord, in_blocks
 from zotune.step.arithmetic import applicable, near
 from zotune.step.probing import best_of_three, look, whole
+from zotune.step.rates import AutoRate, rates, walk
 from zotune.updates import Conservative
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class HostStep:
         self.of, self.batches, self.hold = of, batches, hold
         self.tensors = False
         self._loss = loss
+        self._own_rate: float | None = None  # of a first step with lr auto: by what its first block found
 
     def loss(self, batch: Any) -> Any:
         found = self._loss(batch)
@@ -75,7 +78,10 @@ class HostStep:
         given = of.given(shares, lr_G, eps_G)
         each_G = eps_G if method.estimator is not None else (1.0,) * len(eps_G)
         at = Displacement(seeds_Q, tuple((each,) * len(seeds_Q) for each in each_G))
-        losses_CK, g_GQ = look(engine, method, self.loss, self.batches, at, given, shares)
+        losses_CK, g_GQ = look(engine, method, self.loss, self.batches, at, given, shares, of.sharing)
+        if of.rate is not None and of.rate.unseen:
+            lr_G = self._rates_of_itself(of.rate, engine, g_GQ[0].tolist())
+            given = of.given(shares, lr_G, eps_G)
         finite = losses_CK if first is None else torch.cat([losses_CK.flatten(), torch.tensor([first]).double()])
         skipped = not bool(applicable(method.rule, finite, g_GQ, given))
         losses_P = tuple(losses_CK.flatten().tolist())
@@ -84,9 +90,16 @@ class HostStep:
         )
         if not skipped and isinstance(method.rule, Conservative):
             move = method.rule.displacement(replace(record, choice=1))
-            choice = best_of_three(engine, method.rule, self.loss, self.batches, losses_CK, method.signs, move)
+            signs = method.signs
+            choice = best_of_three(engine, method.rule, self.loss, self.batches, losses_CK, signs, move, of.sharing)
             record = replace(record, choice=int(choice))
         return record, float(near(method.estimator, losses_CK, torch.tensor(shares).double()))
+
+    def _rates_of_itself(self, rate: AutoRate, engine: Any, g_Q: Sequence[float]) -> tuple[float, ...]:
+        of = self.of
+        if self._own_rate is None:
+            self._own_rate = rate.of_itself(of.steps, walk(of, g_Q, of.blocks.index(engine)), len(g_Q))
+        return rates(of, self._own_rate)
 
     def _first_order(self, loss: float) -> StepRecord:
         lr_G, decay_G, _ = self.of.settings()
@@ -105,7 +118,7 @@ class HostStep:
         try:
             for param in others:
                 param.requires_grad_(False)
-            with torch.enable_grad():
+            with torch.enable_grad(), hiding_nothing(params):
                 loss = whole(self.loss, self.batches)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise InputError(

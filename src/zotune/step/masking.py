@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zotune.directions import Directions
 from zotune.directions.calibration import Norms, measure
@@ -11,6 +11,9 @@ from zotune.directions.masks import Mask
 from zotune.engines.reads import same_draws
 from zotune.step.enhancements import Enhancements
 from zotune.step.probing import whole
+
+if TYPE_CHECKING:
+    from zotune.step.optimizer import ZeroOrderOptimizer
 
 
 class StepMasks:
@@ -57,3 +60,22 @@ class StepMasks:
                 f"mask='wanda': a replay needs the input norms of the run's step {drawn}; give optimizer.norms those of the run"
             )
         return found
+
+
+def masked(of: ZeroOrderOptimizer, masks: StepMasks, loss: Any, batches: Sequence[Any]) -> int:
+    """The mask of the step that comes next; without a loss one that was drawn from data is made of what is recorded.
+
+    Returns the forward passes that it took.
+    """
+    directions, took = of.engine.directions, 0
+    masks.calibrate, masks.norms = of.calibrate, of.norms
+
+    def measured(drawn: int) -> Norms:
+        nonlocal took
+        took += masks.measured(drawn, directions, loss, batches)
+        return of.norms[drawn]
+
+    seed = of.param_groups[0]["seed"]
+    if masks.at(of.steps, seed, directions, of.state, None if loss is None else measured):
+        of.captured.forget()  # graphs read the mask where it was
+    return took

@@ -15,39 +15,47 @@ from torch import Tensor, nn
 from zotune import noise
 from zotune.directions import Displacement, joined
 from zotune.directions.calibration import Norms
+from zotune.directions.partition import seed_in
 from zotune.engines.following import FollowingEngine
-from zotune.engines.places import rows_in
+from zotune.engines.reads import as_written
 from zotune.engines.writing import Through
-from zotune.errors import NonFiniteLoss
+from zotune.errors import NonFiniteLoss, OptionError
 from zotune.methods import Method, make_method
 from zotune.record.steps import StepRecord
 from zotune.record.trajectory import Record
 from zotune.step import replaying
 from zotune.step.arithmetic import Given, weights_of
 from zotune.step.captured import CapturedSteps
-from zotune.step.choices import Choices
+from zotune.step.choices import Choices, check_rates, is_count
 from zotune.step.choosing import engines_over, reason
 from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
-from zotune.step.masking import StepMasks
+from zotune.step.masking import StepMasks, masked
 from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
-from zotune.step.probing import shares
+from zotune.step.pieces import Sharing
+from zotune.step.probing import rows_shared
+from zotune.step.rates import auto_rate, rates, see
+from zotune.step.turning import move_cores, turned
 from zotune.updates import Linear
+from zotune.workers.group import Workers
 
 __all__ = ["StepRecord", "ZeroOrderOptimizer", "trainable"]
 
 logger = logging.getLogger(__name__)
 
+RANK_BEFORE = 128  # of an update that one product folded, before places
+
 
 class ZeroOrderOptimizer(torch.optim.Optimizer):
     """θ ← θ + Σ_q c_q·z(seed_q): the gradient is estimated from the loss at displaced weights alone.
 
-    params: a module (its trainable parameters), an iterable of (name, parameter), of parameters, or of groups
-        (dicts whose "params" is one of the last two). Names decide the noise: give them where you can.
+    params: a module (its trainable parameters), an iterable of (name, parameter) or a dict of these, an iterable
+        of parameters, or of groups (dicts whose "params" is one of them). Names decide the noise: give them where you can.
     method: a name of `zotune.methods.METHODS`, `module:NAME` of your own, or a `zotune.Method`; a named method's further options
         (`estimator`, …) are keywords here, and are refused beside a `Method`, which has its own.
     lr, eps, weight_decay: per group. eps in units of the weights; decay is decoupled, θ ← (1 − lr·decay)·θ first. Without lr or
-        eps the method's own, else 1e-6 and 1e-3.
+        eps the method's own, else 1e-6 and 1e-3. lr "auto": the run finds it (`zotune.step.rates`), falling linearly to 0 over
+        `total_steps`, without a scheduler; groups with a number of their own keep it.
     seed: of the run. The directions of step s are noise(seed, s), whatever the device, dtype or torch's own seeds.
     direction: "gaussian" or "rademacher" [the method's own, else gaussian]. queries: directions for the same rows [the method's].
     groups: directions over the rows of a batch: 1, a number, or "batch" for one a row [the method's own, else 1]. More than one
@@ -56,11 +64,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         With mask "wanda" the attribute `calibrate` may be a function that evaluates the model on some rows and returns how many
         forward passes it took; without it a mask is made from its step's own batch. The norms that make each mask are
         kept by step in `norms`, which a replay needs.
-    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank`. With "dual" the update of a step
-        with a batch is written when the next step reads the weights: call `settle` or `flush` before you read or replace
-        them; `state_dict` does. With all others, "auto" too, weights are current after each step.
+    engine: see `zotune.engines.ENGINES`, or "auto". rank: of the directions of `lowrank` [the method's own, else 1].
+        With "dual" the update of a step with a batch is written when the next step reads the weights: call `settle` or `flush`
+        before you read or replace them; `state_dict` does. With all others, "auto" too, weights are current after each step.
     forward_tokens: tokens of one forward, at most, where the places of a step share forwards [by memory on CUDA, 1,024 on a CPU; a
         plain pair is then not split].
+    micro_batch: rows of a step that are evaluated together [all]; needs a batch and a loss a row. workers: the processes that share
+        them out, see `zotune.join`: weights are those of one process, bit for bit.
     fold_every: the updates of so many steps are applied together, in one pass over the weights; the probes between see the
         weights before them. `flush` applies what waits.
     rounding: "nearest", or "compensated", see `zotune.updates.Rule`.
@@ -69,7 +79,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     Weights change only by the update: a closure that raises leaves every one bit for bit as it was, and a step with
     lr 0 as well. Dropout and other draws from torch's generators are the same in all probes of a step; better, call
-    `model.eval()`. Works in float64, float32, bfloat16 and float16, on any device.
+    `model.eval()`. Works in float64, float32, bfloat16 and float16, on any device. What `torch.compile` has compiled runs
+    uncompiled within a step, with the same losses.
 
     >>> model = nn.Linear(3, 1)
     >>> optimizer = ZeroOrderOptimizer(model, method="zo-sgd", lr=1e-2, eps=1e-3, seed=0)
@@ -81,22 +92,25 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: nn.Module | NamedParams | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        params: nn.Module | NamedParams | dict[str, nn.Parameter] | Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         method: str | Method = "zo-sgd",
         *,
-        lr: float | None = None,
+        lr: float | str | None = None,
         eps: float | None = None,
         seed: int = 0,
         direction: str | None = None,
         queries: int | None = None,
         groups: int | str | None = None,
         engine: str = "auto",
-        rank: int = 1,
+        rank: int | None = None,
         forward_tokens: int | None = None,
+        micro_batch: int | None = None,
+        workers: Workers | None = None,
         fold_every: int = 1,
         rounding: str | None = None,
         weight_decay: float = 0.0,
         max_skipped: int = 5,
+        total_steps: int | None = None,
         **options: Any,
     ) -> None:
         self.enhancements = more = Enhancements(**{k: options.pop(k) for k in Enhancements.names() if k in options})
@@ -104,17 +118,19 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.method = made = _rounded(make_method(method, queries=_whole(queries), **options), rounding)
         lr, eps = made.own("lr", lr, 1e-6), made.own("eps", eps, 1e-3)
         groups = groups if groups is not None else made.groups or 1
+        rank = rank if rank is not None else made.rank or 1
         self.choices = chosen = Choices(
             made, name, seed, direction, groups, engine, rank, fold_every, made.rule.rounding, forward_tokens,
-            lr, eps, weight_decay, max_skipped, more,
+            lr, eps, weight_decay, max_skipped, more, micro_batch=micro_batch,
         )  # fmt: skip
         chosen.refuse()
         self.direction = direction or made.direction or "gaussian"
-        self.groups, self.fold_every, self.max_skipped = chosen.groups, int(fold_every), max_skipped
-        self.pairs = (
-            1 if self.groups == "batch" else int(self.groups)
-        )  # directions of a full batch: the most seen so far
-        self.folds_by_query = False  # low-rank updates are rounded once a query, as they once were, not once a step
+        self.groups, self.rank = chosen.groups, int(rank)
+        self.fold_every, self.max_skipped = int(fold_every), max_skipped
+        # directions of a full batch: the most seen so far
+        self.pairs = 1 if self.groups == "batch" else int(self.groups)
+        self.folds_by_query = False  # low-rank updates are rounded as they once were: see `at_once`
+        self.sharing = Sharing(micro_batch, workers)
         self.forward_passes = 0
         self.watch: Callable[[StepRecord], None] | None = None
         self.last: StepRecord | None = None  # the last step that has landed: see `land`
@@ -130,6 +146,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.blocks: list[Any] = []
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
         super().__init__(by_order(parameter_groups(params), made.first_order, more.hybrid, more.fo_lr), defaults)
+        self.rate = auto_rate(self, total_steps, params if isinstance(params, nn.Module) else None)
         self._build()
         logger.info("engine %s", self.chosen_engine)
 
@@ -140,8 +157,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def chosen_engine(self) -> str:
-        """The engine, and why it was taken where it was not named."""
-        return reason(self.engine.name, self.choices)
+        """The engine, and why it was taken where it was not named; or that it stepped aside, once it has."""
+        return reason(self.engine, self.choices)
 
     @property
     def forwards_a_step(self) -> int:
@@ -161,6 +178,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
+        check_rates(group)
         if "names" not in group:
             group = named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
         built = self.engine is not None
@@ -190,10 +208,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             raise TypeError("step() needs a closure that returns the loss: optimizer.step(lambda: model(**batch).loss)")
+        with as_written():
+            return self._step(closure, batch)
+
+    def _step(self, closure: Callable[..., Any], batch: Any) -> Any:
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
-        shared = self._shares(closure, batch, batches)
-        self.draw_mask(loss_of, batches)
+        shared = rows_shared(self, closure, batch is not None, batches)
+        self.prepare(loss_of, batches)
+        self.sharing.begin(self, batches)
         if batch is not None and (near := self.captured.step(self, loss_of, batches, shared)) is not None:
             return near
         self.land()
@@ -203,37 +226,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.took(record)
         return torch.tensor(loss) if taken.tensors else loss
 
-    def _shares(self, closure: Callable[..., Any], batch: Any, batches: Sequence[Any]) -> tuple[int, ...]:
-        """How many of the step's rows each direction has; (1,) where one direction has all."""
-        if self.groups == 1:
-            return (1,)
-        if batch is not None:
-            rows = sum(rows_in(b) for b in batches)
-        else:  # a closure says how many rows it has by what it returns, at θ
-            losses = self.engine.loss(closure, Displacement())
-            if not isinstance(losses, Tensor) or losses.dim() != 1:
-                raise ValueError(f"groups={self.groups!r} needs a loss of each row; the closure returns one number")
-            rows = losses.numel()
-        directions = rows if self.groups == "batch" else min(int(self.groups), rows)
-        self.pairs = max(self.pairs, directions)
-        return shares(rows, directions)
-
-    def draw_mask(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
-        """The mask of this step; without a loss one that was drawn from data is made of what is recorded."""
-        masks, directions = self._masks, self.engine.directions
-        if masks is None:
-            return
-        masks.calibrate, masks.norms = self.calibrate, self.norms
-
-        def measured(drawn: int) -> Norms:
-            self.forward_passes += masks.measured(drawn, directions, loss_of, batches)
-            return self.norms[drawn]
-
-        moved = masks.at(
-            self.steps, self.param_groups[0]["seed"], directions, self.state, measured if loss_of is not None else None
-        )
-        if moved:
-            self.captured.forget()  # graphs read the mask where it was
+    def prepare(self, loss_of: Any = None, batches: Sequence[Any] = ()) -> None:
+        """The subspace and the mask of this step; without a loss a mask that was drawn from data is made of what is recorded."""
+        self.forward_passes += turned(self, loss_of, batches)
+        if self._masks is not None:
+            self.forward_passes += masked(self, self._masks, loss_of, batches)
 
     def advance(self, batches: int) -> None:
         """One step more, on so many batches."""
@@ -249,6 +246,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def took(self, record: StepRecord) -> None:
         """A step is one of the past. Raises NonFiniteLoss where it was one skipped too many."""
         self.last = record
+        see(self, record)
         if self.watch is not None:
             self.watch(record)
         self.skipped_steps += record.skipped
@@ -264,13 +262,14 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def seeds(self, step: int, block: int) -> tuple[int, ...]:
         """Query by query, of each direction over the rows; blocks have their own, or blocks of one shape would move alike."""
         rows = range(self.pairs) if len(self.blocks) == 1 else [block]
-        seed = self.param_groups[0]["seed"]
-        return tuple(noise.step_seed(seed, step, q, k) for q in range(self.method.queries) for k in rows)
+        seed, sets = self.param_groups[0]["seed"], self.method.sets
+        found = ((q, noise.step_seed(seed, step, q, k)) for q in range(self.method.queries) for k in rows)
+        return tuple(one if sets == 1 else seed_in(one, q % sets) for q, one in found)
 
     def settings(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """lr, decay and eps by parameter group, as they are now."""
         lr_G, decay_G, eps_G = (tuple(float(g[k]) for g in self.param_groups) for k in ("lr", "weight_decay", "eps"))
-        return lr_G, decay_G, eps_G
+        return (lr_G if self.rate is None else rates(self, self.rate.at(self.steps))), decay_G, eps_G
 
     def given(self, shared: Sequence[int], lr_G: Sequence[float], eps_G: Sequence[float]) -> Given:
         """What a step is given beside its losses, on the host."""
@@ -281,14 +280,23 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """What a coefficient must stay under: the narrowest weight's largest number, over 16, since |z| stays under 6."""
         return min(torch.finfo(p.dtype).max for group in self.param_groups for p in group["params"]) / 16
 
-    def at_once(self, directions: int) -> int:
-        """How many low-rank directions are summed before they are rounded: all of a step's."""
-        return self.pairs if self.folds_by_query else directions
+    def at_once(self, directions: int, fold: bool = False) -> int:
+        """How many low-rank directions are summed before they are rounded: all of a step's, or of a fold's.
+
+        Of one query, and of runs older than places, a query's at the most, and of these as many as have a rank of 128 together:
+        bits that those steps have always had.
+        """
+        if self.method.queries > 1 and not self.folds_by_query:
+            return directions
+        return min(directions if fold else self.pairs, max(1, RANK_BEFORE // int(self.choices.rank)))
 
     def apply_now(self, late: list[tuple[Any, StepRecord]], hold: bool = False) -> None:
         """Updates, in order: through the engine's writer where they are displacements. hold: which may wait further."""
         rule = self.method.rule
         for engine, record in late:
+            if self.method.subspace is not None:
+                move_cores(self, engine, record)
+                continue
             if self.fold_every > 1:
                 assert isinstance(rule, Linear)
                 self.pending.append(rule.displacement(record))
@@ -330,6 +338,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             "counts": counts | {"skipped_in_a_row": self._skipped_in_a_row, "pairs": self.pairs},
             "trust": getattr(self.engine, "trust", None),
             "pending": [(list(moved.seeds_Q), [list(c) for c in moved.coefs_GQ]) for moved in self.pending],
+            "rate": None if self.rate is None else self.rate.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,19 +348,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             (engine.writer.settle if self._version == self._weights_version() else engine.writer.drop)()
         super().load_state_dict(state_dict)
         self.captured.forget()  # graphs hold the tensors of the state before
-        # torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][name] = value.to(param.device, copy=True)
+        _keep_dtypes(self, state_dict)
         counts = state_dict.get("counts", {})
-        self.forward_passes = counts.get("forward_passes", 0)
-        self.skipped_steps = counts.get("skipped_steps", 0)
+        self.forward_passes, self.skipped_steps = counts.get("forward_passes", 0), counts.get("skipped_steps", 0)
         self._skipped_in_a_row = counts.get("skipped_in_a_row", 0)
         self.pairs = counts.get("pairs", self.pairs)
         if isinstance(self.engine, FollowingEngine):
             self.engine.trust = state_dict.get("trust")
+        if self.rate is not None and state_dict.get("rate") is not None:
+            self.rate.load_state_dict(state_dict["rate"])
         self.pending = [
             Displacement(tuple(seeds_Q), tuple(map(tuple, coefs_GQ)))
             for seeds_Q, coefs_GQ in state_dict.get("pending", ())
@@ -380,9 +385,19 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             return
         by, rule = joined(waiting), self.method.rule
         assert isinstance(rule, Linear)
-        if self.captured.fold(by):
+        at_once = self.at_once(len(by.seeds_Q), fold=True)
+        if self.captured.fold(by, at_once):
             return
-        rule.displace(Through(self.engine.writer, len(by.seeds_Q)), by, self.state)
+        rule.displace(Through(self.engine.writer, at_once), by, self.state)
+
+
+def _keep_dtypes(of: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """torch rounds an optimizer's state to the dtype of its parameter: a float32 moment of 16-bit weights would lose bits."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for i, param in zip(ids, (p for group in of.param_groups for p in group["params"]), strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                of.state[param][name] = value.to(param.device, copy=True)
 
 
 def _rounded(method: Method, rounding: str | None) -> Method:
@@ -393,8 +408,6 @@ def _rounded(method: Method, rounding: str | None) -> Method:
 
 
 def _whole(queries: Any) -> int | None:
-    from zotune.errors import OptionError
-
-    if queries is not None and not (queries >= 1 and queries == int(queries)):
+    if queries is not None and not is_count(queries):
         raise OptionError("queries", f"queries={queries!r}: must be a whole number from 1")
     return None if queries is None else int(queries)

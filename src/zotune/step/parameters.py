@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,17 +13,21 @@ NamedParams = Iterable[tuple[str, nn.Parameter]]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are trained, by name. Raises ValueError where there is none."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    """The parameters that are trained, by name, a compiled model's by its own. Raises ValueError where there is none."""
+    named = [(n.replace("_orig_mod.", ""), p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("the model has no trainable parameter: none has requires_grad=True")
     return named
 
 
 def parameter_groups(params: Any) -> list[dict[str, Any]]:
-    """Groups with plain `params` and their `names`, of a module, of (name, parameter), of parameters or of groups."""
+    """Groups with plain `params` and their `names`, of a module, of (name, parameter), a dict of them, parameters or groups."""
     if isinstance(params, nn.Module):
         params = trainable(params)
+    elif isinstance(params, Mapping):
+        if "params" in params:
+            raise ValueError("a group by itself: give a list of groups, [{'params': …}]")
+        params = params.items()  # dict(model.named_parameters()), as state_dict has them
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize")
@@ -37,7 +41,7 @@ def parameter_groups(params: Any) -> list[dict[str, Any]]:
 
 def named_group(group: dict[str, Any], offset: int) -> dict[str, Any]:
     """A group with plain `params` and their `names`; parameters without one are named by their position."""
-    given = group["params"]
+    given = group["params"].items() if isinstance(group["params"], Mapping) else group["params"]
     given = [given] if isinstance(given, Tensor) else list(given)
     pairs = [p if isinstance(p, tuple) else (f"param.{offset + i}", p) for i, p in enumerate(given)]
     for name, param in pairs:

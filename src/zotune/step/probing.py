@@ -18,9 +18,11 @@ from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.places import Copy, Places, as_losses, rows_in
 from zotune.engines.reads import same_draws
 from zotune.step.arithmetic import Given, clipped, projected
+from zotune.step.pieces import Piece, Sharing
 
 if TYPE_CHECKING:
     from zotune.methods import Method
+    from zotune.step.optimizer import ZeroOrderOptimizer
     from zotune.updates import Conservative
 
 Loss = Callable[[Any], Any]
@@ -34,6 +36,7 @@ def look(
     at: Displacement | HeldDisplacement,
     given: Given,
     shares_K: Sequence[int],
+    sharing: Sharing,
 ) -> tuple[Tensor, Tensor]:
     """Losses (C, K) float64 and projected gradients (G, Q): what the method sees of these batches.
 
@@ -41,7 +44,7 @@ def look(
     """
     if method.estimator is None:
         return derivatives(engine, loss, batches, at, given)
-    losses_CK = losses_at(engine, method, loss, batches, at, shares_K, given.pairs)
+    losses_CK = losses_at(engine, method, loss, batches, at, shares_K, given.pairs, sharing)
     if not isinstance(at, HeldDisplacement):  # the host's own numbers follow: one wait for the device
         losses_CK = losses_CK.cpu()
     return losses_CK, projected(method.estimator, method.rule, losses_CK, given)
@@ -55,20 +58,31 @@ def losses_at(
     at: Displacement | HeldDisplacement,
     shares_K: Sequence[int],
     pairs: int,
+    sharing: Sharing,
 ) -> Tensor:
     """(C, K) float64: the mean over the rows of each place. The rows of a step run on over its batches."""
     assert method.estimator is not None
     probes, first = method.estimator.probes, 0
+
+    def places(first: int, rows: int) -> Places:
+        """Of rows first, first + 1, … of the step."""
+        start, shares = window(shares_K, first, rows) if len(shares_K) > 1 else (0, (1,))
+        return Places(at, tuple(Copy(p.sign, p.query * pairs + start if p.sign else 0) for p in probes), shares)
+
+    if not sharing.whole:
+        return sharing.means(
+            engine, batches, shares_K, len(probes),
+            evaluate=lambda piece: engine.losses(loss, piece.batch, places(piece.first, piece.rows)),
+            overlook=lambda piece: engine.overlook(loss, piece.batch, places(piece.first, piece.rows)),
+        )  # fmt: skip
     found = []
     for batch in batches:
-        start, shares = 0, tuple[int, ...]((1,))
-        if len(shares_K) > 1:
-            rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)
-            start, shares = window(shares_K, first, rows)
-            first += rows
-        copies = tuple(Copy(probe.sign, probe.query * pairs + start if probe.sign else 0) for probe in probes)
-        found.append(engine.losses(loss, batch, Places(at, copies, shares)))
+        rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)
+        found.append(engine.losses(loss, batch, places(first, rows)))
+        first += rows
     losses_CB = (found[0] if len(found) == 1 else torch.cat([some.double() for some in found], 1)).double()
+    if method.maximize:
+        losses_CB = -losses_CB
     if len(shares_K) == 1:
         return losses_CB.mean(1, keepdim=True)
     if losses_CB.shape[1] != sum(shares_K):
@@ -104,11 +118,25 @@ def best_of_three(
     losses_CK: Tensor,
     signs: Sequence[int],
     move: Displacement | HeldDisplacement,
+    sharing: Sharing,
 ) -> Tensor:
     """0-d: which of θ, θ + move and θ − move has the least loss on the step's batches: 0, 1 or 2."""
     redraw = same_draws(engine.directions.params)
     here = [losses_CK[c, 0] for c, sign in enumerate(signs) if sign == 0][:1]
     places: list[Displacement | HeldDisplacement] = [Displacement(), move, move.negated()]
+    if not sharing.whole:
+        there = places[len(here) :]
+
+        def evaluate(piece: Piece) -> Tensor:
+            again = same_draws(engine.directions.params)
+            found = []
+            for at in there:
+                again()
+                found.append(as_losses(engine.loss(partial(loss, piece.batch), at)))
+            return torch.stack(found)
+
+        means_C1 = sharing.means(engine, batches, (1,), len(there), evaluate, lambda piece: None)
+        return rule.choose(torch.stack([*here, *means_C1[:, 0].to(losses_CK.device)]))
     found = []
     for at in places[len(here) :]:
         redraw()
@@ -161,6 +189,25 @@ def shares(rows: int, groups: int) -> tuple[int, ...]:
         raise ValueError(f"groups: {rows} rows for {groups} directions; each direction needs a row")
     bounds = [-(-rows * g // groups) for g in range(groups + 1)]
     return tuple(b - a for a, b in pairwise(bounds))
+
+
+def rows_shared(
+    of: ZeroOrderOptimizer, closure: Callable[..., Any], given: bool, batches: Sequence[Any]
+) -> tuple[int, ...]:
+    """How many of a step's rows each direction has; (1,) where one has all. given: the batches; else the closure tells by what it
+    returns at θ."""
+    if of.groups == 1:
+        return (1,)
+    if given:
+        rows = of.sharing.rows(batches)
+    else:
+        losses = of.engine.loss(closure, Displacement())
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise ValueError(f"groups={of.groups!r} needs a loss of each row; the closure returns one number")
+        rows = losses.numel()
+    directions = rows if of.groups == "batch" else min(int(of.groups), rows)
+    of.pairs = max(of.pairs, directions)
+    return shares(rows, directions)
 
 
 def sides(signs: Sequence[int], losses_P: Sequence[float], directions: int = 1) -> tuple[list[float], list[float]]:

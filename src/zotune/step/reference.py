@@ -40,7 +40,9 @@ def take(
         for name, w in weights.items():
             state.setdefault(name, {buffer: torch.zeros_like(w) for buffer in rule.buffers})
         return {name: rule.move(w.clone(), mean[name], state[name], lr, step + 1) for name, w in weights.items()}
-    coefs_Q = rule.rounded_coefficients(g_Q, lr_).tolist()
+    memory = {} if state is None else state.setdefault("", {"memory": torch.zeros(rule.memory, dtype=torch.float64)})
+    coefs, memory["memory"] = rule.recalled(g_Q, lr_, memory.get("memory", torch.zeros(rule.memory)))
+    coefs_Q = coefs.tolist()
     update = {name: sum(c * z[name] for c, z in zip(coefs_Q, z_Q, strict=True)) for name in weights}
     if isinstance(rule, Conservative):
         candidates = [moved(update, factor) for factor in (0.0, 1.0, -1.0)]

@@ -24,7 +24,7 @@ def apply_record(of: ZeroOrderOptimizer, record: Record) -> None:
     of.settle()
     late: list[tuple[Any, StepRecord]] = []
     blocks = recorded(of, record)
-    of.draw_mask()
+    of.prepare()
     for engine, taken in zip(of.blocks, blocks, strict=True):
         if not taken.skipped:
             late.append((engine, taken))
@@ -46,9 +46,10 @@ def _refuse_rows(of: ZeroOrderOptimizer) -> None:
 def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
     """What `ZeroOrderOptimizer.apply_records` does."""
     _refuse_rows(of)
-    rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1
+    rule, plain = of.method.rule, not of.enhancements.sequential and len(of.blocks) == 1 and not of.method.subspace
     plain = plain and not any(any(record.decay) for record in records)
-    if not plain or not isinstance(rule, Linear) or rule.rounding != "nearest" or of.method.first_order:
+    together = isinstance(rule, Linear) and not (rule.anchor or rule.memory)
+    if not plain or not isinstance(rule, Linear) or not together or rule.rounding != "nearest" or of.method.first_order:
         for record in records:
             of.apply_record(record)
             if record.folded:
@@ -67,7 +68,7 @@ def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
         for group in of.param_groups:
             group["step"] += 1
     most = max((len(by.seeds_Q) for by in moves), default=1)
-    of.engine.writer.apply_each(moves, most if of.fold_every > 1 else of.at_once(most))
+    of.engine.writer.apply_each(moves, of.at_once(most, fold=of.fold_every > 1))
 
 
 def recorded(of: ZeroOrderOptimizer, record: Record) -> list[StepRecord]:

@@ -1,6 +1,7 @@
 """Rows of instruction, input and output, as Stanford's Alpaca has them, asked in its own words."""
 
 from zotune.errors import InputError
+from zotune.tasks.conversations import refuse_seen
 from zotune.tasks.rows import Row, missing
 from zotune.tasks.task import Asked
 
@@ -15,6 +16,7 @@ def ask_alpaca(row: Row, labelled: bool) -> Asked:
     """The instruction, the input if there is one, and the output as the answer, under Alpaca's headings. A field 'system' stands in
     the place of the sentence that begins it.
     """
+    refuse_seen(row)
     given = _optional(row, "input")
     if row.fields.get("history"):
         raise InputError(f"{row.where}: field 'history' has earlier turns; give them as 'messages' or 'conversations'")

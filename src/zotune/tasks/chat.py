@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zotune.errors import InputError
-from zotune.tasks.conversations import is_learned
+from zotune.models.border import reading
+from zotune.tasks.conversations import THOUGHTS, is_learned
 from zotune.tasks.ends import marks
 
 Messages = Sequence[Mapping[str, Any]]
+SPEAKERS = ("user", "assistant")  # whom every template lets speak
+HONOURED = ("tool_calls", *THOUGHTS)  # keys of messages that the template writes, or the row is refused
 Said = Mapping[str, Any]  # what a row tells the template besides, such as `tools`
 
 
@@ -27,15 +30,31 @@ def check_template(tokenizer: Any) -> None:
 
 
 def check_honoured(tokenizer: Any, messages: Messages, where: str, said: Said) -> None:
-    """Raises InputError where the template writes neither the tools nor the calls of them that the messages come with."""
+    """Raises InputError where the messages come with tools, calls of them, thoughts or other speakers, and the template writes none
+    of these."""
+    keys = [key for key in HONOURED if any(message.get(key) for message in messages)]
+    others = [i for i, message in enumerate(messages) if message["role"] not in SPEAKERS and message["content"].strip()]
+    if not keys and not others and "tools" not in said:
+        return
     whole = _written(tokenizer, messages, where, False, said)
-    without = {key: value for key, value in said.items() if key != "tools"}
-    bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
     told = "; take a model whose template does, or rows without"
+    without = {key: value for key, value in said.items() if key != "tools"}
     if "tools" in said and _written(tokenizer, messages, where, False, without) == whole:
         raise InputError(f"{where}: field 'tools': the chat template of --model writes no tools{told}")
-    if bare != list(messages) and _written(tokenizer, bare, where, False, said) == whole:
-        raise InputError(f"{where}: 'tool_calls': the chat template of --model writes none{told}")
+    for key in keys:
+        bare = [{name: value for name, value in message.items() if name != key} for message in messages]
+        if _written(tokenizer, bare, where, False, said) == whole:
+            raise InputError(f"{where}: {key!r}: the chat template of --model writes none{told}")
+    for i in others:
+        if messages[i]["content"].strip() in whole:
+            continue
+        try:
+            unseen = _written(tokenizer, [*messages[:i], *messages[i + 1 :]], where, False, said) == whole
+        except InputError:  # it is asked for
+            continue
+        if unseen:
+            role = messages[i]["role"]
+            raise InputError(f"{where}: a message of role {role!r}: the chat template of --model writes none{told}")
 
 
 def end_marks(tokenizer: Any) -> set[int]:
@@ -73,8 +92,12 @@ def conversation_ids(
     for i, message in enumerate(messages):
         if not is_learned(message) or i < learned:
             continue
-        before = _written(tokenizer, messages[:i], where, True, said)
         through = _written(tokenizer, messages[: i + 1], where, False, said).rstrip()
+        if i:
+            before = _written(tokenizer, messages[:i], where, True, said)
+        else:  # nobody has spoken, and no template asks for a turn then
+            before, found, _ = through.partition(message["content"].strip())
+            before = before if found else through
         if len(before) < len(through) and through.startswith(before) and whole.startswith(through):
             spans.append((len(before), len(through)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -123,10 +146,6 @@ def places_within(text: str, offsets: Sequence[tuple[int, int]], start: int, end
 
 
 def _written(tokenizer: Any, messages: Messages, where: str, asks: bool, said: Said) -> str:
-    import jinja2
-
     bare = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    try:
+    with reading(f"{where}: the tokenizer's chat template refuses these messages"):
         return str(tokenizer.apply_chat_template(bare, tokenize=False, add_generation_prompt=asks, **said))
-    except (jinja2.TemplateError, TypeError) as error:
-        raise InputError(f"{where}: the tokenizer's chat template refuses these messages ({error})") from None

@@ -22,6 +22,10 @@ SPEAKERS = {  # ShareGPT's names of who speaks → roles
 LEARNS = ("weight", "train", "training")  # keys of a turn that say whether it is learned: OpenAI's, axolotl's
 
 
+SEEN = ("images", "image", "videos", "video", "audios", "audio")  # fields of what is seen or heard beside the texts
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn that templates of models that think write
+
+
 def messages_of(row: Row, field: str, begins: bool = True) -> list[Message]:
     """The field's messages, each of texts `role` and `content`; `weight` 0 where a turn is not learned.
 
@@ -43,6 +47,7 @@ def template_options(row: Row) -> dict[str, Any]:
     """What the row says to the chat template beside its messages: `tools`, and TRL's `chat_template_kwargs`."""
     if given := next((key for key in ("functions", "function_call") if row.fields.get(key)), None):
         raise InputError(f"{row.where}: field {given!r} is OpenAI's old form of tools; give 'tools' and 'tool_calls'")
+    refuse_seen(row)
     made: dict[str, Any] = {}
     for key, kind, wanted in (("tools", list, "a list"), ("chat_template_kwargs", Mapping, "an object")):
         value = row.fields.get(key)
@@ -57,6 +62,14 @@ def template_options(row: Row) -> dict[str, Any]:
             raise InputError(f"{row.where}: field {key!r} must be {wanted}, or one as a JSON text")
         made |= {"tools": value} if key == "tools" else dict(value)
     return made
+
+
+def refuse_seen(row: Row) -> None:
+    """Raises InputError where the row has pictures or sound, which no text says."""
+    for key in SEEN:
+        value: Any = row.fields.get(key)
+        if not missing(value) and not (hasattr(value, "__len__") and len(value) == 0):
+            raise InputError(f"{row.where}: field {key!r} is of what is seen or heard; texts alone are read")
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
@@ -81,11 +94,15 @@ def _message(given: Any, where: str) -> Message:
         raise InputError(f"{where} has a message without texts 'role' and 'content'")
     if not _learns(given, message["role"], where):
         message["weight"] = 0
+    elif message["role"] == "assistant" and not calls and not message["content"].strip():
+        raise InputError(f"{where} has a message of the assistant's without text")
     return message
 
 
 def _learns(given: Mapping[str, Any], role: str, where: str) -> bool:
     """False where a key says that the turn is not learned."""
+    if key := next((key for key in ("train_detail", "training_detail") if given.get(key)), None):
+        raise InputError(f"{where}: {key} of a message; a turn is learned as a whole or not, which `train` says")
     said = {key: given[key] for key in LEARNS if given.get(key) is not None}
     for key, value in said.items():
         if not (isinstance(value, (bool, int, float)) and value in (0, 1)):

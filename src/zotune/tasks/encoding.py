@@ -125,6 +125,8 @@ class Encoder:
         label = -1 if example.label is None else example.label
         if self.kind == "classifier":
             ids = tuple(self._encoded(example.prompt)[0])
+            if (n := self.behind) and ids[-n:] == ids[-2 * n : -n]:  # the text ends itself
+                ids = ids[:-n]
             kept, cut = self._fit(ids, 0, example, "the prompt is")
             return Encoded(kept, ((),) * len(example.candidates), label, cut, outputs=self.outputs)
         prompt, answers, tail = self._filled(example)
@@ -178,8 +180,7 @@ class Encoder:
         asks, limit, longest = example.label is None, self.max_length or self.model_takes, 0
         ids: list[int] = []
         places: list[int] = []  # of what counts
-        if "tools" in example.template or any("tool_calls" in message for message in example.messages):
-            check_honoured(self.tokenizer, example.messages, example.where, example.template)
+        check_honoured(self.tokenizer, example.messages, example.where, example.template)
         for messages, learned in remaining(example.messages, example.learned):
             if asks:
                 ids, places = question_ids(self.tokenizer, messages, example.where, example.template), []
@@ -294,6 +295,8 @@ class Encoder:
     def _ended(self, prompt: str, answer: str, end: str, where: str) -> list[int]:
         """Ids of prompt and answer and its end."""
         if (marked := self._marked(prompt + answer)) is not None:
+            if answer.strip() in self.marks_texts:
+                raise InputError(f"{where}: the answer is {answer.strip()!r}, an end, and nothing before it")
             return marked
         if end:
             return self._ids(prompt + answer + ("" if answer.endswith(end) else end))

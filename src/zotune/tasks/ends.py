@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 
+from zotune.decode.plain import only
+from zotune.models.border import reading
 from zotune.models.kinds import without_adapter
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def take_from_adapter(model: nn.Module, folder: str | Path) -> None:
     """What ended the answers that an adapter was trained on ends the model's, if its folder says so."""
     folder = Path(folder).expanduser()
     if (folder / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+        with reading(f"--adapter {folder}", folder / "generation_config.json"):
+            ids = GenerationConfig.from_pretrained(folder).eos_token_id
         teach(model, ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
 
 
@@ -90,16 +93,9 @@ class Until(StoppingCriteria):
 
 @contextmanager
 def greedy(model: nn.Module, pad_id: int, most: int, ends: Iterable[int]) -> Iterator[None]:
-    """The likeliest token each time, up to one of the ends, whatever else the checkpoint asks for (penalties, beams, lengths).
-
-    `generate` fills what its caller leaves open with the model's own, so this stands in its place.
-    """
-    base: Any = without_adapter(model)
-    own = base.generation_config
-    base.generation_config = GenerationConfig(
+    """The likeliest token each time, up to one of the ends, whatever else the checkpoint asks for (penalties, beams, lengths)."""
+    config = GenerationConfig(
         eos_token_id=sorted(ends) or None, pad_token_id=pad_id, max_new_tokens=most, do_sample=False
     )
-    try:
+    with only(model, config):
         yield
-    finally:
-        base.generation_config = own

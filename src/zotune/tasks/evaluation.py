@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from zotune.engines.attended import hiding_nothing
 from zotune.tasks.encoding import Encoded
 from zotune.tasks.files import own_score
 from zotune.tasks.generation import answers_of
@@ -60,17 +61,18 @@ def outcome(
     Raises NotFinite where the model gives something that is no number, of which no metric would mean anything.
     """
     common: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id, "advance": advance}
-    if task.generates or (task.messages_field and replies):
-        own = ":" in task.metric
-        prompts = [tokenizer.decode(list(row.asked), skip_special_tokens=True) for row in rows] if own else []
-        written = answers_of(
-            model, tokenizer, rows, reply=not task.generates, end=task.end, most=task.max_new_tokens, **common
-        )
-        texts = [answer.text for answer in written]
-        return Outcome(answers=texts, prompts=prompts, unended=sum(not answer.ended for answer in written))
-    if task.models:
-        return Outcome(losses=row_losses(model, rows, **common))
-    return Outcome(scores=score_rows(model, rows, **common))
+    with hiding_nothing(model.parameters()):
+        if task.generates or (task.messages_field and replies):
+            own = ":" in task.metric
+            prompts = [tokenizer.decode(list(row.asked), skip_special_tokens=True) for row in rows] if own else []
+            written = answers_of(
+                model, tokenizer, rows, reply=not task.generates, end=task.end, most=task.max_new_tokens, **common
+            )
+            texts = [answer.text for answer in written]
+            return Outcome(answers=texts, prompts=prompts, unended=sum(not answer.ended for answer in written))
+        if task.models:
+            return Outcome(losses=row_losses(model, rows, **common))
+        return Outcome(scores=score_rows(model, rows, **common))
 
 
 def also(task: Task) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from zotune.errors import InputError, nearest
 from zotune.files.checked import Options, Positive, fault_line
+from zotune.files.code import named
 from zotune.files.reading import read_yaml
 from zotune.tasks.task import MADE_BY_ASK, METRICS, Hub, Task
 
@@ -142,11 +141,8 @@ def written(task: Task, name: str | None = None) -> str:
 
 def named_function(name: str, option: str) -> Callable[..., Any]:
     """The function of `package.module:function`; modules in the working folder are found."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
+        found = named(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{option} {name}: cannot be imported ({error})") from None
     if not callable(found):

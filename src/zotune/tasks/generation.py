@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 from zotune.errors import InputError
 from zotune.models.finite import refuse_rows
+from zotune.models.ids import padding_counts
 from zotune.models.loading import length_limit
 from zotune.tasks import ends
 from zotune.tasks.chat import end_marks
@@ -77,15 +78,28 @@ def write(
 
     It ends at the tokenizer's end, the model's own (`generation_config`) or one of more_ends, and at the text `end` if one is
     given. reply: of a conversation, up to the mark that the chat template writes; of more tokens. Never more than the model takes.
-    Raises InputError where a prompt leaves no room.
+    A row's answer depends on no other: rows share a forward that may have as many tokens, and where padding would count (virtual
+    tokens) are of one length. Raises InputError where a prompt leaves no room.
     """
     most = most or (REPLY_TOKENS if reply else MOST_TOKENS)
-    takes = length_limit(model)
-    if takes is not None and (most := min(most, takes - ids_BT.shape[1])) < 1:
+    takes, lengths = length_limit(model), mask_BT.sum(1).tolist()
+    rooms = [most if takes is None else min(most, takes - length) for length in lengths]
+    if takes is not None and min(rooms) < 1:
         raise InputError(
-            f"a prompt of {ids_BT.shape[1]} tokens leaves no room to answer, the model takes {takes}; cut its start with "
+            f"a prompt of {max(lengths)} tokens leaves no room to answer, the model takes {takes}; cut its start with "
             f"--max-length {takes - MOST_TOKENS if takes > 2 * MOST_TOKENS else takes // 2}"
         )
+    kinds = list(zip(lengths, rooms, strict=True)) if padding_counts(model) else [(0, room) for room in rooms]
+    if len(set(kinds)) > 1:
+        told: dict[str, Any] = {"pad_id": pad_id, "most": most, "reply": reply, "end": end, "more_ends": [*more_ends]}
+        found: dict[int, Answer] = {}
+        for kind in sorted(set(kinds)):
+            rows = [b for b, other in enumerate(kinds) if other == kind]
+            longest = max(lengths[b] for b in rows)
+            some = ids_BT[rows, -longest:], mask_BT[rows, -longest:]
+            found |= dict(zip(rows, write(model, tokenizer, *some, **told), strict=True))
+        return [found[b] for b in range(len(kinds))]
+    most = rooms[0]
     stops = ends.of(model) | {*more_ends} | {tokenizer.eos_token_id} - {None}
     end = None if reply else end
     until = [ends.Until(end, tokenizer, ids_BT.shape[1])] if end else []

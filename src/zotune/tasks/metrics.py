@@ -100,7 +100,8 @@ def figure(metric: str, value: float, unit: str = "") -> str:
     >>> figure("accuracy", 81.25, " %"), figure("perplexity", 12.3456, " %")
     ('81.2 %', '12.35')
     """
-    return f"{value:.4g}" if metric in LOWER_IS_BETTER or ":" in metric else f"{value:.1f}{unit}"
+    own = metric == "reward" or metric in LOWER_IS_BETTER or ":" in metric
+    return f"{value:.4g}" if own else f"{value:.1f}{unit}"
 
 
 def text_metric(name: str, answers: Sequence[str], rows: Sequence[Encoded]) -> float:

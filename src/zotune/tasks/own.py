@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zotune.errors import InputError
 from zotune.tasks import get_task
 from zotune.tasks.alpaca import ask_alpaca
 from zotune.tasks.chat import check_template
 from zotune.tasks.encoding import Encoded, Encoder
-from zotune.tasks.rows import Row
-from zotune.tasks.splits import Source, find_source
+from zotune.tasks.rows import Row, missing
+from zotune.tasks.splits import SPLITS, Source, find_source
 from zotune.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from zotune.options import DataOptions
+
+TEMPLATE = "{text}\nAnswer:"  # of labelled texts that come without one
+MOST_LABELS = 50  # that are taken for classes
 
 
 def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
@@ -47,26 +52,69 @@ def data_of(options: DataOptions, labelled: bool = True) -> tuple[Task, Source]:
 def _own_task(options: DataOptions, source: Source, labelled: bool) -> Task:
     assert options.data is not None
     name = Path(options.data).name or options.data
-    if options.template is None:
-        return by_columns(name, source.first()[1][0], labelled)
+    if options.text_field is not None:
+        return Task(name=name, text_field=options.text_field)
+    label, template, words = options.label_field or "label", options.template, options.label_words
+    if template is None:
+        first = source.first()[1][0]
+        asked = words is not None or options.label_field is not None
+        if not asked and not (labelled and "text" in first.fields and label in first.fields):
+            return by_columns(name, first, labelled)
+        if "text" not in first.fields:
+            raise InputError(
+                f"--template: needed, such as '{{sentence}} It was', for {first.where} has no field 'text'"
+            )
+        template = TEMPLATE
+    if words is None and options.choices_field is None and options.answer_field is None:
+        words = _words_of(source, label)
     return Task(
         name=name,
-        prompt=options.template,
-        words=options.label_words,
-        label_field=options.label_field or "label",
+        prompt=template,
+        words=words,
+        label_field=label,
         choices_field=options.choices_field,
         answer_field=options.answer_field,
     )
 
 
+def _words_of(source: Source, field: str) -> dict[str, str]:
+    """The labels of the rows, each its own word. Raises InputError for labels that are no words, or too many."""
+    given: set[Any] = set()
+    splits = ("train",) if source.single else SPLITS
+    rows = [row for split in splits for row in source.rows(split) or []]
+    for row in rows:
+        if field not in row.fields:
+            raise InputError(
+                f"{row.where}: no field {field!r} (has {', '.join(map(repr, row.fields))}): give one of --label-words, "
+                "--choices-field or --answer-field, or name the labels by --label-field"
+            )
+        if not missing(row.fields[field]):
+            given.add(row.fields[field] if isinstance(row.fields[field], (str, int, float)) else str(row.fields[field]))
+    labels = sorted(map(str, given))
+    example = json.dumps(dict.fromkeys(labels[:3], "…"), ensure_ascii=False, allow_nan=False)
+    way = f"say by --label-words '{example}' which word stands for each, or take the texts for plain text by --text-field text"
+    if len(labels) < 2:
+        raise InputError(
+            f"{source}: one label alone in field {field!r} ({', '.join(labels)}), so there is nothing to tell apart"
+        )
+    if len(labels) > MOST_LABELS:
+        raise InputError(f"{source}: field {field!r} holds {len(labels)} different labels; {way}")
+    if not all(isinstance(label, str) and re.search(r"[^\W\d_]{2}", label) for label in given):
+        raise InputError(f"{source}: field {field!r} holds labels that are no words ({', '.join(labels[:6])}); {way}")
+    return {label: label for label in labels}
+
+
 def described(task: Task) -> str:
-    """What rows are taken for where nothing but their columns tells.
+    """What rows are taken for where their columns or labels tell.
 
     >>> described(Task(name="notes", text_field="text"))
     "notes: field 'text' is plain text, every token counts"
     """
     if task.text_field is not None:
         return f"{task.name}: field {task.text_field!r} is plain text, every token counts"
+    if task.words is not None:
+        said = ", ".join(list(task.words)[:8]) + ", …" * (len(task.words) > 8)
+        return f"{task.name}: field {task.label_field!r} ({len(task.words)} words: {said}) is the answer to {task.prompt!r}"
     if task.messages_field is not None:
         whose = f"those of field {task.answer_field!r}" if task.answer_field else "all"
         return f"{task.name}: field {task.messages_field!r} is a conversation, of the assistant's turns {whose} count"
@@ -103,15 +151,16 @@ def by_columns(name: str, row: Row, labelled: bool = True) -> Task:
             f"{row.where}: fields 'chosen' and 'rejected' are of preference, which is not learned from; "
             '--columns \'{"chosen": "completion"}\' takes the chosen ones as answers to a field prompt'
         )
-    for field in ("messages", "conversations"):
-        if field in has:
-            return Task(name=name, messages_field=field)
+    talks = next((field for field in ("messages", "conversations") if field in has), None)
+    answered = labelled and (talks is not None or ("prompt" in has and "completion" in has))
+    if rated := next((key for key in ("label", "kto_tag") if answered and isinstance(has.get(key), bool)), None):
+        raise InputError(
+            f"{row.where}: field {rated!r} says whether a completion is a good one (unpaired preference, as TRL has it), which is "
+            "not learned from; keep the good ones without it"
+        )
+    if talks is not None:
+        return Task(name=name, messages_field=talks)
     if "prompt" in has and ("completion" in has or not labelled):
-        if labelled and isinstance(has.get("label"), bool):
-            raise InputError(
-                f"{row.where}: field 'label' says whether a completion is a good one (TRL's unpaired preference), which is not "
-                "learned from; keep the good ones without it"
-            )
         if isinstance(has["prompt"], list) or isinstance(has.get("completion"), list):
             return Task(name=name, messages_field="prompt", answer_field="completion")
         if has.get("tools"):

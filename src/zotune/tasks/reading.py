@@ -10,7 +10,7 @@ from zotune.tasks.task import Asked, Hub, Task
 
 def ask_squad(row: Row, labelled: bool) -> Asked:
     """Context and question. All answers count, the first is trained on."""
-    prompt = f"Context: {row['context']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
+    prompt = f"Context: {row['context']}\nQuestion: {_question(row)}\nAnswer:"
     if not labelled:
         return Asked(prompt, [""], None)
     answers = row["answers"]
@@ -27,7 +27,7 @@ def ask_drop(row: Row, labelled: bool) -> Asked:
     The hub's form lists spans: of a training row those of its one answer, elsewhere those of all annotators, one after the
     other, which all count.
     """
-    prompt = f"Passage: {row['passage']}\nQuestion: {str(row['question']).strip()}\nAnswer:"
+    prompt = f"Passage: {row['passage']}\nQuestion: {_question(row)}\nAnswer:"
     if not labelled:
         return Asked(prompt, [""], None)
     if "answers_spans" in row.fields:
@@ -41,6 +41,13 @@ def ask_drop(row: Row, labelled: bool) -> Asked:
     if not golds or not golds[0]:
         raise InputError(f"{row.where}: no answer in it")
     return Asked(prompt, golds[:1], 0, golds)
+
+
+def _question(row: Row) -> str:
+    text = str(row["question"]).strip()
+    if not text:
+        raise InputError(f"{row.where}: field 'question' has no text, so nothing is asked")
+    return text
 
 
 squad = Task(

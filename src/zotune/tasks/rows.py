@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import InputError
+from zotune.models.border import stands_in
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"  # behind any of these but Parquet's, which packs by itself
+GZIP = b"\x1f\x8b"  # how what is packed begins, whatever its name
 DESCRIBING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets`, which hold no rows
 HIDDEN = re.compile(r"(?:label|is) '(-1(?:\.0)?|)'")  # in what is said of a label that a test split does not tell
 
@@ -78,8 +80,8 @@ class BadRows:
         if self.skip or not self.said:
             return
         hidden = [match[1] for line in self.said if (match := HIDDEN.search(line))]
-        if len(hidden) == len(self.said):
-            others = f", here and in {len(hidden) - 1} other rows" if len(hidden) > 1 else ""
+        if len(hidden) == len(self.said) > 1:
+            others = f", here and in {len(hidden) - 1} other rows"
             where = self.said[0].partition(": ")[0]
             raise InputError(
                 f"{where}: the label is {hidden[0] or 'empty'}{others}: not told, as in GLUE's test split; "
@@ -150,7 +152,9 @@ def named(path: Path) -> tuple[str, str]:
 def _text_of(path: Path) -> str:
     try:
         held = path.read_bytes()
-        held = gzip.decompress(held) if path.suffix.lower() == PACKED else held
+        _refuse_stand_in(path, held)
+        if path.suffix.lower() == PACKED or held.startswith(GZIP):
+            held = gzip.decompress(held)
         return held.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].split(b"\n")
@@ -161,11 +165,18 @@ def _text_of(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
+def _refuse_stand_in(path: Path, start: bytes) -> None:
+    if found := stands_in(start[:256]):
+        raise InputError(f"{path}: {found}")
+
+
 def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
+        with open(path, "rb") as opened:
+            _refuse_stand_in(path, opened.read(256))
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
@@ -231,7 +242,7 @@ def _row(fields: Any, where: str, escaped: bool = True) -> Row:
     """escaped: whether a text may hold what only an escape writes."""
     if not isinstance(fields, dict):
         raise InputError(f"{where}: a {type(fields).__name__} where a JSON object was expected, one a line")
-    if escaped and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False)):
+    if escaped and any("\ud800" <= c <= "\udfff" for c in json.dumps(fields, ensure_ascii=False, allow_nan=True)):
         raise InputError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no text")
     return Row(fields, where)
 
@@ -312,6 +323,9 @@ CONVERTED = (
 
 def read_hub(name: str, subset: str | None) -> dict[str, Iterable[Mapping[str, Any]]]:
     """The splits of a hub data set, each a table of rows. Raises InputError where it cannot be had."""
+    from zotune.models.hub import look_first
+
+    look_first(name)
     import datasets
 
     try:

@@ -232,19 +232,30 @@ def some_of(taken: int, given: int) -> str:
     return f"{taken:,} of {given:,}" if taken != given and given else f"{taken:,}"
 
 
-def training_splits(
-    task: Task,
+@dataclass(frozen=True)
+class Drawn:
+    """The rows of a run, of which `Splits` are the examples; see there."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    test_split: str
+    given: Mapping[str, int]
+
+
+def draw(
     source: Source,
     *,
     train_size: int,
     validation_size: int,
     test_size: int,
     seed: int,
-    balanced: bool = False,
-) -> Splits:
-    """The examples of a run. Train and validation rows are drawn by the run's seed, test rows are the same for all.
+    choose: Callable[[list[Row], int, int], list[Row]] | None = None,
+) -> Drawn:
+    """Train and validation rows are drawn by the run's seed, test rows are the same for all.
 
-    balanced: as many training rows of each class. A missing validation split is carved from train, at most a fifth of it.
+    choose: (rows, size, seed) → the training rows, instead of a draw. A missing validation split is carved from train, at most a
+    fifth of it.
     """
     train = source.rows("train")
     if train is None:
@@ -255,15 +266,33 @@ def training_splits(
     given = {split: len(rows) for split, rows in of_splits.items() if rows is not None}
     if validation is None:
         validation, train = _carve(source, train, validation_size, seed)
-    train = _balanced(task, train, train_size, seed) if balanced else _draw(train, train_size, seed, "train")
+    train = _draw(train, train_size, seed, "train") if choose is None else choose(train, train_size, seed)
     validation = _draw(validation, validation_size, seed, "validation")
     scored = validation if test is None else _draw(test, test_size, 0, "test")
+    return Drawn(train, validation, scored, "validation" if test is None else "test", given)
+
+
+def training_splits(
+    task: Task,
+    source: Source,
+    *,
+    train_size: int,
+    validation_size: int,
+    test_size: int,
+    seed: int,
+    balanced: bool = False,
+) -> Splits:
+    """The examples of a run, by `draw`. balanced: as many training rows of each class."""
+    rows = draw(
+        source, train_size=train_size, validation_size=validation_size, test_size=test_size, seed=seed,
+        choose=(lambda train, size, seed: _balanced(task, train, size, seed)) if balanced else None,
+    )  # fmt: skip
     return Splits(
-        train=[task.example(row) for row in train],
-        validation=[task.example(row) for row in validation],
-        test=[task.example(row) for row in scored],
-        test_split="validation" if test is None else "test",
-        given=given,
+        train=[task.example(row) for row in rows.train],
+        validation=[task.example(row) for row in rows.validation],
+        test=[task.example(row) for row in rows.test],
+        test_split=rows.test_split,
+        given=rows.given,
     )
 
 

@@ -182,6 +182,8 @@ class Task:
             asked = self.ask(row, labelled)
             candidates = tuple(join(asked.prompt, text) if text else "" for text in asked.texts)
             golds, names = tuple(asked.golds), tuple(asked.names)
+            if labelled and self.generates and not all(gold.strip() for gold in golds):
+                raise InputError(f"{row.where}: an answer without text in it")
             end = (self.end or "") if self.generates else None
             label = asked.label if labelled else None
             return Example(asked.prompt, candidates, label, row.where, golds, names, end=end)
@@ -196,7 +198,7 @@ class Task:
         if not prompt.strip():
             raise InputError(f"{row.where}: an empty prompt")
         wanted = template_fields(self.prompt)
-        if all(row[name] == "" for name in wanted):
+        if not any(_text(row[name]).strip() for name in wanted):
             said = " and ".join(map(repr, dict.fromkeys(wanted)))
             raise InputError(f"{row.where}: field {said} has no text, so nothing is asked")
         if self.answer_field is not None:
@@ -236,7 +238,7 @@ class Task:
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = row[self.answer_field or ""]
         values = value if isinstance(value, list) else [value]
-        answers = tuple(_text(v) for v in values)
+        answers = tuple(_words(v, row.where, str(self.answer_field)) for v in values)
         if not answers or not answers[0].strip() or any(map(missing, values)):
             raise InputError(f"{row.where}: field {self.answer_field!r} must be a text, or a list of texts")
         return answers
@@ -250,7 +252,7 @@ class Task:
         return choices
 
     def _label(self, row: Row, candidates: list[str]) -> int:
-        given = _read(row[self.label_field])
+        given = _read(_told(row, self.label_field))
         if self.words is not None:
             label = _label_text(given, self.words)
             if label not in self.words:
@@ -288,7 +290,7 @@ def _shown(messages: list[dict[str, Any]]) -> str:
 
 def label_of(row: Row, known: Mapping[str, int], field: str = "label") -> int:
     """The index that a row's label stands for. Raises InputError for another one."""
-    label = _label_text(row[field], known)
+    label = _label_text(_told(row, field), known)
     if label not in known:
         raise InputError(f"{row.where}: field {field!r} is {label!r}; it must be one of {', '.join(known)}")
     return known[label]
@@ -331,11 +333,27 @@ def _filled(template: str, row: Row) -> tuple[str, tuple[tuple[int, int], ...]]:
     for (words, name, _, _), (behind, *_) in zip(parts, [*parts[1:], ("", None, None, None)], strict=True):
         text += words
         if name is not None:
-            value = _text(row[name])
+            value = _words(row[name], row.where, name)
             value = value.lstrip(" ") if text.endswith(" ") else value
             value = value.rstrip(" ") if behind.startswith(" ") else value
             places.append((len(text), len(text := text + value)))
     return text, tuple(places)
+
+
+def _told(row: Row, field: str) -> Any:
+    """A row's label. One without a value is not told, as one that is empty."""
+    if field in row.fields and missing(row.fields[field]):
+        raise InputError(f"{row.where}: field {field!r} has no value, its label is ''")
+    return row[field]
+
+
+def _words(value: Any, where: str, field: str) -> str:
+    """A field's text. Raises InputError for what Python alone would write as one: a list, an object, bytes."""
+    value = _read(value)
+    if isinstance(value, (Mapping, list, tuple, set, bytes)) or getattr(value, "shape", ()) != ():
+        kind = "bytes" if isinstance(value, bytes) else "an object" if isinstance(value, Mapping) else "a list"
+        raise InputError(f"{where}: field {field!r} is {kind} where a text or a number was expected")
+    return _text(value)
 
 
 def _label_text(value: Any, known: Container[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from zotune.step.choices import AUTO
 from zotune.trainer.refusals import refuse_arguments
 
 
@@ -36,21 +37,32 @@ class ZOTrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "directions over the rows of a batch: 1, a number, or 'batch' [the method's own, else 1]"},
     )
-    rank: int = field(default=1, metadata={"help": "rank of the directions of engine lowrank"})
+    rank: int | None = field(
+        default=None, metadata={"help": "rank of the directions of engine lowrank [the method's own, else 1]"}
+    )
     forward_tokens: int | None = field(default=None, metadata={"help": "tokens of one forward at most"})
+    micro_batch: int | None = field(default=None, metadata={"help": "rows of a step that are evaluated together"})
     fold_every: int = field(default=1, metadata={"help": "steps whose updates are applied together"})
     rounding: str = field(default="nearest", metadata={"help": "nearest or compensated"})
     engine: str = field(default="auto", metadata={"help": "an engine of `zotune list engines`"})
     method_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "further options of the method"})
     calibration_rows: int = field(default=128, metadata={"help": "training rows that a mask of wanda is made from"})
     max_skipped: int = field(default=5, metadata={"help": "stop after so many non-finite steps in a row"})
+    lr: Any = field(
+        default=None,
+        metadata={"help": "instead of learning_rate: a number, or 'auto': the run finds it (`zotune.step.rates`)"},
+    )
     learning_rate: float = 1e-6
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: Any = field(
+        default=None, metadata={"help": "as transformers has them [constant; with lr auto linear]"}
+    )
     max_grad_norm: float = 0.0
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
         refuse_arguments(self)
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "linear" if self.lr == AUTO else "constant"
         super().__post_init__()
         if self.dataloader_pin_memory:
             accelerator: Any = self.accelerator_config
@@ -58,8 +70,8 @@ class ZOTrainingArguments(transformers.TrainingArguments):
 
 
 ZO_FIELDS = (
-    "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "fold_every", "rounding", "engine",
-    "method_options", "max_skipped", "calibration_rows",
+    "method", "eps", "direction", "queries", "groups", "rank", "forward_tokens", "micro_batch", "fold_every", "rounding", "engine",
+    "method_options", "max_skipped", "calibration_rows", "lr",
 )  # fmt: skip
 
 

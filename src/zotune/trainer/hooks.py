@@ -14,6 +14,9 @@ from typing import Any
 import transformers
 from torch import nn
 
+from zotune.errors import InputError
+from zotune.models.border import damaged, reading
+
 logger = logging.getLogger(__name__)
 
 # Method → its parameters behind self.
@@ -54,6 +57,11 @@ def one_card(args: transformers.TrainingArguments) -> None:
     if args.n_gpu > 1:
         logger.warning("one of %d GPUs trains; CUDA_VISIBLE_DEVICES chooses it", args.n_gpu)
     args._n_gpu = min(args.n_gpu, 1)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Without DistributedDataParallel, which would send buffers at each forward, and processes take different numbers of these."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 class HookedTrainer(transformers.Trainer):
@@ -120,8 +128,12 @@ class HookedTrainer(transformers.Trainer):
         super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.load_weights(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        place = resume_from_checkpoint
+        if not self.load_weights(Path(place)):
+            if found := damaged(place):
+                raise InputError(f"{place}: {found}")
+            with reading(place, place):
+                super()._load_from_checkpoint(place, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         plain = super()._load_optimizer_and_scheduler

@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 from zotune.errors import InputError
+from zotune.methods import Method
+from zotune.step.enhancements import Enhancements
 
 # Argument of TrainingArguments → why it is refused where it is set to more than its default, and what to do.
 REFUSED = {
@@ -51,11 +53,6 @@ def refuse_trainer(model: Any, args: transformers.TrainingArguments, row_loss: A
         raise InputError(f"ACCELERATE_MIXED_PRECISION=fp16: {REFUSED['fp16']}")
     if getattr(args, "deepspeed_plugin", None) is not None:
         raise InputError(f"ACCELERATE_USE_DEEPSPEED: {REFUSED['deepspeed']}")
-    if args.world_size > 1:
-        raise InputError(
-            f"{args.world_size} processes: each would move its weights by losses of its own; run one, without torchrun or "
-            "accelerate launch"
-        )
     optimizer, schedule = given.get("optimizers") or (None, None)
     if optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None:
         kind = optimizer if optimizer is not None else given["optimizer_cls_and_kwargs"][0]
@@ -76,6 +73,14 @@ def refuse_trainer(model: Any, args: transformers.TrainingArguments, row_loss: A
         )
     if isinstance(model, nn.Module):
         _refuse_model(model)
+
+
+def refuse_shared(method: Method, enhancements: Enhancements, processes: int) -> None:
+    """Raises InputError for what several processes cannot do with rows of their own each."""
+    if method.kind != "zeroth-order" or enhancements.hybrid is not None:
+        raise InputError(f"{processes} processes: exchange losses, and this method has gradients; run one process")
+    if method.needs_rows:
+        raise InputError(f"{processes} processes: an update of this method needs all rows of its step; run one process")
 
 
 def _refuse_model(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from zotune.errors import InputError
+from zotune.step.choices import AUTO
 
 BY_ARGUMENT = ("eps", "weight_decay")  # of a parameter group
 RATE = "learning_rate"  # that the schedule begins from
@@ -36,6 +37,8 @@ def load_as_told(
             f"{checkpoint}: its parameter groups are not those of these arguments ({str(error).splitlines()[0]}); give the run's "
             "own weight_decay, and train the same parameters"
         ) from error
+    if AUTO in (told.get(RATE), was.get(RATE)):
+        may_change = set()  # a rate that is found has what the steps told it
     for name, value in {**told, "seed": seed}.items():
         if name not in may_change and name in was and was[name] != value:
             raise InputError(

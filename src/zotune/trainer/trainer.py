@@ -11,20 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from zotune.engines.attended import hiding_nothing
 from zotune.errors import InputError
 from zotune.methods import find
+from zotune.models.border import reading
+from zotune.step.choices import AUTO
 from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.step.rates import scale_of
 from zotune.trainer.arguments import ZO_FIELDS, ZOTrainingArguments, options_of
 from zotune.trainer.groups import parameter_groups
-from zotune.trainer.hooks import HookedTrainer, one_card
-from zotune.trainer.refusals import refuse_trainer
+from zotune.trainer.hooks import HookedTrainer, one_card, plain
+from zotune.trainer.outputs import Outputs
+from zotune.trainer.refusals import refuse_shared, refuse_trainer
 from zotune.trainer.resuming import RATE, load_as_told
+from zotune.trainer.sharing import processes
 from zotune.trainer.tally import Tally, without_nan
 
 RowLoss = Callable[[nn.Module, Any], Tensor]
 # What a checkpoint has to have in common with the run that goes on from it: it makes the directions and the rule.
 KEPT = ("method", "method_options", "direction", "queries", "groups", "rank", "fold_every", "rounding")
+UNREADABLE = "its state cannot be read: "
 POSITIONAL = (  # of the Trainer, behind model and args
     "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init", "compute_loss_func", "compute_metrics",
     "callbacks", "optimizers", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics",
@@ -60,6 +68,9 @@ class ZOTrainer(HookedTrainer):
         (`method="zo-sgd", eps=…`); keywords win.
     row_loss: (model, inputs) → (B,) losses, instead of `compute_loss`; the batch's loss is their mean.
 
+    Under torchrun or accelerate it keeps the Trainer's convention: each process has batches of its own, of
+    `per_device_train_batch_size` rows; a step has the rows of all, and all apply it. Losses alone travel between them.
+
     Each logged step also carries `projected_gradient`, `forward_passes` and `skipped_steps`. After a step with a
     non-finite loss nothing has changed; after `max_skipped` in a row `NonFiniteLoss` ends training.
     """
@@ -80,7 +91,9 @@ class ZOTrainer(HookedTrainer):
         self._micro_batches: list[Any] = []
         self._row_loss_of: functools.partial[Tensor] | None = None
         self._weights: tuple[nn.Module, int] | None = None
+        self._outputs: Outputs | None = None  # of an evaluation that is under way
         self.tally = Tally()
+        self._workers = processes(args)
         super().__init__(model, args, *positional, **kwargs)
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
             self._made_optimizer(self.model)  # what it refuses is refused now; the run's own is made when it begins
@@ -101,13 +114,34 @@ class ZOTrainer(HookedTrainer):
         options = options_of(
             self.args, self._given
         )  # as they are now: a search of hyperparameters sets them for each trial
-        told = {name: _plain(options[name]) for name in KEPT} | {RATE: self.args.learning_rate}
+        options["lr"] = self.args.learning_rate if options["lr"] is None else options["lr"]
+        told = {name: _plain(options[name]) for name in KEPT} | {RATE: options["lr"]}
         options |= options.pop("method_options")
         del options["calibration_rows"]
+        if options["lr"] == AUTO:
+            options["total_steps"] = max(1, self.args.max_steps)  # until the schedule tells
         groups = parameter_groups(model, self.args.weight_decay)
-        optimizer = _TrainersOptimizer(groups, lr=self.args.learning_rate, seed=self.args.seed, **options)
-        optimizer.told = told | {"groups": optimizer.groups}
+        optimizer = _TrainersOptimizer(groups, seed=self.args.seed, **options)
+        if optimizer.rate is not None:
+            optimizer.rate.scale = scale_of([p for group in optimizer.param_groups for p in group["params"]], model)
+        optimizer.told = told | {"groups": optimizer.groups, "rank": optimizer.rank}
+        if self._workers is not None:
+            refuse_shared(optimizer.method, optimizer.enhancements, self._workers.size)
+        optimizer.sharing.workers = self._workers
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's; it is also what a rate that the run finds by itself is laid out by."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        rate = getattr(self.zo_optimizer, "rate", None)
+        if rate is not None:
+            if not isinstance(schedule, LambdaLR):
+                raise InputError(
+                    f"lr_scheduler_type={self.args.lr_scheduler_type!r}: lr='auto' needs a schedule that is known beforehand; "
+                    "use linear, cosine or constant"
+                )
+            rate.plan(num_training_steps, schedule.lr_lambdas[0])
+        return schedule
 
     def calibrate(self) -> int:
         """Evaluates the loss on the first `calibration_rows` training rows, one at a time, so that no padding is among them.
@@ -127,10 +161,16 @@ class ZOTrainer(HookedTrainer):
         return self.collated([row])
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not isinstance(self.zo_optimizer, ZeroOrderOptimizer):  # a subclass's, or one that was put there
+            raise InputError(
+                f"optimizer: {type(self.zo_optimizer).__name__} steps by gradients, and there are none; leave create_optimizer to "
+                "ZOTrainer, and name a method by method="
+            )
         self._micro_batches.append(self.on_device(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
+        model = plain(model)
         if model.training:  # it walks through all modules
             model.eval()
         with self.compute_loss_context_manager():
@@ -172,12 +212,17 @@ class ZOTrainer(HookedTrainer):
             load()
             return optimizer.was_told
 
-        load_as_told(optimizer, self.lr_scheduler, optimizer.told, checkpoint, states)
+        with reading(checkpoint, checkpoint, said=UNREADABLE):
+            load_as_told(optimizer, self.lr_scheduler, optimizer.told, checkpoint, states)
         if optimizer.steps != self.state.global_step:
             raise InputError(
                 f"{checkpoint}: holds no optimizer's state of step {self.state.global_step} (save_only_model?); begin a run of its "
                 "own from these weights, or name another checkpoint"
             )
+
+    def load_draws(self, checkpoint: str, load: Callable[[], None]) -> None:
+        with reading(checkpoint, checkpoint, said=UNREADABLE):
+            load()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model
@@ -210,6 +255,27 @@ class ZOTrainer(HookedTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.settle()
         return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's. Raises NotFinite where the model gives a row something that is no number, before a metric is asked."""
+        assert self.model is not None
+        self._outputs = seen = Outputs(self.model)
+        metric = self.compute_metrics
+        if metric is not None:
+            self.compute_metrics = seen.before(metric)
+        try:
+            with hiding_nothing(self.model.parameters()):
+                found = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._outputs, self.compute_metrics = None, metric
+        seen.refuse()
+        return found
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._outputs is not None:
+            self._outputs.look(found[1], inputs)
+        return found
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
@@ -249,6 +315,8 @@ class ZOTrainer(HookedTrainer):
             if not optimizer.method.first_order:
                 g_Q = optimizer.last.g_GQ[0]
                 logs["projected_gradient"] = sum(g_Q) / len(g_Q)
+            if optimizer.rate is not None:
+                logs["learning_rate"] = max(optimizer.last.lr_G)
             logs["forward_passes"] = optimizer.forward_passes
             logs["skipped_steps"] = optimizer.skipped_steps
         told = without_nan(logs)

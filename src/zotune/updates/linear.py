@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zotune.record.scalars import float32, shrinkage
+from zotune.updates.anchor import pull
 from zotune.updates.rule import Rule, State, shrink
 
 if TYPE_CHECKING:
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear(Rule):
-    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no state, no tensor."""
+    """A rule whose update is Σ_q c_q·z_q: a list of coefficients; no tensor as large as the weights, but for an anchor.
+
+    memory: how many numbers a parameter group remembers from step to step, of which the coefficients are made too (`recalled`).
+    anchor: k of a decay towards where the weights began, θ ← θ − k·(θ − θ₀) before each update (`zotune.updates.anchor`); θ₀ is
+    kept beside θ, once the trainable weights' memory. 0: none.
+    """
+
+    anchor: float = 0.0
 
     linear = True
-
     capturable = True
+    memory = 0
 
     def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
         """(Q,) float32: c of each direction. g_Q and lr (0-d): float64, on any device, of float32's values."""
@@ -34,29 +42,53 @@ class Linear(Rule):
         """`coefficients` of g and lr as a run records them, in float32: what is applied is what a replay applies."""
         return self.coefficients(g_Q.float().double(), lr.float().double())
 
+    def recalled(self, g_Q: Tensor, lr: Tensor, memory_M: Tensor) -> tuple[Tensor, Tensor]:
+        """`rounded_coefficients`, and what is remembered after this step. memory_M: before it, float64, zeros at first."""
+        return self.rounded_coefficients(g_Q, lr), memory_M
+
+    def memories(self, directions: Any, state: State) -> dict[int, Tensor]:
+        """(M,) float64 by parameter group, kept beside its first parameter; none for a rule that remembers nothing."""
+        import torch
+
+        found: dict[int, Tensor] = {}
+        for param in directions.params if self.memory else ():
+            group = directions.slots[id(param)].group
+            if group not in found:
+                own = state[param]
+                if "memory" not in own:
+                    own["memory"] = torch.zeros(self.memory, dtype=torch.float64, device=param.device)
+                found[group] = own["memory"]
+        return found
+
     def reach(self, g_Q: Tensor, lr: Tensor) -> Tensor:
         return self.rounded_coefficients(g_Q, lr)
 
-    def displacement(self, by: StepRecord) -> Displacement:
-        """The update as a displacement."""
+    def displacement(self, by: StepRecord, memories: Mapping[int, Tensor] | None = None) -> Displacement:
+        """The update as a displacement. memories: what the rule remembers, by parameter group, changed in place."""
         import torch
 
         from zotune.directions import Displacement
 
-        wide = torch.float64
-        coefs_GQ = (
-            self.rounded_coefficients(torch.tensor(g_Q, dtype=wide), torch.tensor(lr, dtype=wide)).tolist()
-            for g_Q, lr in zip(by.g_GQ, by.lr_G, strict=True)
-        )
-        return Displacement(by.seeds_Q, tuple(map(tuple, coefs_GQ)))
+        assert memories or not self.memory, "its coefficients are made of steps before this one"
+        coefs_GQ, memories = [], memories or {}
+        for group, (g_Q, lr) in enumerate(zip(by.g_GQ, by.lr_G, strict=True)):
+            held = memories.get(group, torch.zeros(self.memory))
+            g, rate = (torch.tensor(x, dtype=torch.float64) for x in (g_Q, lr))
+            coefs_Q, after_M = self.recalled(g, rate, held.cpu())
+            held.copy_(after_M)
+            coefs_GQ.append(tuple(coefs_Q.tolist()))
+        return Displacement(by.seeds_Q, tuple(coefs_GQ))
 
     def apply(self, directions: Any, by: StepRecord, state: State) -> None:
+        if self.anchor:
+            pull(directions.params, state, self.anchor)
+        moved = self.displacement(by, self.memories(directions, state))
         if self.rounding == "compensated":
             factors = [shrinkage(lr, decay) for lr, decay in zip(by.lr_G, by.decay_G, strict=True)]
-            self.displace(directions, self.displacement(by), state, factors)
+            self.displace(directions, moved, state, factors)
         else:
             shrink(directions, by)
-            self.displace(directions, self.displacement(by), state)
+            self.displace(directions, moved, state)
 
     def displace(
         self, directions: Any, by: Displacement | HeldDisplacement, state: State, factors: Sequence[float | Tensor] = ()
@@ -102,6 +134,54 @@ class ScalarSign(Linear):
 
 
 @dataclass(frozen=True)
+class RowNormalised(Sgd):
+    """g_i = d_i/((std(d) + ε)·eps·2): each row's difference in units of their spread over the batch, the mean not taken off.
+
+    std: of the K directions over the rows, biased. Where they are all alike, and of one row, they told nothing, and nothing moves.
+    The 2·eps stays, so that (1/B) Σ g_i·z_i is the paper's a_i·z_i/(2·σ·B), with a_i of L(θ + σz) − L(θ − σz), twice d.
+    Source: GRZO, arXiv 2606.02857.
+    """
+
+    epsilon: float = 1e-8
+
+    normalises = True
+
+    def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
+        alike = d_QK.amax(1, keepdim=True) == d_QK.amin(1, keepdim=True)  # their spread may be a rounding of the mean
+        spread = 2 * d_QK.std(1, correction=0, keepdim=True) + self.epsilon
+        return (2 * d_QK / spread / (2 * eps)).where(~alike, d_QK * 0)
+
+
+@dataclass(frozen=True)
+class MeanSquare(Sgd):
+    """v ← β·v + (1 − β)·ḡ², one number; c_q = −lr/(√v̂ + ε)·g_q / Q, with ḡ the mean of the g_q and v̂ = v/(1 − βᵗ).
+
+    The rate in units of the size that projected gradients have had: Adam's second moment of the directions, not of the weights.
+    A parameter group has a v of its own, as it has an eps. Where all g were 0 so far nothing moves.
+    Source: MEAZO, arXiv 2605.03869 (read second hand, its index of t from 1).
+    """
+
+    beta: float = 0.999
+    epsilon: float = 1e-8
+
+    memory = 2  # v and 1 − βᵗ: the same mean, of g² and of 1
+
+    def recalled(self, g_Q: Tensor, lr: Tensor, memory_M: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        g_Q = g_Q.float().double()
+        mean = g_Q.sum() * (1 / g_Q.numel())
+        after_M = memory_M * self.beta + torch.stack([mean * mean, torch.ones_like(mean)]) * (1 - self.beta)
+        root = (after_M[0] / after_M[1]).sqrt() + self.epsilon
+        return self.coefficients(g_Q / root, lr.float().double()), after_M
+
+    def reach(self, g_Q: Tensor, lr: Tensor) -> Tensor:
+        import torch
+
+        return torch.cat([g_Q, lr.view(1)])
+
+
+@dataclass(frozen=True)
 class Conservative(Sgd):
     """θ ← the best of {θ, θ − lr·ĝ, θ + lr·ĝ} on the step's own batch; on a tie θ stays. Source: arXiv 2402.11592, ZO-SGD-Cons.
 
@@ -110,8 +190,8 @@ class Conservative(Sgd):
 
     extra_forwards = 3
 
-    def displacement(self, by: StepRecord) -> Displacement:
-        taken = super().displacement(by)
+    def displacement(self, by: StepRecord, memories: Mapping[int, Tensor] | None = None) -> Displacement:
+        taken = super().displacement(by, memories)
         if by.choice == 0:
             return taken.some(0, 0)
         return taken if by.choice == 1 else taken.negated()
@@ -137,12 +217,32 @@ class Conservative(Sgd):
 
 @dataclass(frozen=True)
 class Normalised(Sgd):
-    """θ ← θ − lr·(1/Q) Σ_q d_q/std(d)·z_q: the differences in units of their own spread, so that eps cancels.
+    """θ ← θ − lr·scale·(1/Q) Σ_q d_q/std(d)·z_q: the differences in units of their own spread, so that eps cancels.
 
-    std: of the Q places of the same rows, biased, which is that of their losses. Where these are all alike they told nothing, and
-    nothing moves. Source: FZOO, arXiv 2506.09034.
+    scale: a constant of the method's. std: of the Q places of the same rows, biased, which is that of their losses. Where these
+    are all alike they told nothing, and nothing moves. Source: FZOO, arXiv 2506.09034; CoPES, arXiv 2608.02391.
     """
+
+    scale: float = 1.0
+
+    normalises = True
 
     def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
         alike_K = d_QK.amax(0) == d_QK.amin(0)  # their spread may be a rounding of the mean
-        return (d_QK / d_QK.std(0, correction=0)).where(~alike_K, d_QK * 0)
+        return (d_QK / d_QK.std(0, correction=0) * self.scale).where(~alike_K, d_QK * 0)
+
+
+@dataclass(frozen=True)
+class Standardised(Sgd):
+    """θ ← θ − lr·(1/Q) Σ_q d_q/std(L)·z_q: the differences in units of the spread of all losses of the same rows, so that eps
+    cancels.
+
+    std: of the step's C places of the same rows, biased. For antithetic pairs this is the z-score over all 2Q members: with
+    d_q = (L⁺ − L⁻)/2 the mean cancels. Losses that are all alike told nothing, and nothing moves. Source: ES, arXiv 2509.24372.
+    """
+
+    normalises = True
+
+    def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
+        alike_K = losses_CK.amax(0) == losses_CK.amin(0)
+        return (d_QK / losses_CK.std(0, correction=0)).where(~alike_K, d_QK * 0)

@@ -48,9 +48,11 @@ class Rule:
     kernel = ""  # in `zotune.updates.fused`, which does what `move` does; without one, tile by tile everywhere
     linear = False
     counts = False  # whether `numbers` depends on how many steps were applied
+    normalises = False  # whether g is no multiple of d, so that what a direction's rows weigh is multiplied afterwards
     capturable = False  # as part of a CUDA graph: what it decides can be decided on the device
     extra_forwards = 0
     state_copies = 0  # of the trainable parameters
+    carries = ()  # type: tuple[str, ...]  # buffers that go along where a subspace is drawn anew, as coordinates in it
 
     def __init_subclass__(cls) -> None:
         """Another `move` is not what an inherited kernel does; a linear rule moves gradients alone by it."""
@@ -90,15 +92,19 @@ class Rule:
 
     def reserve(self, params: Sequence[Any], state: State) -> None:
         """The tensors of the parameters' state, zeros where there are none yet."""
+        for param in params if self.kept_names else ():
+            self.reserve_shape(param, state[param], param.shape)
+
+    def reserve_shape(self, param: Any, own: Any, shape: Sequence[int]) -> None:
+        """The same of one parameter whose estimate is of another shape than it is."""
         import torch
 
-        for param in params if self.kept_names else ():
-            own, wide = state[param], torch.float64 if param.dtype == torch.float64 else torch.float32
-            kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
-            for name in self.kept_names:
-                if name not in own:
-                    dtype = param.dtype if name == "residual" else kept
-                    own[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        kept = {"float32": wide, "bfloat16": torch.bfloat16, "parameter": param.dtype}[self.state_dtype]
+        for name in self.kept_names:
+            if name not in own:
+                dtype = param.dtype if name == "residual" else kept
+                own[name] = torch.zeros(tuple(shape), dtype=dtype, device=param.device)
 
     def count(self, params: Sequence[Any], state: State) -> None:
         """One more update of these parameters, where the rule counts them."""
@@ -118,7 +124,7 @@ class Rule:
             device = directions.params[0].device
             seeds_Q, _ = mean.on(0, device)
             mean_GQ = torch.tensor(g_GQ, dtype=torch.float32, device=device)
-            numbers_GN = self.table(by.lr_G, by.decay_G, steps_G).to(device)
+            numbers_GN = table(self.numbers_of(by.lr_G, by.decay_G, steps_G)).to(device)
             passes.update_of(self, directions, state).run(seeds_Q, mean_GQ, numbers_GN)
             self.count(directions.params, state)
             return
@@ -127,12 +133,11 @@ class Rule:
             tiles = directions.gradient_tiles(param, mean, TILE)
             self._update(param, tiles, state[param], by.lr_G[group], by.decay_G[group])
 
-    def table(self, lr_G: Sequence[float], decay_G: Sequence[float], steps_G: Sequence[int]) -> Tensor:
-        """The `numbers` of each parameter group's next update, (G, NUMBERS) float64. steps_G: of those before."""
-        import torch
-
-        rows = [self.numbers(lr, decay, steps + 1) for lr, decay, steps in zip(lr_G, decay_G, steps_G, strict=True)]
-        return torch.tensor([[*row, *[0.0] * (NUMBERS - len(row))] for row in rows], dtype=torch.float64)
+    def numbers_of(
+        self, lr_G: Sequence[float], decay_G: Sequence[float], steps_G: Sequence[int]
+    ) -> list[tuple[float, ...]]:
+        """The `numbers` of each parameter group's next update. steps_G: of those before."""
+        return [self.numbers(lr, decay, steps + 1) for lr, decay, steps in zip(lr_G, decay_G, steps_G, strict=True)]
 
     def descend(self, params: Sequence[Any], gradients: Sequence[Any], lr: float, decay: float, state: State) -> None:
         """The same rule on gradients that back-propagation gave, dense and of the parameters' shape."""
@@ -181,6 +186,13 @@ def passes_for(directions: Directions) -> Any:
     if len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
         return None
     return import_module("zotune.updates.fused")
+
+
+def table(numbers_G: Sequence[Sequence[float]]) -> Tensor:
+    """Each parameter group's numbers as they are sent to a device, (G, NUMBERS) float64."""
+    import torch
+
+    return torch.tensor([[*row, *[0.0] * (NUMBERS - len(row))] for row in numbers_G], dtype=torch.float64)
 
 
 def steps_of(directions: Directions, state: State) -> list[int] | None:

@@ -16,6 +16,7 @@ from zotune.bench.figures import (
     pareto_time,
     passes,
     queries,
+    seconds,
     sensitivity,
 )
 
@@ -23,5 +24,6 @@ from zotune.bench.figures import (
 def modules() -> list[ModuleType]:
     """The figures in the order of the report."""
     return [
-        accuracy, memory, context, passes, queries, curves, alignment, enhancements, pareto_memory, pareto_time, sensitivity,
+        accuracy, memory, context, passes, seconds, queries, curves, alignment, enhancements, pareto_memory, pareto_time,
+        sensitivity,
     ]  # fmt: skip

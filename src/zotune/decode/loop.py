@@ -1,0 +1,175 @@
+"""One loop of decode steps over a fixed set of slots: prompts are read into them, each step is a token more of every answer."""
+
+# S slots, n of them, T tokens, V vocabulary.
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.decode.asking import Request, Settings
+from zotune.decode.board import Board
+from zotune.decode.cache import SlotCache, Slots, Windows
+from zotune.decode.seats import MemberWeights, SeatReads
+from zotune.engines.modules import FusedModules
+from zotune.engines.parts import kernels_for
+from zotune.models.kinds import without_adapter
+from zotune.step.graphs import capture
+
+logger = logging.getLogger(__name__)
+
+
+LOOK = 8  # steps by graphs before the host looks at what came of them, and waits for it
+
+
+class Loop:
+    """Requests answered by so many slots, at weights that stay as they are meanwhile.
+
+    weights: the members', drawn; None: all slots read the model's as they are. room: columns, of the longest prompt and its answer.
+    On CUDA a step is captured as a graph once one has been taken without. Whatever it reads stays in its place, so that a loop
+    serves later requests too, after `clear`.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        slots: int,
+        room: int,
+        settings: Settings,
+        weights: MemberWeights | None,
+    ) -> None:
+        self.reader, self.weights = reader, weights
+        self.slots = Slots(slots, room, reader.device)
+        self.board = Board(self.slots, settings)
+        self.cache = SlotCache(reader.layers, self.slots)
+        self._members = [-1] * slots
+        self._mode = None if weights is None else weights.reads(self._members)
+        self._dealt = True
+        self._graph: Any = None
+        self._warm = False  # a step has been taken
+
+    def clear(self, seen: dict[int | None, list[Tensor]] | None = None) -> None:
+        """Nobody's answers, and the members' weights as they are drawn now. seen: is given the logits of each request's tokens."""
+        self.board.clear()
+        self.board.seen = seen
+        self._members = [-1] * len(self.slots)
+        self._dealt = False
+
+    def prefill(self, slots_n: Tensor, requests: Sequence[Request], multiple: int = 1) -> None:
+        """The prompts read, and the first token of each answer. multiple: of tokens, to which they are padded, if there is room.
+
+        Padding is behind a prompt, whose last token sees none of it; what it leaves in a slot is written over before anybody looks.
+        """
+        device, slots = slots_n.device, self.slots
+        lengths = [len(request.prompt) for request in requests]
+        tokens = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, slots.room))
+        ids_nT = torch.full((len(requests), tokens), self.board.settings.pad)
+        for row, request in enumerate(requests):
+            ids_nT[row, : lengths[row]] = torch.tensor(request.prompt)
+        last_n = torch.tensor(lengths, device=device) - 1
+        at_nT = torch.arange(tokens, device=device).minimum(last_n[:, None])  # a table of positions may have no more
+        members = [request.member for request in requests]
+        mode = None if self.weights is None else self.weights.reads(members)
+        slots.reading = slots_n
+        try:
+            logits_nV = self.reader.last_logits(mode, self.cache, ids_nT.to(device), at_nT, last_n)
+        finally:
+            slots.reading = None
+        self.board.write(slots_n, logits_nV)
+        for slot, member in zip(slots_n.tolist(), members, strict=True):
+            self._members[slot] = member
+        self._dealt = False
+
+    def steps(self) -> None:
+        """As many steps as are taken before the host looks at what came of them."""
+        if not self._dealt and self._mode is not None:
+            self._mode.deal(self._members)
+        self._dealt = True
+        if self.reader.graphs:
+            for _ in range(LOOK):
+                self._next()
+        else:
+            self.slots.columns = 1 + int(torch.where(self.board.alive_S, self.slots.at_S, 0).max())
+            self._step()
+
+    def take(self, other: Loop, slots: Sequence[int]) -> None:
+        """Another's slots, which go on in the first of this one."""
+        self.cache.take(other.cache, self.board.take(other.board, slots))
+        self._members = [other._members[s] for s in slots] + [-1] * (len(self.slots) - len(slots))
+        self._dealt = False
+
+    def _next(self) -> None:
+        """A step, by the graph of one from the second on."""
+        if self._warm and self._graph is None and self.reader.captures and self.board.seen is None:
+            self._graph = self.reader.captured(self._step)
+        if self._graph is None:
+            self._step()
+            self._warm = True
+        else:
+            self._graph.replay()
+
+    def _step(self) -> None:
+        """The next token of each slot."""
+        mask = self.reader.windows.mask(self.slots, self.reader.dtype)
+        ids_S1, at_S1 = self.board.token_S[:, None], self.slots.at_S[:, None]
+        self.board.write(self.slots.all_S, self.reader.logits(self._mode, self.cache, ids_S1, at_S1, mask)[:, -1])
+
+
+class Reader:
+    """How a model is called. layers: of keys and values. windows: what their tokens see. params: those that members displace."""
+
+    def __init__(self, model: nn.Module, layers: int, windows: Windows, params: Sequence[nn.Parameter]) -> None:
+        self.model, self.layers, self.windows = model, layers, windows
+        first = next(p for p in model.parameters() if p.is_floating_point())
+        self.dtype, self.device = first.dtype, first.device
+        self.positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
+        self.learns = kernels_for(first) is not None  # whether modules that kernels serve are still looked for
+        self.graphs = self.device.type == "cuda"
+        self.captures = True  # until a step could not be
+        self._fused = FusedModules(params)
+        self._pool: Any = None
+
+    def logits(
+        self, mode: SeatReads | None, cache: SlotCache, ids_nT: Tensor, at_nT: Tensor, mask: Any = None
+    ) -> Tensor:
+        """(n, T, V), or (n, 1, V) within `last_logits`."""
+        given: dict[str, Any] = {"position_ids": at_nT} if self.positions else {}
+        given |= {"input_ids": ids_nT, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if mode is None:
+            logits: Tensor = self.model(**given).logits
+            return logits
+        learning = self._fused.learning() if self.learns else nullcontext()
+        with mode, learning, self._fused.standing_in(mode):
+            logits = self.model(**given).logits
+        return logits
+
+    def last_logits(
+        self, mode: SeatReads | None, cache: SlotCache, ids_nT: Tensor, at_nT: Tensor, last_n: Tensor
+    ) -> Tensor:
+        """(n, V): after each row's last token, which alone the output head sees, where the model says which that is."""
+        head: Any = without_adapter(self.model).get_output_embeddings()
+        rows_n = torch.arange(len(last_n), device=last_n.device)
+        if head is None:
+            return self.logits(mode, cache, ids_nT, at_nT)[rows_n, last_n]
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows_n, last_n][:, None], *args[1:]))
+        try:
+            return self.logits(mode, cache, ids_nT, at_nT)[:, -1]
+        finally:
+            handle.remove()
+
+    def captured(self, step: Callable[[], None]) -> Any:
+        """The step as a CUDA graph, or None where it cannot be one; then none of the later ones can."""
+        try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            return capture(step, self._pool)
+        except Exception as error:  # anything a model does may be what a graph cannot hold
+            self.captures = False
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("decode steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
+            return None

@@ -1,0 +1,54 @@
+"""What a step takes, tried: steps at lr 0, which leave every weight as it is."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+
+from zotune.prepare.listener import Listener
+from zotune.prepare.prepared import Prepared
+from zotune.run.arguments import optimizer_for
+from zotune.tasks.objectives import generates, objective
+
+ENOUGH = 5.0  # seconds of timed steps
+FEW = 4  # rows whose answers are timed
+
+
+def timed(ready: Prepared) -> tuple[float, float, int, str]:
+    """Seconds a step, seconds a scored row, forwards a step, and the engine: the quickest of up to three steps, some scored rows.
+
+    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes.
+    """
+    config = ready.config
+    ready.model.eval()
+    optimizer = optimizer_for(ready)
+    rows = (ready.train * config.batch_size)[: config.batch_size]
+    asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
+    batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
+    loss_of = functools.partial(asked.row_loss, ready.model)
+    writes = generates(config.loss)
+    began = _now(ready.device)
+    scored = ready.validation[: FEW if writes or ready.task.generates else 2 * config.batch_size]
+    ready.score(scored, Listener(), "timing")
+    row_seconds = (_now(ready.device) - began) / len(scored)
+    if writes:
+        return optimizer.forwards_a_step * len(rows) * row_seconds * config.accumulate, row_seconds, *_of(optimizer)
+    took: list[float] = []
+    while len(took) < 3 and sum(took) < ENOUGH:
+        began = _now(ready.device)
+        optimizer.step(loss_of, batch=batch)
+        took.append(_now(ready.device) - began)
+    return min(took) * config.accumulate, row_seconds, *_of(optimizer)
+
+
+def _of(optimizer: Any) -> tuple[int, str]:
+    return optimizer.forwards_a_step, optimizer.chosen_engine
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
