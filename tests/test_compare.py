@@ -37,7 +37,7 @@ def facts(scores) -> Facts:
 def test_time_and_passes_pay_for_steps():
     assert steps_of("time", 2.0, None, 0.5, 2) == steps_of("memory", 2.0, None, 0.5, 2) == 240
     assert steps_of("passes", 2.0, 2000, 0.5, 2) == 1000
-    assert steps_of("time", 0.001, None, 5.0, 2) == 1
+    assert steps_of("time", 0.001, None, 5.0, 2) == 2
 
 
 def test_back_propagation_is_beside_and_zeroth_orders_own_options_are_its_alone():

@@ -59,11 +59,11 @@ def contenders(options: CompareConfig, default_lr: float, parameters: int) -> li
 
 
 def steps_of(equal: str, minutes: float, passes: int | None, step_seconds: float, forwards: int) -> int:
-    """Steps that the time, or the forward passes, pay for; at least one."""
+    """Steps that the time, or the forward passes, pay for; at least two, so that a tried rate has fewer."""
     if equal == "passes":
         assert passes is not None
-        return max(1, passes // forwards)
-    return max(1, int(60 * minutes / step_seconds))
+        return max(2, passes // forwards)
+    return max(2, int(60 * minutes / step_seconds))
 
 
 def plan_for(options: CompareConfig, runs: Sequence[tuple[Contender, int]]) -> Expanded:
