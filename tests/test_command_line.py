@@ -185,6 +185,7 @@ def test_what_a_run_takes_is_told_before_it_or_why_it_is_not_known(flags, tmp_pa
     assert ("not known" in lines[0]) == bool(more)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bits_of_a_whole_one(flags, tmp_path):
     """SIGKILL after the first checkpoint; then SIGTERM, whose exit code says so; then to the end."""
     flags[flags.index("--steps") + 1] = "60"

@@ -220,6 +220,7 @@ def test_a_run_by_each_kind_of_method(made, tmp_path, capsys, extra, forwards):
     assert "forward passes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_adam_resumes_to_the_bits_of_a_whole_one(made, tmp_path):
     """16-bit weights, float32 moments."""
     flags = tiny.flags(*made, steps=40, eval_every=4, method="zo-adam", dtype="bfloat16", lr="1e-3")

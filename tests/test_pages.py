@@ -147,7 +147,9 @@ def material(tmp_path_factory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("pages") / "model")
 
 
-@pytest.mark.parametrize("page", START, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem == "study" else ()) for p in START]
+)
 def test_a_page_s_files_and_commands_work_in_their_order(page, material, tmp_path, monkeypatch, capsys):
     """Its titled blocks are written, its commands and scripts run, on a tiny model; of the hub nothing is asked."""
     monkeypatch.chdir(tmp_path)

@@ -322,6 +322,7 @@ def test_a_saved_state_goes_on_to_the_same_bits():
     assert again.rate.state_dict() == optimizer.rate.state_dict()
 
 
+@pytest.mark.slow
 def test_a_quadratic_is_descended_as_by_the_best_of_five_rates():
     """With directions enough that noise is what limits it."""
 

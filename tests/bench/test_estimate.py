@@ -62,6 +62,7 @@ print(json.dumps([measure(options) for options in json.loads(sys.argv[1])]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux alone")
 def test_memory_is_within_a_tenth_of_the_measured_peak():
     """Measured in a process of its own, the smallest first: what a larger one leaves behind would help it."""

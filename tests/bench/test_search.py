@@ -158,6 +158,7 @@ def test_the_command_plans_without_writing(tmp_path, capsys):
     assert run([*command, "--overwrite"]) == 2
 
 
+@pytest.mark.slow
 def test_a_search_in_which_no_run_finished_says_why(tmp_path, capsys):
     command = ["sweep", "--model", "org/model", "--data", str(tmp_path / "nothere"), "--template", "{text}",
                "--label-words", '{"0": "bad", "1": "good"}', "--output", str(tmp_path / "out"), "--lrs", "1e-5",

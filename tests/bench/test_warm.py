@@ -106,6 +106,7 @@ def test_a_killed_runner_takes_server_and_run_with_it(long_run, tmp_path):
     until(lambda: not alive(pid) and not alive(server), 10)
 
 
+@pytest.mark.slow
 def test_where_the_server_was_killed_its_runs_are_to_go_on_and_the_next_has_another(long_run, tmp_path):
     flags, _ = long_run
     with warm.Server() as server:

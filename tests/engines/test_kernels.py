@@ -132,6 +132,7 @@ def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype, groups):
     assert not torch.equal(w, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("by", ["kernel", "torch"])
 def test_compensated_folds_add_up_where_rounded_ones_are_lost(dtype, by):

@@ -311,6 +311,7 @@ def test_a_captured_step_is_the_host_s_to_the_bit(dtype, options, device, monkey
     assert first.forward_passes == second.forward_passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("forward_tokens", [None, 50])
 def test_the_kernels_of_low_rank_terms_see_each_row_s_own(name, forward_tokens, monkeypatch):

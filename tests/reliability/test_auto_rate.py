@@ -62,6 +62,7 @@ def test_the_rate_is_said_and_recorded(flags, tmp_path, capsys):
     assert all(record.lr[0] > 0 for record in records)
 
 
+@pytest.mark.slow
 def test_it_trains_as_well_as_the_best_of_five_rates(flags, tmp_path):
     """A tiny model that knows nothing: its loss after 60 steps, beside a grid around what was found."""
 

@@ -77,7 +77,14 @@ def test_the_calls_of_a_run_are_all_seen(whole):
     assert seen["safetensors"] == sum("old-checkpoint" in call and call.startswith("rmdir") for call in whole.calls) + 1
 
 
-@pytest.mark.parametrize("kinds", [("kill", "half"), FAILS, POWER], ids=["killed", "failing disk", "power loss"])
+SAMPLED = [
+    pytest.param(("kill", "half"), id="killed"),
+    pytest.param(FAILS, id="failing disk", marks=pytest.mark.slow),
+    pytest.param(POWER, id="power loss", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kinds", SAMPLED)
 def test_a_fault_at_a_sample_of_the_calls(whole, tmp_path, kinds):
     """One call of each part of the run, drawn anew in each part."""
     draw, parts = random.Random(3), 8

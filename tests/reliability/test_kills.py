@@ -84,6 +84,7 @@ def trials(flags: Any, tmp_path: Path, kills: int, runs: list[dict[str, Any]], s
         return sum(pool.map(one, range(len(plan))))
 
 
+@pytest.mark.slow
 def test_runs_killed_at_20_random_moments_end_to_the_bits_of_whole_ones(flags, tmp_path):
     assert trials(flags, tmp_path, 20, RUNS[:7], seed=0) >= 12  # the others had ended before
 
@@ -128,6 +129,7 @@ def test_soak_kills(flags, tmp_path):
     print(f"\nkills at random moments: {hits}, of runs of {len(RUNS)} kinds; 0 differed from whole ones")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save_every", "steps"), [(3, (5, 6, 10)), (5, (5, 6, 11))])
 def test_a_run_killed_around_the_end_of_an_epoch_goes_on_with_the_same_rows(flags, tmp_path, save_every, steps):
     """20 rows, 4 a step: an epoch ends with step 5. Some from a checkpoint at that step, some from one before it."""

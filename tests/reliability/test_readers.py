@@ -175,6 +175,7 @@ def try_trajectory(data: bytes) -> bool:
         raise
 
 
+@pytest.mark.slow
 def test_10000_mutated_trajectories_raise_nothing_but_our_error(seeds):
     small, donor = seeds
     refused = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -154,6 +156,7 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
     workers=join())`. A process group that torch.distributed has already is used. seconds: to wait for others, at most.
     own_rows: each process gives rows of its own, as a `DistributedSampler` deals them, and a step's are those of all.
     """
+    _parts_at_exit()
     if dist.is_initialized():
         size = dist.get_world_size()
         return Workers(dist.get_rank(), size, dist.new_group(backend="gloo"), own_rows) if size > 1 else None
@@ -175,6 +178,12 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
             raise InputError(f"MASTER_PORT {where}: the port is in use; give torchrun another --master-port") from None
         raise WorkerError(f"MASTER_ADDR {where}: {size} workers did not meet ({said[:120]})") from None
     return Workers(rank, size, own_rows=own_rows)
+
+
+@cache
+def _parts_at_exit() -> None:
+    """A group that is there when the interpreter ends is taken down first: its threads may else abort the process."""
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 def _met(store: Any, rank: int, size: int, seconds: float) -> str:
