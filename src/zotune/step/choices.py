@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from zotune.errors import OptionError, nearest
 from zotune.methods import Method
-from zotune.step.enhancements import Enhancements
+from zotune.step.enhancements import MEANT_BY, Enhancements
 
 DIRECTIONS = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "compensated")
@@ -147,6 +147,23 @@ class Together(NamedTuple):
 LAYERLESS = ("prefix", "prompt", "head")  # schemes whose parameters belong to no layer
 
 TOGETHER: tuple[Together, ...] = (
+    Together(
+        lambda of: of.enhancements.meaningless,
+        lambda of: of.enhancements.meaningless != "",
+        lambda of: (
+            f"{(name := of.enhancements.meaningless)}={getattr(of.enhancements, name)!r}: means nothing without {MEANT_BY[name]}"
+        ),
+    ),
+    Together(
+        "hybrid",
+        lambda of: of.enhancements.hybrid is not None and of.enhancements.fo_lr is None,
+        lambda of: "hybrid: needs fo_lr, the learning rate of the layers that back-propagation trains",
+    ),
+    Together(
+        "hybrid",
+        lambda of: of.enhancements.hybrid is not None and of.enhancements.blocks is not None,
+        lambda of: "hybrid and blocks: choose one; both say which layers a probe perturbs",
+    ),
     Together(
         "lr",
         lambda of: of.lr == AUTO and (of.method.first_order or not of.method.rule.linear),

@@ -13,6 +13,14 @@ MASKS = ("random", "magnitude", "wanda")
 SCOPES = ("layer", "global")
 BLOCKS = ("transformer", "attention-mlp", "linear")
 UPDATES = ("gauss-seidel", "jacobi")
+CHOICES = {"mask": MASKS, "sparsity_scope": SCOPES, "blocks": BLOCKS, "block_update": UPDATES}
+MEANT_BY = {
+    "mask": "sparsity",
+    "sparsity_scope": "sparsity",
+    "mask_refresh": "sparsity",
+    "block_update": "blocks",
+    "fo_lr": "hybrid",
+}
 
 
 @dataclass(frozen=True)
@@ -39,32 +47,15 @@ class Enhancements:
     g_clip: float | None = None
 
     def __post_init__(self) -> None:
-        for name, of, choices in (
-            ("mask", "sparsity", MASKS),
-            ("sparsity_scope", "sparsity", SCOPES),
-            ("blocks", None, BLOCKS),
-            ("block_update", "blocks", UPDATES),
-            ("mask_refresh", "sparsity", None),
-            ("fo_lr", "hybrid", None),
-        ):
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value is None:
-                continue
-            if choices and value not in choices:
+            if value is not None and value not in choices:
                 raise OptionError(name, f"unknown {name} {value!r}; {nearest(str(value), choices)}")
-            if of and getattr(self, of) is None:
-                raise OptionError(name, f"{name}={value!r}: means nothing without {of}")
         self._check("sparsity", self.sparsity is None or 0 <= self.sparsity < 1, "at least 0 and under 1")
         self._check("mask_refresh", self.mask_refresh is None or self.mask_refresh >= 1, "a number of steps from 1")
         self._check("hybrid", self.hybrid is None or 0 < self.hybrid < 1, "a fraction of the layers, between 0 and 1")
         self._check("fo_lr", self.fo_lr is None or self.fo_lr >= 0, "at least 0")
         self._check("g_clip", self.g_clip is None or self.g_clip > 0, "above 0")
-        if self.hybrid is not None and self.fo_lr is None:
-            raise OptionError(
-                "hybrid", "hybrid: needs fo_lr, the learning rate of the layers that back-propagation trains"
-            )
-        if self.hybrid is not None and self.blocks is not None:
-            raise OptionError("hybrid", "hybrid and blocks: choose one; both say which layers a probe perturbs")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -73,6 +64,14 @@ class Enhancements:
     @classmethod
     def names(cls) -> list[str]:
         return [f.name for f in fields(cls)]
+
+    @property
+    def meaningless(self) -> str:
+        """The first option that is given without the one that it is of (`MEANT_BY`), or ""."""
+        missing = (
+            name for name, of in MEANT_BY.items() if getattr(self, of) is None and getattr(self, name) is not None
+        )
+        return next(missing, "")
 
     @property
     def sequential(self) -> bool:
