@@ -8,6 +8,7 @@ The factors of a parameter NAME of shape (O, …) with D elements a row are nois
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ class Factored:
             room = {p.dtype: p.data.new_empty(count * largest * self.rank) for p in self.params}
             self._alone[count] = [self.made(count, [p], room[p.dtype]) for p in self.params]
         return self._alone[count]
+
+    def in_turn(self, by: Displacement | HeldDisplacement) -> Iterator[tuple[torch.nn.Parameter, Factors]]:
+        """Each parameter that the displacement moves, and its factors: of one parameter at a time where that is more than a
+        forward's, so that no more buffers are made."""
+        count = len(by.seeds_Q)
+        held = self.drawn(by) if self.has_room_for(count) else None
+        alone = self.one_by_one(count) if held is None else []
+        for i, param in enumerate(self.params):
+            if by.is_zero(self.directions.slots[id(param)].group):
+                continue
+            if held is None:
+                alone[i].draw(by, again=True)
+            yield param, alone[i] if held is None else held
 
     def made(self, count: int, params: list[torch.nn.Parameter] | None = None, memory: Tensor | None = None) -> Factors:
         """Factors of these parameters, of all where none are named."""

@@ -173,22 +173,13 @@ class FlipoutWriter(Writer):
         self.signs = signs
 
     def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
-        count, signs = len(by.seeds_Q), self.signs
-        if not count:
+        signs = self.signs
+        if not len(by.seeds_Q):
             return
-        together = signs.drawn(by) if signs.has_room_for(count) else None
-        alone = signs.one_by_one(count) if together is None else []
-        for i, param in enumerate(signs.params):
-            group = self.directions.slots[id(param)].group
-            if by.is_zero(group):
-                continue
-            drawn = together
-            if drawn is None:
-                drawn = alone[i]
-                drawn.draw(by, again=True)
+        for param, drawn in signs.in_turn(by):
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
             r_QO, s_QD = (t[..., 0].to(wide) for t in drawn.of[id(param)])
-            c_Q = by.on(group, param.device)[1].to(wide)
+            c_Q = by.on(self.directions.slots[id(param)].group, param.device)[1].to(wide)
             left_OQ, matrix = (r_QO * c_Q[:, None]).mT, param.data.view(sides(param))
             moves = c_Q.any()  # of a step that a graph skips, not even the sign of a zero changes
             for some, u in signs.shared(param, by.some(0, 1)):

@@ -54,17 +54,9 @@ class FoldingWriter(Writer):
         each = min(at_once, max(1, MOST_AT_ONCE // self.rank))
         for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
-            held = self.factored.drawn(some) if self.factored.has_room_for(len(some.seeds_Q)) else None
-            alone = self.factored.one_by_one(len(some.seeds_Q)) if held is None else []
             scaled: dict[int, Tensor] = {}
-            for i, param in enumerate(self.factored.params):
+            for param, drawn in self.factored.in_turn(some):
                 slot = self.directions.slots[id(param)]
-                if some.is_zero(slot.group):
-                    continue
-                drawn = held
-                if drawn is None:
-                    drawn = alone[i]
-                    drawn.draw(some, again=True)
                 if slot.group not in scaled:
                     scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
                 self._fold(param, drawn, scaled[slot.group], lost.get(id(param)))

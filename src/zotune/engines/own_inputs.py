@@ -115,19 +115,10 @@ class OwnInputsWriter(Writer):
             raise ValueError(
                 "directions from the rows' own inputs: only a step whose losses were evaluated can be applied"
             )
-        together = outputs.drawn(by) if outputs.has_room_for(count) else None
-        alone = outputs.one_by_one(count) if together is None else []
-        for i, param in enumerate(outputs.params):
-            group = self.directions.slots[id(param)].group
-            if by.is_zero(group):
-                continue
-            drawn = together
-            if drawn is None:
-                drawn = alone[i]
-                drawn.draw(by, again=True)
+        for param, drawn in outputs.in_turn(by):
             v_ND = inputs.of_step[id(param)][..., 0]
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-            c_QN1 = by.on(group, param.device)[1].to(wide).view(-1, inputs.rows, 1)
+            c_QN1 = by.on(self.directions.slots[id(param)].group, param.device)[1].to(wide).view(-1, inputs.rows, 1)
             sum_NO = (drawn.of[id(param)][0].view(len(c_QN1), inputs.rows, -1) * c_QN1).sum(0)
             left, right = (sum_NO, v_ND.to(wide)) if inputs.side[id(param)] else (v_ND.to(wide), sum_NO)
             add_product(param.data, left.t(), right)

@@ -15,7 +15,7 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters
 from zotune.run.card import reward_card
 from zotune.run.folder import CARD, CHECKPOINT, RunFolder, write_atomically
-from zotune.run.process import Interrupted, deterministic, signals, tf32
+from zotune.run.process import deterministic, tf32
 from zotune.run.result import device_name, save_weights, versions
 from zotune.run.rewarding import PromptTrainer
 from zotune.run.state import MADE_OF, RunState
@@ -86,7 +86,7 @@ def _trainer(ready: PreparedReward, folder: RunFolder, listener: Listener) -> Pr
 
 
 def _go(trainer: PromptTrainer, state: RunState) -> dict[str, Any]:
-    ready, listener, optimizer = trainer.ready, trainer.listener, trainer.zo_optimizer
+    ready, optimizer = trainer.ready, trainer.zo_optimizer
     trainer.run = trainer.recorder.state = state
     state.header = header_of(ready, optimizer, members=len(optimizer.method.signs))
     state.progress[MADE_OF] = ready.made_of
@@ -96,19 +96,7 @@ def _go(trainer: PromptTrainer, state: RunState) -> dict[str, Any]:
         state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
         reset_peak(ready.device)
         state.save()
-    try:
-        with signals(state.ask_to_stop):
-            trainer.train(resume_from_checkpoint=str(state.checkpoint) if state.checkpoint else None)
-    finally:
-        if state.trajectory is not None:
-            state.trajectory.close()
-    listener.end("train")
-    if state.stop is not None:
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {ready.config.steps}, saved; "
-            "go on with the same command and --resume",
-            128 + state.stop,
-        )
+    trainer.to_the_end()
     return _finish(trainer, ready, state)
 
 

@@ -19,7 +19,7 @@ from zotune.run.arguments import check_reporters, optimizer_for
 from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
 from zotune.run.predictions import keep
-from zotune.run.process import Interrupted, deterministic, signals, stops_the_run, tf32
+from zotune.run.process import deterministic, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
 from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
@@ -157,19 +157,7 @@ def _go(ready: Prepared, state: RunState, listener: Listener) -> dict[str, Any]:
     reset_peak(ready.device)
     state.workers.from_first(lambda: _before(ready, state, listener))
     trainer = _trainer(ready, state, listener)
-    try:
-        with signals(state.ask_to_stop):
-            trainer.train(resume_from_checkpoint=str(state.checkpoint) if state.checkpoint else None)
-    finally:
-        if state.trajectory is not None:
-            state.trajectory.close()
-    listener.end("train")
-    if state.stop is not None:
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {ready.config.steps}, saved; "
-            "go on with the same command and --resume",
-            128 + state.stop,
-        )
+    trainer.to_the_end()
     return state.workers.from_first(lambda: finish(trainer, ready, state, listener))
 
 

@@ -21,7 +21,7 @@ from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.prepare.ready import Ready
 from zotune.run.arguments import arguments
 from zotune.run.folder import CHECKPOINT, as_json
-from zotune.run.process import stops_the_run
+from zotune.run.process import Interrupted, signals, stops_the_run
 from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
@@ -47,6 +47,23 @@ class RunTrainer(ZOTrainer):
         self.add_callback(recorder)
         if (patience := self.ready.config.early_stop) is not None:
             self.add_callback(EarlyStop(patience))
+
+    def to_the_end(self) -> None:
+        """The steps from the newest checkpoint on. Raises Interrupted where a signal asks for an end; what was reached is saved."""
+        run = self.run
+        try:
+            with signals(run.ask_to_stop):
+                self.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        finally:
+            if run.trajectory is not None:
+                run.trajectory.close()
+        self.listener.end("train")
+        if run.stop is not None:
+            raise Interrupted(
+                f"stopped at step {self.state.global_step} of {self.ready.config.steps}, saved; "
+                "go on with the same command and --resume",
+                128 + run.stop,
+            )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A step that the trajectory has already is applied from there, with no forward pass."""
