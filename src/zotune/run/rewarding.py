@@ -17,25 +17,20 @@ from zotune.record.trajectory import Record
 from zotune.rewards.asking import Scores, Written
 from zotune.rewards.prompts import Prompt
 from zotune.rewards.shown import samples
+from zotune.run.arguments import of_every_run
 from zotune.run.folder import COMPLETIONS, STEPS, RunFolder, as_json, write_atomically
 from zotune.run.recorder import Recorder
 from zotune.run.state import RunState
 from zotune.run.trainer import RunTrainer
 from zotune.step.optimizer import StepRecord
-from zotune.trainer.arguments import ZO_FIELDS
 from zotune.trainer.reward_arguments import RewardTrainingArguments
 from zotune.trainer.rewarding import RewardTrainer
 
 
 def arguments(ready: PreparedReward, folder: RunFolder) -> RewardTrainingArguments:
     config = ready.config
-    given = config.optimizer_options
-    weight_decay = given.pop("weight_decay")  # the Trainer's own
     return RewardTrainingArguments(
-        output_dir=str(folder.path),
-        method=config.method,
-        method_options={name: value for name, value in given.items() if name not in ZO_FIELDS},
-        **{name: value for name, value in given.items() if name in ZO_FIELDS},
+        **of_every_run(ready, folder),
         members=config.members,
         sigma=config.sigma,
         sigma_schedule=config.sigma_schedule,
@@ -48,21 +43,8 @@ def arguments(ready: PreparedReward, folder: RunFolder) -> RewardTrainingArgumen
         top_p=config.top_p,
         decoder=config.decoder,
         slots=config.slots,
-        weight_decay=weight_decay,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        seed=config.seed,
-        logging_steps=config.log_every,
-        eval_strategy="steps",
-        eval_steps=config.evaluates_every,
-        save_strategy="steps",
-        save_steps=config.saves_every,
-        metric_for_best_model=ready.task.metric,
         greater_is_better=True,
         dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=config.report_to,
-        use_cpu=ready.device.type == "cpu",
     )
 
 
