@@ -11,11 +11,15 @@ nothing is said), prefill included, and no answer ends early. Medians of rounds,
 processor. share: seconds of the processor (of the clock on CUDA) beside as many times `generate` of the prompts alone as there are
 members. roofline: weights and half-filled keys and values read once a step, at the bandwidth of a copy. Without --path weights are
 random.
+
+On CUDA members and plain have more: step_ms, of a captured step replayed from the prompts' end to the last token; kernels, of one
+step; kernels_ms, the time within them; launch_ms, as many that do nothing in a graph, another bound beside roofline_ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -51,6 +55,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kernels of a replayed step that take most of it"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     report = report_of("decode.py", args)
@@ -87,8 +94,10 @@ def measure(model: Any, slots: int, args: Any) -> list[dict[str, Any]]:
     settings = Settings(args.new_tokens, args.temperature, pad=0)
     directions = Directions([list(model.named_parameters())], args.direction)
 
-    def ours(rank: int | None, some: list[Request], chosen: list[Member]) -> Callable[[], Any]:
-        decoder, _ = decoder_for(model, directions, 1e-2, rank=rank, slots=slots, name="slots")
+    decoders: dict[str, Any] = {}
+
+    def ours(kind: str, rank: int | None, some: list[Request], chosen: list[Member]) -> Callable[[], Any]:
+        decoder, _ = decoders[kind], _ = decoder_for(model, directions, 1e-2, rank=rank, slots=slots, name="slots")
 
         def run() -> None:
             decoder.generate(some, chosen, settings=settings, seed=0, step=0)
@@ -97,32 +106,40 @@ def measure(model: Any, slots: int, args: Any) -> list[dict[str, Any]]:
         return run
 
     runs = {
-        "members": ours(args.rank, requests, of_each),
-        "plain": ours(args.rank, [Request(r.prompt, r.row) for r in requests], []),
-        "dense": ours(None, requests, of_each),
+        "members": ours("members", args.rank, requests, of_each),
+        "plain": ours("plain", args.rank, [Request(r.prompt, r.row) for r in requests], []),
+        "dense": ours("dense", None, requests, of_each),
         "generate": partial(theirs, model, ids_PT, args.new_tokens, None),
         "static": partial(theirs, model, ids_PT, args.new_tokens, "static"),
     }
     found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in args.kinds}
+    rows: list[dict[str, Any]] = []
     for turn in range(args.rounds + 1):  # the first warms up
-        for kind in args.kinds:
-            taken = timed(runs[kind], args.device)
+        for kind in [*found]:
+            try:
+                taken = timed(runs[kind], args.device)
+            except Exception as error:  # the others are measured all the same
+                rows.append({"kind": kind, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
+                del found[kind]
+                continue
             if turn:
                 found[kind].append(taken)
     bound = roofline(model, slots, args)
     written = len(requests) * args.new_tokens
-    rows = []
     for kind, rounds in found.items():
         seconds, processor, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
         tokens = prompts * args.new_tokens if kind in ("generate", "static") else written
         row = {"kind": kind, "seconds": seconds, "processor_seconds": processor, "tokens_per_second": tokens / seconds}
         if args.device == "cuda":
             row["peak_gib"] = memory
-        rows.append(row | {"of_roofline": tokens / seconds / bound, "roofline_tokens_per_second": bound})
-    plain = next((row for row in rows if row["kind"] == "generate"), None)
+        row |= {"of_roofline": tokens / seconds / bound, "roofline_tokens_per_second": bound}
+        if kind in decoders and args.device == "cuda":
+            row |= {"roofline_ms": 1000 * slots / bound} | of_a_step(decoders[kind], args)
+        rows.append(row)
+    plain = next((row for row in rows if row["kind"] == "generate" and "error" not in row), None)
     clock = "seconds" if args.device == "cuda" else "processor_seconds"
     for row in rows:
-        if plain is not None and row["kind"] not in ("generate", "static"):
+        if plain is not None and "error" not in row and row["kind"] not in ("generate", "static"):
             row["share"] = row[clock] / (members * plain[clock])
     return rows
 
@@ -161,6 +178,54 @@ def roofline(model: Any, slots: int, args: Any) -> float:
     each = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     read = weights + slots * each * (args.prompt_tokens + args.new_tokens / 2)
     return slots * bandwidth(args.device) / read
+
+
+def of_a_step(decoder: Any, args: Any) -> dict[str, Any]:
+    """Milliseconds and kernels of the decoder's captured step of all slots, and of as many kernels that do nothing."""
+    captured = [kept for kept in decoder._kept.values() if kept._graph is not None]
+    if not captured:
+        return {}
+    loop = max(captured, key=lambda kept: len(kept.slots))
+    board, steps = loop.board, args.new_tokens - 1
+    board.alive_S.fill_(True)
+    board.count_S.fill_(1)
+    board.limit_S.fill_(args.new_tokens + 2)  # nobody's answer ends meanwhile
+    board.start_S.fill_(args.prompt_tokens)
+    loop.slots.at_S.fill_(args.prompt_tokens)
+
+    def replay(count: int) -> None:
+        for _ in range(count):
+            loop._graph.replay()
+
+    replay(steps // 2)
+    sync("cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay(1)
+        sync("cuda")
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if args.profile:
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60))
+    board.count_S.fill_(1)
+    loop.slots.at_S.fill_(args.prompt_tokens)
+    seconds = timed(partial(replay, steps), "cuda")[0] / steps
+    return {
+        "step_ms": 1000 * seconds,
+        "kernels": len(kernels),
+        "kernels_ms": sum(e.device_time_total for e in kernels) / 1000,
+        "launch_ms": 1000 * launch() * len(kernels),
+    }
+
+
+@functools.cache
+def launch() -> float:
+    """Seconds of a kernel that does next to nothing, in a graph of a thousand of them one after the other."""
+    one, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    one.add_(1)
+    sync("cuda")
+    with torch.cuda.graph(graph):
+        for _ in range(1000):
+            one.add_(1)
+    return min(timed(graph.replay, "cuda")[0] for _ in range(5)) / 1000
 
 
 def bandwidth(device: str) -> float:

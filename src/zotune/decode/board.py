@@ -12,6 +12,7 @@ from torch import Tensor
 from zotune.decode.asking import Answer, Request, Settings
 from zotune.decode.cache import Slots
 from zotune.decode.choosing import Draws, choose
+from zotune.engines.parts import kernels_for
 
 
 class Board:
@@ -59,26 +60,33 @@ class Board:
 
     def write(self, slots_n: Tensor, logits_nV: Tensor) -> None:
         """The next token of each of these slots."""
-        alive_n, count_n = self.alive_S[slots_n], self.count_S[slots_n]
         if self.seen is not None:
-            for row in alive_n.nonzero().flatten().tolist():
+            for row in self.alive_S[slots_n].nonzero().flatten().tolist():
                 self.seen.setdefault(self.requests[slots_n[row]], []).append(logits_nV[row].clone())
+        at_n = self.count_S[slots_n].clamp(max=self.written_SK.shape[1] - 1) if self.settings.temperature else None
+        gumbel_nV = None if at_n is None else self._gumbel(slots_n, at_n, logits_nV)
+        if kernels_for(logits_nV) is not None:
+            from zotune.decode.kernels import write
+
+            write(self, slots_n, logits_nV, gumbel_nV)
+            return
+        alive_n, count_n = self.alive_S[slots_n], self.count_S[slots_n]
         at_n = count_n.clamp(max=self.written_SK.shape[1] - 1)
         self.finite_S[slots_n] &= logits_nV.amax(-1).isfinite() | ~alive_n  # NaN goes through a maximum
-        chosen_n = choose(logits_nV, self.settings, self._gumbel(slots_n, at_n, logits_nV))
+        chosen_n = choose(logits_nV, self.settings, gumbel_nV)
         ended_n = alive_n & torch.isin(chosen_n, self.ends)
         going_n = alive_n & ~ended_n
         self.written_SK[slots_n, at_n] = torch.where(going_n, chosen_n, self.written_SK[slots_n, at_n])
         count_n = count_n + going_n
         self.count_S[slots_n] = count_n
         self.finished_S[slots_n] |= ended_n
-        self.alive_S[slots_n] = going_n & (count_n < self.limit_S[slots_n])
+        on_n = going_n & (count_n < self.limit_S[slots_n])
+        self.alive_S[slots_n] = on_n
         self.token_S[slots_n] = chosen_n.masked_fill(~going_n, self.settings.pad)
-        self.slots.at_S[slots_n] = (self.start_S[slots_n] + count_n - 1).clamp(min=0)
+        # one whose answer has ended reads as little as can be
+        self.slots.at_S[slots_n] = torch.where(on_n, self.start_S[slots_n] + count_n - 1, 0)
 
-    def _gumbel(self, slots_n: Tensor, at_n: Tensor, logits_nV: Tensor) -> Tensor | None:
-        if not self.settings.temperature:
-            return None
+    def _gumbel(self, slots_n: Tensor, at_n: Tensor, logits_nV: Tensor) -> Tensor:
         if slots_n is not self.slots.all_S:
             return Draws(logits_nV).draw(self.seeds_SK[slots_n, at_n])
         self._draws = self._draws or Draws(logits_nV)

@@ -8,6 +8,8 @@ Columns up to an answer's last are allotted once; those behind a slot's token ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +18,25 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What a layer's cache gave a step: keys, values (S, H, L, D) of all columns seen, window: of the last of them at most, None
+    for all; new_key, new_value (S, H, 1, D): of the step's token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    new_key: Tensor
+    new_value: Tensor
+    window: int | None
+
+
 class Slots:
     """Which slots a forward is of, and where they are; what all layers of a cache look at.
 
     reading: of a prefill the slots (n,) int64 that read their prompts; None: each slot writes its next token. at_S: (S,) int64, the
-    column of that token. columns: how many of them a forward sees, a number of the host's.
+    column of that token. columns: how many of them a forward sees, a number of the host's. handed: by the cache of the layer that
+    was last asked, in a step. defers: a step's keys and values are written by who attends to them.
     """
 
     def __init__(self, slots: int, columns: int, device: torch.device) -> None:
@@ -28,6 +44,9 @@ class Slots:
         self.at_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self.all_S = torch.arange(slots, device=device)
         self.room = self.columns = columns
+        self.handed: Handed | None = None
+        self.defers = False
+        self.nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     def __len__(self) -> int:
         return len(self.at_S)
@@ -39,9 +58,9 @@ class SlotLayer(CacheLayerMixin):
     is_compileable = True  # so that models make the mask of a step, and no shortcut that looks at the values of one
     is_sliding = False
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, window: int | None = None) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self.window = slots, window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room_for(states: Tensor) -> Tensor:
@@ -62,9 +81,12 @@ class SlotLayer(CacheLayerMixin):
             self.keys[slots.reading, :, :tokens] = key_states
             self.values[slots.reading, :, :tokens] = value_states
             return key_states, value_states
-        self.keys[slots.all_S, :, slots.at_S] = key_states[:, :, 0]
-        self.values[slots.all_S, :, slots.at_S] = value_states[:, :, 0]
-        return self.keys[:, :, : slots.columns], self.values[:, :, : slots.columns]
+        if not slots.defers:
+            self.keys[slots.all_S, :, slots.at_S] = key_states[:, :, 0]
+            self.values[slots.all_S, :, slots.at_S] = value_states[:, :, 0]
+        keys, values = self.keys[:, :, : slots.columns], self.values[:, :, : slots.columns]
+        slots.handed = Handed(keys, values, key_states, value_states, self.window)
+        return keys, values
 
     def take(self, other: SlotLayer, slots_n: Tensor) -> None:
         """The first slots' keys and values ← those of another's slots."""
@@ -90,10 +112,10 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """What a model is given as `past_key_values`. layers: of the model."""
+    """What a model is given as `past_key_values`. windows: of each of its layers."""
 
-    def __init__(self, layers: int, slots: Slots) -> None:
-        super().__init__(layers=[SlotLayer(slots) for _ in range(layers)])
+    def __init__(self, windows: Sequence[int | None], slots: Slots) -> None:
+        super().__init__(layers=[SlotLayer(slots, window) for window in windows])
 
     def take(self, other: SlotCache, slots_n: Tensor) -> None:
         """The first slots' keys and values ← those of another's slots."""
@@ -106,11 +128,11 @@ class SlotCache(Cache):
 class Windows:
     """What a step's token sees in each kind of layer, where a model has layers that see the last tokens alone.
 
-    windows: by the kind's name in the config, None for a layer that sees all.
+    windows: by the kind's name in the config, None for a layer that sees all. of_layers: each layer's.
     """
 
-    def __init__(self, config: Any, windows: dict[str, int | None]) -> None:
-        self.windows = windows
+    def __init__(self, config: Any, windows: dict[str, int | None], of_layers: Sequence[int | None]) -> None:
+        self.windows, self.of_layers = windows, of_layers
         self.mixed = getattr(config, "layer_types", None) is not None and len({*config.layer_types}) > 1
         self.eager = config._attn_implementation == "eager"
 
@@ -128,6 +150,11 @@ class Windows:
             return own.to(dtype).sub(1).mul(torch.finfo(dtype).max) if self.eager else own
 
         return {kind: within(window) for kind, window in self.windows.items()} if self.mixed else within(narrow[0])
+
+    def no_mask(self, slots: Slots) -> Any:
+        """What stands where a model wants a mask, in a step that no mask is read in: of (S, 1, 1, columns), one number."""
+        nothing = slots.nothing.expand(len(slots), 1, 1, slots.columns)
+        return dict.fromkeys(self.windows, nothing) if self.mixed else nothing
 
 
 def layers_of(model: nn.Module) -> tuple[int, Windows] | str:
@@ -153,5 +180,5 @@ def layers_of(model: nn.Module) -> tuple[int, Windows] | str:
     if "chunked_attention" in types:
         return "it attends by chunks"
     window = getattr(config, "sliding_window", None)
-    windows = {kind: window if layer.is_sliding else None for kind, layer in zip(types, layers, strict=True)}
-    return len(layers), Windows(config, windows)
+    of_layers = [window if layer.is_sliding else None for layer in layers]
+    return len(layers), Windows(config, dict(zip(types, of_layers, strict=True)), of_layers)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.decode.asking import Request, Settings
+from zotune.decode.attending import Attention, NotServed
 from zotune.decode.board import Board
 from zotune.decode.cache import SlotCache, Slots, Windows
 from zotune.decode.seats import MemberWeights, SeatReads
@@ -47,7 +48,7 @@ class Loop:
         self.reader, self.weights = reader, weights
         self.slots = Slots(slots, room, reader.device)
         self.board = Board(self.slots, settings)
-        self.cache = SlotCache(reader.layers, self.slots)
+        self.cache = SlotCache(reader.windows.of_layers, self.slots)
         self._members = [-1] * slots
         self._mode = None if weights is None else weights.reads(self._members)
         self._dealt = True
@@ -69,9 +70,8 @@ class Loop:
         device, slots = slots_n.device, self.slots
         lengths = [len(request.prompt) for request in requests]
         tokens = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, slots.room))
-        ids_nT = torch.full((len(requests), tokens), self.board.settings.pad)
-        for row, request in enumerate(requests):
-            ids_nT[row, : lengths[row]] = torch.tensor(request.prompt)
+        pad = (self.board.settings.pad,)
+        ids_nT = torch.tensor([[*r.prompt, *pad * (tokens - len(r.prompt))] for r in requests])
         last_n = torch.tensor(lengths, device=device) - 1
         at_nT = torch.arange(tokens, device=device).minimum(last_n[:, None])  # a table of positions may have no more
         members = [request.member for request in requests]
@@ -109,30 +109,45 @@ class Loop:
         if self._warm and self._graph is None and self.reader.captures and self.board.seen is None:
             self._graph = self.reader.captured(self._step)
         if self._graph is None:
+            known = self.reader.attention.serves is not None  # else the step after is another one
             self._step()
-            self._warm = True
+            self._warm = known
         else:
             self._graph.replay()
 
     def _step(self) -> None:
         """The next token of each slot."""
-        mask = self.reader.windows.mask(self.slots, self.reader.dtype)
-        ids_S1, at_S1 = self.board.token_S[:, None], self.slots.at_S[:, None]
-        self.board.write(self.slots.all_S, self.reader.logits(self._mode, self.cache, ids_S1, at_S1, mask)[:, -1])
+        self.board.write(self.slots.all_S, self._logits()[:, -1])
+
+    def _logits(self) -> Tensor:
+        """(S, 1, V)"""
+        reader, attention, slots = self.reader, self.reader.attention, self.slots
+        step = (self._mode, self.cache, self.board.token_S[:, None], slots.at_S[:, None])
+        try:
+            if attention.serves:
+                with attention.serving(slots):
+                    return reader.logits(*step, reader.windows.no_mask(slots))
+            if attention.serves is None:
+                with attention.learning(slots):
+                    return reader.logits(*step, reader.windows.mask(slots, reader.dtype))
+        except NotServed:
+            attention.serves = False
+        return reader.logits(*step, reader.windows.mask(slots, reader.dtype))
 
 
 class Reader:
-    """How a model is called. layers: of keys and values. windows: what their tokens see. params: those that members displace."""
+    """How a model is called. layers: of keys and values. windows: what their tokens see."""
 
-    def __init__(self, model: nn.Module, layers: int, windows: Windows, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, layers: int, windows: Windows) -> None:
         self.model, self.layers, self.windows = model, layers, windows
         first = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = first.dtype, first.device
         self.positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
+        self.attention = Attention(layers, first)
         self.learns = kernels_for(first) is not None  # whether modules that kernels serve are still looked for
         self.graphs = self.device.type == "cuda"
         self.captures = True  # until a step could not be
-        self._fused = FusedModules(params)
+        self._fused = FusedModules([*model.parameters()])
         self._pool: Any = None
 
     def logits(
@@ -141,12 +156,9 @@ class Reader:
         """(n, T, V), or (n, 1, V) within `last_logits`."""
         given: dict[str, Any] = {"position_ids": at_nT} if self.positions else {}
         given |= {"input_ids": ids_nT, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        if mode is None:
-            logits: Tensor = self.model(**given).logits
-            return logits
         learning = self._fused.learning() if self.learns else nullcontext()
-        with mode, learning, self._fused.standing_in(mode):
-            logits = self.model(**given).logits
+        with mode or nullcontext(), learning, self._fused.standing_in(mode):
+            logits: Tensor = self.model(**given).logits
         return logits
 
     def last_logits(

@@ -56,7 +56,7 @@ class SlotsDecoder:
         self, model: nn.Module, population: Population, layers: int, windows: Windows, slots: int | None
     ) -> None:
         self.model, self.population = model, population
-        self.reader = Reader(model, layers, windows, population.directions.params)
+        self.reader = Reader(model, layers, windows)
         self.on_card = self.reader.device.type == "cuda"
         self.shrink = SHRINK_ON_CUDA if self.on_card else SHRINK
         self.slots = slots or (SLOTS_ON_CUDA if self.on_card else SLOTS_ON_CPU)
@@ -112,19 +112,28 @@ class SlotsDecoder:
 
     def _try(self, requests: Sequence[Request], members: Sequence[tuple[int, int]], settings: Settings) -> None:
         """Whether answers by slots are those of the model, found out on a few of these requests."""
+        why = self._wrong(requests, members, settings)
+        if why is not None and self.reader.attention.serves:  # the model may ask for more than it says
+            self.reader.attention.serves = False
+            why = self._wrong(requests, members, settings)
+        if why is not None:
+            self._give_up(why)
+
+    def _wrong(self, requests: Sequence[Request], members: Sequence[tuple[int, int]], settings: Settings) -> str | None:
+        """Why answers by slots cannot be used, None if nothing says so."""
         try:
             off = self._off(requests, members, settings)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # anything a model does may be what a loop of ours cannot follow
-            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
-            return
+            return (str(error).splitlines() or [type(error).__name__])[0]
         if off is None:
-            return
+            return None
         self.reader.learns = False
-        self.usable = off <= NEAR.get(self.reader.dtype, NEAR_IN_16_BITS)
-        if not self.usable:
-            self._give_up(f"its logits are {off:.2g} of their spread off those of whole sequences")
+        if off > NEAR.get(self.reader.dtype, NEAR_IN_16_BITS):
+            return f"its logits are {off:.2g} of their spread off those of whole sequences"
+        self.usable = True
+        return None
 
     def _off(self, requests: Sequence[Request], members: Sequence[tuple[int, int]], settings: Settings) -> float | None:
         """How far the logits of a few first tokens are off, beside their spread; None where there are no numbers to compare."""

@@ -24,8 +24,8 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)
 class Adapter:
     """y = base(x) + scaling·(x·Aᵀ)·Bᵀ, the sum rounded once to base's dtype."""
 
-    def forward(self, mode: PartedReads, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a name for each row, say
+    def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        if mode is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a name for each row, say
             return plain(*args, **kwargs)
         x = args[0]
         with torch._C.DisableTorchFunction():

@@ -21,8 +21,10 @@ from zotune.engines.parts import PartedReads
 class StandIn(Protocol):
     """How a module is computed by kernels."""
 
-    def forward(self, mode: PartedReads, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-        """What plain, the module's own forward, gives; by it, wherever the kernels do not serve."""
+    def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+        """What plain, the module's own forward, gives; by it, wherever the kernels do not serve. mode: None where nothing is
+        displaced.
+        """
 
 
 # Each says what stands in for a module that reads some of these parameters (by id); None: nothing of its own.
@@ -60,7 +62,7 @@ class FusedModules:
             self._found[module] = known
 
     @contextmanager
-    def standing_in(self, mode: PartedReads) -> Iterator[None]:
+    def standing_in(self, mode: PartedReads | None) -> Iterator[None]:
         """Those modules compute by kernels meanwhile, where they see the batch."""
         # more may be learned meanwhile; where somebody has put a forward of theirs on a module since, that is what it does
         some = [(module, known) for module, known in self._found.items() if "forward" not in module.__dict__]

@@ -26,17 +26,19 @@ class RmsNorm:
     eps: float
     offset: float
 
-    def forward(self, mode: PartedReads, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a gate, say: it may do more than a norm
             return plain(*args, **kwargs)
         x = args[0]
-        scale_PN, kernels = mode.stack_of(module.weight), kernels_for(x)
-        if still := scale_PN is None and not mode.is_parted(module.weight):  # no direction displaces it
-            scale_PN = module.weight.data[None]
-        served = kernels is not None and scale_PN is not None and (still or (mode.parts.equal and mode.is_batch(x)))
+        kernels, still = kernels_for(x), mode is None  # no direction displaces it
+        scale_PN = module.weight.data[None] if mode is None else mode.stack_of(module.weight)
+        if mode is not None and scale_PN is None and not mode.is_parted(module.weight):
+            scale_PN, still = module.weight.data[None], True
+        served = kernels is not None and scale_PN is not None
+        served = served and (mode is None or still or (mode.parts.equal and mode.is_batch(x)))
         if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:
             return plain(x)
-        x_PMN = x.view(1, -1, x.shape[-1]) if still else mode.parts.by_part(x).flatten(1, -2)
+        x_PMN = x.view(1, -1, x.shape[-1]) if mode is None or still else mode.parts.by_part(x).flatten(1, -2)
         return kernels.rms_norm(x_PMN, scale_PN, self.eps, self.offset).view(x.shape)
 
 
