@@ -63,7 +63,7 @@ def _attend_kernel(
         if WIDE:
             raw_GL = tl.dot(q_GD.to(tl.float32), k_DL.to(tl.float32))
         else:
-            raw_GL = tl.dot(q_GD, k_DL, input_precision="ieee" if EXACT else None)
+            raw_GL = tl.dot(q_GD, k_DL, input_precision="ieee" if EXACT else "tf32")
         scores_GL = tl.where(in_L[None, :], _logits(raw_GL, scaling, softcap, CAPPED), float("-inf"))
         higher_G = tl.maximum(most_G, tl.max(scores_GL, axis=1))
         shares_GL = tl.exp2(scores_GL - higher_G[:, None])
@@ -74,7 +74,7 @@ def _attend_kernel(
             sum_GD = sum_GD * shrink_G[:, None] + tl.dot(shares_GL, v_LD.to(tl.float32))
         else:
             shares_GL = shares_GL.to(v_LD.dtype)
-            sum_GD = sum_GD * shrink_G[:, None] + tl.dot(shares_GL, v_LD, input_precision="ieee" if EXACT else None)
+            sum_GD = sum_GD * shrink_G[:, None] + tl.dot(shares_GL, v_LD, input_precision="ieee" if EXACT else "tf32")
         most_G = higher_G
     out_GD = out + (slot * tl.num_programs(1) + head) * G * D + g_B[:, None] * D + d_B[None, :]
     tl.store(out_GD, (sum_GD / total_G[:, None]).to(out.dtype.element_ty), mask=in_GD)
