@@ -168,7 +168,8 @@ class Fold(NamedTuple):
     @property
     def where(self) -> tuple[int, ...]:
         """Addresses."""
-        return *(self[i].data_ptr() for i in range(3)), 0 if self.lost_ND is None else self.lost_ND.data_ptr()
+        three = self.matrix_ND, self.u_QNR, self.v_QDR
+        return *(t.data_ptr() for t in three), 0 if self.lost_ND is None else self.lost_ND.data_ptr()
 
     @property
     def even(self) -> bool:

@@ -109,7 +109,8 @@ class FoldingWriter(Writer):
                 together.setdefault((group, param.dtype, one.even), []).append(one)
             else:
                 fold = _fold if kernels is None else kernels.fold
-                fold(matrix, *drawn.of[id(param)], scaled[group], mine)
+                u_QOR, v_QDR = drawn.of[id(param)]
+                fold(matrix, u_QOR, v_QDR, scaled[group], mine)
         for kind, some in together.items():
             if kind not in self._many:
                 self._many[kind] = fold_kernels_for(some[0].matrix_ND).FoldMany()
