@@ -15,6 +15,7 @@ import transformers as tf
 from mezo import InPlaceMeZO
 from torch import Tensor
 
+from zotune.engines.causal import as_without_capture
 from zotune.models.schemes import get_scheme
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.tasks.encoding import Collator, Encoded
@@ -179,16 +180,17 @@ def _adapted(model: Any) -> tuple[Any, Callable[[], None]]:
 
 
 def captured(forward: Callable[[], Any]) -> Callable[[], Any]:
-    """The same as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        forward()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
+    """The same as a CUDA graph, masks as without one."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        forward()
+    with as_without_capture():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            forward()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            forward()
     return graph.replay
 
 

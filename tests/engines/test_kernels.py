@@ -78,7 +78,7 @@ def test_a_shift_is_each_part_s_own_or_all_of_theirs(parts, rows, wide, dtype, o
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("out", "wide", "groups", "rank"), [(100, 300, 1, 1), (65, 130, 16, 2), (65, 130, 24, 2)])
 def test_a_fold_is_the_sum_rounded_once(out, wide, groups, rank, dtype):
-    from zotune.engines.kernels import fold
+    from zotune.engines.fold_kernels import fold
 
     draw = torch.Generator().manual_seed(0)
     w, u, v = (
@@ -113,7 +113,7 @@ def test_an_rms_norm_has_each_part_s_scale(parts, rows, wide, offset, dtype):
 @pytest.mark.parametrize("groups", [5, 20])  # few terms, and many
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype, groups):
-    from zotune.engines.kernels import fold, folds
+    from zotune.engines.fold_kernels import fold, folds
 
     draw = torch.Generator().manual_seed(0)
     steps, rank = 7, 2
@@ -132,13 +132,39 @@ def test_many_folds_in_a_pass_are_the_folds_one_by_one(dtype, groups):
     assert not torch.equal(w, before)
 
 
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [3, 20])
+def test_folds_of_many_matrices_in_one_launch_are_the_folds_one_by_one(groups, dtype, compensated, even):
+    from zotune.engines.fold_kernels import Fold, FoldMany, fold
+
+    sides = [(32, 144), (80, 16), (64, 128)] if even else [(33, 144), (80, 17), (1, 5)]
+    (scales,), many = drawn((groups,)), FoldMany()
+    scales[1] = 0
+    for seed in range(2):  # the second finds its tables
+        some, wanted = [], []
+        for out, wide in sides:
+            w, u, v, lost = drawn((out, wide), (groups, out, 1), (groups, wide, 1), (out, wide), dtype=dtype)
+            some.append(Fold(w + seed, u, v, lost / 100 if compensated else None))
+            alone = some[-1].matrix_ND.clone(), None if not compensated else (lost / 100).clone()
+            fold(alone[0], u, v, scales, alone[1])
+            wanted.append(alone)
+        assert even <= all(one.even for one in some)
+        many.run(some, scales)
+        for one, (matrix, lost) in zip(some, wanted, strict=True):
+            assert torch.equal(one.matrix_ND, matrix)
+            assert lost is None or torch.equal(one.lost_ND, lost)
+            assert not torch.equal(one.matrix_ND, drawn(matrix.shape, dtype=dtype)[0] + seed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("by", ["kernel", "torch"])
 def test_compensated_folds_add_up_where_rounded_ones_are_lost(dtype, by):
-    from zotune.engines import folding, kernels
+    from zotune.engines import fold_kernels, folding
 
-    fold = kernels.fold if by == "kernel" else folding._fold
+    fold = fold_kernels.fold if by == "kernel" else folding._fold
     w, u, v = drawn((70, 140), (3, 70, 2), (3, 140, 2), dtype=dtype)
     scales = torch.full((3,), 1e-5, device=DEVICE)
     wanted, rounded, kept, lost = w.double(), w.clone(), w.clone(), torch.zeros_like(w)

@@ -117,15 +117,21 @@ class Factors:
             self.of[id(param)] = tuple(pair)
         self._many = noise.Many(items, of.distribution)
         self._held: Any = None
+        self._in_graph: tuple[int, int] | None = None
 
     def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:
         """Nothing where the last draw was of the same seeds, unless again: the update wants what the probes had."""
         if isinstance(at, Displacement) and self._held == at.seeds_Q and not capturing() and not again:
             return
         seeds_Q, _ = at.on(0, self._device)
+        # A graph's seeds lie in memory of its own, so what lies there is the same at both places of one graph. It is captured
+        # behind a run of the same without, which leaves nothing here: each graph draws once.
+        where = (seeds_Q.data_ptr(), len(seeds_Q)) if capturing() else None
+        if where is not None and where == self._in_graph and not again:
+            return
         ones = torch.ones(1, len(seeds_Q), 1, device=self._device)
         self._many.draw(seeds_Q[:, None].contiguous(), ones)
-        self._held = at.seeds_Q if isinstance(at, Displacement) else None
+        self._held, self._in_graph = at.seeds_Q if isinstance(at, Displacement) else None, where
 
     def forget(self) -> None:
         """What is in the buffers is no longer what was last drawn."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, joined
 from zotune.engines.factors import Factored, Factors, sides
-from zotune.engines.parts import kernels_for
+from zotune.engines.parts import fold_kernels_for
 from zotune.engines.writing import Writer
 
 MOST_AT_ONCE = 1024  # rank of an update that is folded in one pass over a parameter
@@ -28,6 +28,7 @@ class FoldingWriter(Writer):
     def __init__(self, factored: Factored) -> None:
         super().__init__(factored.directions)
         self.factored, self.rank = factored, factored.rank
+        self._many: dict[Any, Any] = {}
 
     def apply(self, by: Displacement | HeldDisplacement, at_once: int = 1) -> None:
         """One product for each factored parameter and so many directions at once.
@@ -54,12 +55,7 @@ class FoldingWriter(Writer):
         each = min(at_once, max(1, MOST_AT_ONCE // self.rank))
         for first in range(0, len(by.seeds_Q), each):
             some = by.some(first, first + each)
-            scaled: dict[int, Tensor] = {}
-            for param, drawn in self.factored.in_turn(some):
-                slot = self.directions.slots[id(param)]
-                if slot.group not in scaled:
-                    scaled[slot.group] = some.on(slot.group, param.device)[1] / math.sqrt(self.rank)
-                self._fold(param, drawn, scaled[slot.group], lost.get(id(param)))
+            self._fold_each(some, lost)
             if lost:
                 self.directions.apply_compensated(
                     some, [lost[id(p)] for p in self.factored.dense], params=self.factored.dense
@@ -69,7 +65,10 @@ class FoldingWriter(Writer):
 
     def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
         """`apply` of one after the other, to the bit; on CUDA a tile of a weight takes many before the next tile is read."""
-        found, each = [kernels_for(p) for p in self.factored.params], min(at_once, max(1, MOST_AT_ONCE // self.rank))
+        found, each = (
+            [fold_kernels_for(p) for p in self.factored.params],
+            min(at_once, max(1, MOST_AT_ONCE // self.rank)),
+        )
         if not found or None in found:
             for by in moves:
                 self.apply(by, at_once)
@@ -94,11 +93,28 @@ class FoldingWriter(Writer):
                 scaled_Q = by.on(self.directions.slots[id(param)].group, param.device)[1] / math.sqrt(self.rank)
                 kernels.folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
 
-    def _fold(self, param: torch.nn.Parameter, drawn: Factors, scaled_Q: Tensor, lost: Tensor | None) -> None:
-        matrix = param.data.view(param.shape[0], -1)
-        fold = _fold if (kernels := kernels_for(param)) is None else kernels.fold
-        u_QOR, v_QDR = drawn.of[id(param)]
-        fold(matrix, u_QOR, v_QDR, scaled_Q, None if lost is None else lost.view(matrix.shape))
+    def _fold_each(self, by: Displacement | HeldDisplacement, lost: dict[int, Tensor]) -> None:
+        """One product for each factored parameter; on CUDA, where the factors of all are at hand, one launch for all of a kind."""
+        scaled: dict[int, Tensor] = {}
+        together: dict[tuple[int, torch.dtype, bool], list[Any]] = {}
+        held = self.factored.has_room_for(len(by.seeds_Q))
+        for param, drawn in self.factored.in_turn(by):
+            group, kernels = self.directions.slots[id(param)].group, fold_kernels_for(param)
+            if group not in scaled:
+                scaled[group] = by.on(group, param.device)[1] / math.sqrt(self.rank)
+            matrix = param.data.view(param.shape[0], -1)
+            mine = None if id(param) not in lost else lost[id(param)].view(matrix.shape)
+            if kernels is not None and held:
+                one = kernels.Fold(matrix, *drawn.of[id(param)], mine)
+                together.setdefault((group, param.dtype, one.even), []).append(one)
+            else:
+                fold = _fold if kernels is None else kernels.fold
+                u_QOR, v_QDR = drawn.of[id(param)]
+                fold(matrix, u_QOR, v_QDR, scaled[group], mine)
+        for kind, some in together.items():
+            if kind not in self._many:
+                self._many[kind] = fold_kernels_for(some[0].matrix_ND).FoldMany()
+            self._many[kind].run(some, scaled[kind[0]])
 
 
 def _fold(matrix_OD: Tensor, u_QOR: Tensor, v_QDR: Tensor, scaled_Q: Tensor, lost_OD: Tensor | None = None) -> None:

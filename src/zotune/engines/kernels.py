@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,attr-defined"
 """What parts with weights of their own need beside a shared product, on CUDA, in one pass each: low-rank terms, adapters, scales
-and shifts, and the fold of low-rank updates into the weights."""
+and shifts."""
 
 # P parts, M rows a part, D inputs, N outputs, R rank, Q directions (part p has direction which[p]). Beside an adapter, whose own
 # rank is R, F is the directions'.
@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zotune.engines.parts import Values
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
 @triton.jit
@@ -311,104 +313,3 @@ def adapter_outer(y_PMN: Tensor, t_SPMR: Tensor, b: Values, scaling: float) -> N
 
 def _rank(values: Values) -> int:
     return 0 if values.u is None else values.u.shape[2]
-
-
-@triton.jit
-def _products(
-    n_B, d_B, u, v, scales, N, D, QR, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """A tile of Σ_q scales[q]·U_q·V_qᵀ, float32, and how many scales are not 0; k runs over directions and ranks.
-
-    TERMS: directions times rank, where they are added one by one; 0: by products, whose tile lies otherwise than the weights'.
-    """
-    total_BB = tl.zeros((BN, BD), dtype=tl.float32)
-    nonzero = 0
-    if TERMS > 0:
-        for k in tl.static_range(TERMS):
-            scale = tl.load(scales + k // R)
-            nonzero += (scale != 0).to(tl.int32)
-            u_B = tl.load(u + (k // R * N + n_B) * R + k % R, mask=n_B < N, other=0.0).to(tl.float32) * scale
-            v_B = tl.load(v + (k // R * D + d_B) * R + k % R, mask=d_B < D, other=0.0).to(tl.float32)
-            total_BB += u_B[:, None] * v_B[None, :]
-    else:
-        for first in range(0, QR, BK):
-            k_K = first + tl.arange(0, BK)
-            group_K, rank_K = (k_K // R).to(tl.int64), k_K % R
-            scale_K = tl.load(scales + group_K, mask=k_K < QR, other=0.0)
-            nonzero += tl.sum((scale_K != 0).to(tl.int32), axis=0)
-            u_at = u + (group_K[None, :] * N + n_B[:, None]) * R + rank_K[None, :]
-            u_BK = (
-                tl.load(u_at, mask=(n_B < N)[:, None] & (k_K < QR)[None, :], other=0.0).to(tl.float32)
-                * scale_K[None, :]
-            )
-            v_at = v + (group_K[:, None] * D + d_B[None, :]) * R + rank_K[:, None]
-            v_KB = tl.load(v_at, mask=(k_K < QR)[:, None] & (d_B < D)[None, :], other=0.0)
-            if SPLIT:  # v is bfloat16 itself, scale·u the sum of two: 16 bits of it
-                high_BK = u_BK.to(tl.bfloat16)
-                low_BK = (u_BK - high_BK.to(tl.float32)).to(tl.bfloat16)
-                if WIDE:
-                    total_BB += tl.dot(high_BK.to(tl.float32), v_KB.to(tl.float32))
-                    total_BB += tl.dot(low_BK.to(tl.float32), v_KB.to(tl.float32))
-                else:
-                    total_BB = tl.dot(high_BK, v_KB, total_BB)
-                    total_BB = tl.dot(low_BK, v_KB, total_BB)
-            else:
-                total_BB += tl.dot(u_BK, v_KB.to(tl.float32), input_precision="ieee" if EXACT else "tf32")
-    return total_BB, nonzero
-
-
-@triton.jit(do_not_specialize=["S"])
-def _fold_kernel(
-    w, lost, u, v, scales, S, N, D, Q, R: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
-    COMPENSATED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """W (N, D) takes S folds one after the other, each rounded; lost, where there is one, keeps what that took."""
-    n_B = tl.program_id(0) * BN + tl.arange(0, BN)
-    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
-    at = w + n_B.to(tl.int64)[:, None] * D + d_B[None, :]
-    inside = (n_B < N)[:, None] & (d_B < D)[None, :]
-    w_BB = tl.load(at, mask=inside, other=0.0)
-    lost_BB = w_BB
-    if COMPENSATED:
-        lost_BB = tl.load(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], mask=inside, other=0.0)
-    for _ in range(S):
-        total_BB, nonzero = _products(n_B, d_B, u, v, scales, N, D, Q * R, R, SPLIT, WIDE, EXACT, BN, BD, BK, TERMS)
-        total_BB += w_BB.to(tl.float32)
-        if COMPENSATED:
-            total_BB += lost_BB.to(tl.float32)
-        moved_BB = total_BB.to(w_BB.dtype)
-        if COMPENSATED:
-            rest_BB = (total_BB - moved_BB.to(tl.float32)).to(w_BB.dtype)
-            lost_BB = tl.where(nonzero != 0, rest_BB, lost_BB)
-        w_BB = tl.where(nonzero != 0, moved_BB, w_BB)
-        u += Q * N * R
-        v += Q * D * R
-        scales += Q
-    if COMPENSATED:
-        tl.store(lost + n_B.to(tl.int64)[:, None] * D + d_B[None, :], lost_BB, mask=inside)
-    tl.store(at, w_BB, mask=inside)
-
-
-FEW_TERMS = 4  # directions times rank up to which they are added one by one
-FOLD_FEW, FOLD_MANY = (32, 128, 4), (64, 128, 4)  # a tile, and its warps
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
-
-
-def fold(matrix_ND: Tensor, u_QNR: Tensor, v_QDR: Tensor, scales_Q: Tensor, lost_ND: Tensor | None = None) -> None:
-    """W += Σ_q scales_q·U_q·V_qᵀ in place, one pass over W. lost: added first, then what rounding took."""
-    folds(matrix_ND, u_QNR, v_QDR, scales_Q[None], lost_ND)
-
-
-def folds(matrix_ND: Tensor, u_SNR: Tensor, v_SDR: Tensor, scales_SQ: Tensor, lost_ND: Tensor | None = None) -> None:
-    """S folds one after the other in one pass over W, to the bit as one by one. u, v: (S·Q, …), fold by fold."""
-    (out, wide), (steps, count), rank = matrix_ND.shape, scales_SQ.shape, u_SNR.shape[2]
-    # float16 takes tf32: 11 bits of each factor, as many as its weights keep
-    split, exact = matrix_ND.dtype == torch.bfloat16, matrix_ND.dtype == torch.float32
-    terms = count * rank if count * rank <= FEW_TERMS else 0
-    side, across, warps = FOLD_FEW if terms else FOLD_MANY
-    _fold_kernel[(triton.cdiv(out, side), triton.cdiv(wide, across))](
-        matrix_ND, lost_ND, u_SNR, v_SDR, scales_SQ, steps, out, wide, count, R=rank, SPLIT=split, WIDE=INTERPRETED,
-        EXACT=exact, COMPENSATED=lost_ND is not None, BN=side, BD=across, BK=16 if count * rank <= 16 else 32, TERMS=terms,
-        num_warps=warps,
-    )  # fmt: skip

@@ -153,7 +153,8 @@ class PartedReads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not any(map(self._touches, args)) and not (kwargs and any(map(self._touches, kwargs.values()))):
-            result = attended(func, args, kwargs)
+            result = _attention(args, kwargs) if func is F.scaled_dot_product_attention else NotImplemented
+            result = attended(func, args, kwargs) if result is NotImplemented else result
             if self.watching and isinstance(result, Tensor) and result.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(result.dtype).eps)
             return result
@@ -345,6 +346,30 @@ def kernels_for(x: Tensor) -> Any:
     return _kernels() if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 else None
 
 
+def fold_kernels_for(x: Tensor) -> Any:
+    """`zotune.engines.fold_kernels` where `kernels_for` serves the tensor."""
+    return None if kernels_for(x) is None else import_module("zotune.engines.fold_kernels")
+
+
+def between_for(x: Tensor) -> Any:
+    """`zotune.engines.between` where `kernels_for` serves the tensor."""
+    return None if kernels_for(x) is None else import_module("zotune.engines.between")
+
+
 @functools.cache
 def _kernels() -> Any:
     return import_module("zotune.engines.kernels") if find_spec("triton") else None
+
+
+def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Causal attention over short rows by one kernel; NotImplemented where torch's own is the way."""
+    others = {name: value for name, value in kwargs.items() if name not in ("scale", "enable_gqa")}
+    kernels = between_for(args[0]) if len(args) == 3 and isinstance(args[0], Tensor) else None
+    if kernels is None or others.keys() - {"attn_mask", "dropout_p", "is_causal"}:
+        return NotImplemented
+    mask, dropout, causal = others.get("attn_mask"), others.get("dropout_p", 0.0), others.get("is_causal", False)
+    if not kernels.serves_attention(*args, mask, dropout, causal):
+        return NotImplemented
+    if args[0].shape[1] != args[1].shape[1] and not kwargs.get("enable_gqa"):
+        return NotImplemented
+    return kernels.short_attention(*args, kwargs.get("scale"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from zotune.errors import OptionError
+from zotune.record.scalars import mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ class TwoSided:
         return (losses_CK[0::2] - losses_CK[1::2]) / 2
 
     def centre(self, losses_CK: Tensor) -> Tensor:
-        return losses_CK.mean(0)
+        return mean(losses_CK)
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ class LeaveOneOut:
         return tuple(Probe(q, +1) for q in range(self.queries))
 
     def differences(self, losses_CK: Tensor) -> Tensor:
-        return (losses_CK - losses_CK.mean(0)) * (self.queries / (self.queries - 1))
+        return (losses_CK - mean(losses_CK)) * (self.queries / (self.queries - 1))
 
     def centre(self, losses_CK: Tensor) -> Tensor:
-        return losses_CK.mean(0)
+        return mean(losses_CK)
 
 
 ESTIMATORS: dict[str, type[TwoSided] | type[OneSided] | type[LeaveOneOut]] = {

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def float32(x: float) -> float:
@@ -35,3 +39,29 @@ def shrinkage(lr: float, decay: float) -> float:
     0.875
     """
     return 1 - float32(lr) * float32(decay)
+
+
+def total(x: Tensor, dim: int = 0) -> Tensor:
+    """Σ x along a dimension, by halves: in one order on every device, where torch's own sum has another on CUDA than on a CPU.
+
+    A captured step sums on the card what a step by the host, the first after a resume among them, sums on the CPU.
+    """
+    x = x.movedim(dim, 0)
+    while len(x) > 1:
+        half = len(x) // 2
+        halves = x[:half] + x[half : 2 * half]
+        if len(x) % 2:
+            halves[:1] += x[-1:]
+        x = halves
+    return x[0]
+
+
+def mean(x: Tensor, dim: int = 0) -> Tensor:
+    """`total`, times 1/n: CUDA takes a division by a number for that too."""
+    return total(x, dim) * (1 / x.shape[dim])
+
+
+def spread(x: Tensor, dim: int = 0) -> Tensor:
+    """√mean((x − mean x)²) along a dimension, of which 1 element is left: the standard deviation, biased."""
+    off = x - mean(x, dim).unsqueeze(dim)
+    return mean(off * off, dim).unsqueeze(dim).sqrt()

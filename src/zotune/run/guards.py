@@ -57,7 +57,9 @@ class Guards:
             self._warn("far", f"step {step}: the loss has risen {risen}; try a smaller --lr, or stop here")
         elif apart <= ULPS * FLOAT32_EPS * abs(now):
             self._warn("small", f"step {step}: the two losses differ by rounding alone; try a larger --eps")
-        elif apart > LARGE * abs(now) > 0:
+        elif (
+            apart > LARGE * max(abs(now), abs(self._start)) > 0
+        ):  # a loss that has fallen makes any difference look large
             share = f"{100 * apart / abs(now):.0f} %"
             self._warn("large", f"step {step}: the two losses lie {share} of the loss apart; try a smaller --eps")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zotune.estimators import Estimator
+from zotune.record.scalars import mean, total
 from zotune.updates import Linear, Rule
 
 
@@ -88,5 +89,5 @@ def coefficients(
 
 def near(estimator: Estimator | None, losses_CK: Tensor, shares_K: Tensor) -> Tensor:
     """0-d float64: L(θ) as far as the places tell it, the mean over the rows. shares_K: float64, rows of each direction."""
-    centre_K = losses_CK.mean(0) if estimator is None else estimator.centre(losses_CK)
-    return (centre_K * shares_K).sum() / shares_K.sum()
+    centre_K = mean(losses_CK) if estimator is None else estimator.centre(losses_CK)
+    return total(centre_K * shares_K) / total(shares_K)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, signed
 from zotune.engines import Engine
+from zotune.engines.causal import as_without_capture
 from zotune.engines.scratch import Scratch
 from zotune.engines.writing import Through
 from zotune.methods import Method
@@ -191,7 +192,7 @@ class StepGraphs:
 
     def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
         forwards = self.engine.forwards
-        with _ONE_AT_A_TIME, self.own_scratch():
+        with _ONE_AT_A_TIME, self.own_scratch(), as_without_capture():
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
                 draws = torch.cuda.get_rng_state(device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zotune.record.scalars import float32, shrinkage
+from zotune.record.scalars import float32, mean, shrinkage, spread
 from zotune.updates.anchor import pull
 from zotune.updates.rule import Rule, State, shrink
 
@@ -148,8 +148,8 @@ class RowNormalised(Sgd):
 
     def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
         alike = d_QK.amax(1, keepdim=True) == d_QK.amin(1, keepdim=True)  # their spread may be a rounding of the mean
-        spread = 2 * d_QK.std(1, correction=0, keepdim=True) + self.epsilon
-        return (2 * d_QK / spread / (2 * eps)).where(~alike, d_QK * 0)
+        width = 2 * spread(d_QK, 1) + self.epsilon
+        return (2 * d_QK / width / (2 * eps)).where(~alike, d_QK * 0)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ class MeanSquare(Sgd):
         import torch
 
         g_Q = g_Q.float().double()
-        mean = g_Q.sum() * (1 / g_Q.numel())
-        after_M = memory_M * self.beta + torch.stack([mean * mean, torch.ones_like(mean)]) * (1 - self.beta)
+        centre = mean(g_Q)
+        after_M = memory_M * self.beta + torch.stack([centre * centre, torch.ones_like(centre)]) * (1 - self.beta)
         root = (after_M[0] / after_M[1]).sqrt() + self.epsilon
         return self.coefficients(g_Q / root, lr.float().double()), after_M
 
@@ -229,7 +229,7 @@ class Normalised(Sgd):
 
     def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
         alike_K = d_QK.amax(0) == d_QK.amin(0)  # their spread may be a rounding of the mean
-        return (d_QK / d_QK.std(0, correction=0) * self.scale).where(~alike_K, d_QK * 0)
+        return (d_QK / spread(d_QK) * self.scale).where(~alike_K, d_QK * 0)
 
 
 @dataclass(frozen=True)
@@ -245,4 +245,4 @@ class Standardised(Sgd):
 
     def project(self, d_QK: Tensor, eps: Tensor, losses_CK: Tensor) -> Tensor:
         alike_K = losses_CK.amax(0) == losses_CK.amin(0)
-        return (d_QK / losses_CK.std(0, correction=0)).where(~alike_K, d_QK * 0)
+        return (d_QK / spread(losses_CK)).where(~alike_K, d_QK * 0)
