@@ -113,7 +113,7 @@ class SlotsDecoder:
     def _try(self, requests: Sequence[Request], members: Sequence[tuple[int, int]], settings: Settings) -> None:
         """Whether answers by slots are those of the model, found out on a few of these requests."""
         why = self._wrong(requests, members, settings)
-        if why is not None and self.reader.attention.serves:  # the model may ask for more than it says
+        if why is not None and self.reader.attention.serves is not False:  # the model may ask for more than it says
             self.reader.attention.serves = False
             why = self._wrong(requests, members, settings)
         if why is not None:
