@@ -295,11 +295,12 @@ def test_a_step_that_no_graph_holds_is_as_long_as_its_host_needs():
     """On a card: small models wait for the host, and large ones do not."""
     rates = CARDS["h100"]
     small = {"scheme": "full", "seq_len": 16, "rates": rates, **SHAPE}
-    graph, derived, alone = (
+    graph, derived, descent = (
         estimate(model_config(SMALL), method=method, **small) for method in ("zo-sgd", "forward-grad", "fo-sgd")
     )
-    assert alone.step_seconds == pytest.approx(3 * alone.calls * rates.call)
-    assert graph.step_seconds < alone.step_seconds / 10
+    alone = estimate(model_config(SMALL), method="fo-sgd", checkpointing=True, **small)
+    assert alone.step_seconds == pytest.approx(4 * alone.calls * rates.call)
+    assert graph.step_seconds < descent.step_seconds < alone.step_seconds / 10
     assert derived.step_seconds < alone.step_seconds / 5
     masked = estimate(model_config(SMALL), method="zo-sgd", masked=True, **small)
     assert masked.peak < graph.peak  # no doubled batch

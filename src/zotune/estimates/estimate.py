@@ -22,6 +22,9 @@ from zotune.models.loading import DTYPES
 from zotune.models.schemes import SCHEMES
 from zotune.updates.rule import TILE
 
+# cuBLAS's workspaces of captured back-propagation: of scoring, and of each thread, the caller's and autograd's, a step's first run
+# and its capture.
+FIRST_ORDER_SPACES = 5
 STATE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element; "parameter": those of the weight
 # On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux. A
 # fork of a process that has imported them, as runs of the benchmark are there, maps only the pages that it touches.
@@ -77,7 +80,7 @@ def estimate(
     are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches. tf32: whether a
     card takes float32 products by TF32. forward_tokens: as of `zotune train`, of one forward over several of a step's places; by
     default what the engines take by themselves.
-    Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
+    Time is that of steps which are CUDA graphs, as all are on a card but those with checkpointing. Raises InputError.
     """
     needs = needs_of(method, queries, estimator)
     if needs.of_rows:
@@ -116,14 +119,18 @@ def estimate(
     by_gradient, narrow = needs.kind == "first-order", kind != torch.float32
     widened = tiles = 0
     alike = state_dtype == "parameter" or DTYPES[state_dtype] == kind if copies else on_card or not narrow
-    if by_gradient and rounding == "nearest" and (alike or (copies and state_dtype == "float32")):
+    descends = by_gradient and on_card and not checkpointing  # as a graph, by a pass that makes no copies
+    if descends:
+        pass
+    elif by_gradient and rounding == "nearest" and (alike or (copies and state_dtype == "float32")):
         widened = 0 if alike else 2  # weights and gradient, for torch's own kernel
     elif needs.by_tiles:  # what the rule's arithmetic on a tile takes
         kept = copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
         tiles = 3 + narrow + (narrow or not by_gradient) + kept
     tiles = 4 * min(TILE, of_step.largest) * (tiles + widened)
     gradients = of_step.trained_bytes if by_gradient else 0
-    step = max(of_step.peak, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
+    spaces = FIRST_ORDER_SPACES if descends else 2
+    step = max(of_step.peak, gradients + tiles) + (spaces * rates.workspace if rates is not None and on_card else 0)
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), of_step.weights, gradients, state,
         step - gradients, of_step.trainable, of_step.flops, of_step.calls + 2 * of_step.tensors,

@@ -93,8 +93,8 @@ def step_seconds(
 ) -> float:
     """A roofline: products at the sustained rate, weights and state at that of a copy, noise drawn for each probe and the update.
 
-    First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward. On a card the
-    others are graphs, in which so many places share their calls, but for masked ones. Forward mode: the
+    First order: forward, the gradients of activations and (where trained) of weights; checkpointing adds a forward, and is no
+    graph. On a card the others are, in which so many places share their calls, but for masked ones. Forward mode: the
     product, that of the activations' tangents and (where trained) of the weights', and its values, scores of attention among them.
     """
     trained_bytes = of_step.trained_bytes
@@ -103,8 +103,8 @@ def step_seconds(
     if needs.kind == "first-order":
         passes = (3 if whole else 2) + (1 if checkpointing else 0)
         update = 3 * trained_bytes + 2 * made.state + WIDENED_BYTES * widened * made.trainable
-        work = passes * product + update / rates.bandwidth
-        return _given(work, passes * made.calls, rates)
+        work, calls = passes * product + update / rates.bandwidth, passes * made.calls
+        return _given(work, calls, rates) if checkpointing or rates.node is None else work + calls * rates.node
     copies = 2 * trained_bytes / rates.bandwidth + made.trainable / rates.noise
     if needs.kind == "forward-mode":
         values = DERIVED_COPIES * of_step.written / rates.bandwidth
