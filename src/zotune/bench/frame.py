@@ -75,6 +75,7 @@ def _row(record: Record) -> dict[str, Any]:
         "step_seconds": number("step_seconds")
         if record.kind == "probe"
         else _number((record.planned or {}).get("pace", step_seconds(record.metrics))),
+        "pace": _number((record.planned or {}).get("pace")),
         "peak_bytes": number("peak_memory_bytes", "peak_bytes"),
         "planned_bytes": _number((record.planned or {}).get("peak_bytes")),
         "trainable": number("trainable_parameters"),
