@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import statistics
 import subprocess
@@ -107,8 +108,7 @@ def _untimed(cell: Cell, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(asked: Path, path: Path) -> None:
     """Seconds a step of each of the options, added to the file one after the other; what cannot be timed has a reason."""
-    from zotune.options import TrainConfig, resolve
-    from zotune.prepare.prepared import prepare, resolved
+    import torch
 
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -117,13 +117,23 @@ def measure(asked: Path, path: Path) -> None:
         if key in known:
             continue
         try:
-            config = resolve(TrainConfig, {**options, "output": "-", "dry_run": True}, None)
-            ready = prepare(config)
-            ready.config = resolved(ready)
-            known[key] = {"seconds": step_seconds(ready), "method": config.method, "scheme": config.scheme}
+            known[key] = _timed(options)
         except Exception as error:  # whatever it is, the run itself would meet it too
             known[key] = {"seconds": None, "why": (str(error).splitlines() or [type(error).__name__])[0]}
         write_atomically(path, json.dumps(known, indent=2) + "\n")
+        gc.collect()  # graphs hold memory, and the next configuration is to have it all
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _timed(options: Mapping[str, Any]) -> dict[str, Any]:
+    from zotune.options import TrainConfig, resolve
+    from zotune.prepare.prepared import prepare, resolved
+
+    config = resolve(TrainConfig, {**options, "output": "-", "dry_run": True}, None)
+    ready = prepare(config)
+    ready.config = resolved(ready)
+    return {"seconds": step_seconds(ready), "method": config.method, "scheme": config.scheme}
 
 
 def step_seconds(ready: Prepared) -> float:

@@ -244,8 +244,8 @@ def _alignment(scores: Scores) -> str:
                 one, two = ([runs[seed] for seed in seeds] for runs in (bare[name], here[name]))
                 sign = -1 if one[0].metric in LOWER_IS_BETTER else 1
                 moved = tuple(sign * (a.score - b.score) for a, b in zip(one, two, strict=True))
-                means = (fmean(run.score for run in some) for some in (one, two))
-                said.append(f"{name}, {Difference(task, *means, moved, one[0].metric)}")
+                first, second = (fmean(run.score for run in some) for some in (one, two))
+                said.append(f"{name}, {Difference(task, first, second, moved, one[0].metric)}")
     if not said:
         return f"{OPEN}: no task was run with its template and without."
     return f"Without the task's template against with it: {'; '.join(said)}."
