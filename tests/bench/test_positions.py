@@ -111,6 +111,11 @@ def test_a_claim_is_held_where_its_difference_is_more_than_chance_explains():
     assert found["fzoo beats zo-sgd at equal forward passes"].verdict == "cannot be told"
     assert "(+10.0 points, one seed)" in found["fzoo beats zo-sgd at equal forward passes"].said
     assert not any("aim-zo" in to for to in found)  # was not run
+    pair = {("zo-adam", "full", None): [60.0, 62.0], ("meazo", "full", None): [60.5, 61.0]}
+    like = runs_frame(made(pair))
+    (as_good,) = claims(like, groups_frame(like))
+    assert as_good.to.endswith("meazo is as good as zo-adam at equal forward passes")
+    assert as_good.verdict == "not contradicted"
 
 
 def test_equal_passes_are_those_of_the_run_that_has_fewer():

@@ -28,6 +28,7 @@ OPEN = "Not answered by these runs"
 PLAIN, FIRST_ORDER = "zo-sgd", ("fo-sgd", "fo-adam")
 SUBSPACE = ("lozo-m", "subzero-plus", "zo-act", "aim-zo")  # directions that stay in one, or follow a basis that is kept
 SPECTRAL = "zo-muon"
+UNSURE = "cannot be told"
 FEW = 3  # differences of a sentence
 
 
@@ -42,28 +43,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` beats `other` by as many `at`: "seconds" of steps, the test score of runs that had as many, or forward "passes"."""
+    """`better` beats `other`, or is as good, by as many `at`: "seconds" of steps, the test score of runs that had as many, or
+    forward "passes".
+    """
 
     source: str
     better: str
     other: str
-    at: str
+    at: str = "passes"
+    as_good: bool = False
+
+    def __str__(self) -> str:
+        by = "forward passes" if self.at == "passes" else "seconds"
+        return f"{self.source}: {self.better} {'is as good as' if self.as_good else 'beats'} {self.other} at equal {by}"
 
 
+# Of methods that are there beside what their authors compare them with; the last three were read second hand.
 CLAIMS = (
-    Claim("FZOO, arXiv 2506.09034", "fzoo", PLAIN, "passes"),
-    Claim("AIM-ZO: leave-one-out over two-sided estimates", "leave-one-out", PLAIN, "passes"),
-    Claim("AIM-ZO", "aim-zo", PLAIN, "passes"),
-    Claim("AIM-ZO", "aim-zo", SPECTRAL, "passes"),
-    Claim("ZO-Muon, arXiv 2602.17155", SPECTRAL, PLAIN, "passes"),
-    Claim("LOZO-M, arXiv 2410.07698", "lozo-m", PLAIN, "passes"),
-    Claim("SubZero+, arXiv 2608.15665", "subzero-plus", PLAIN, "passes"),
-    Claim("ZO-Act, arXiv 2607.01125", "zo-act", PLAIN, "passes"),
-    Claim("GRZO, arXiv 2606.02857", "grzo", PLAIN, "passes"),
-    Claim("CoPES, arXiv 2608.02391", "copes", PLAIN, "passes"),
-    Claim("MEAZO, arXiv 2605.03869: one number for Adam's moments", "meazo", "zo-adam", "seconds"),
-    Claim("ZO-Adam, arXiv 2402.11592", "zo-adam", PLAIN, "passes"),
-    Claim("Forward-Grad, arXiv 2402.11592", "forward-grad", PLAIN, "passes"),
+    Claim("FZOO, arXiv 2506.09034", "fzoo", PLAIN),
+    Claim("AIM-ZO: leave-one-out over two-sided estimates", "leave-one-out", PLAIN),
+    Claim("AIM-ZO", "aim-zo", PLAIN),
+    Claim("AIM-ZO", "aim-zo", SPECTRAL),
+    Claim("ZO-Muon, arXiv 2602.17155", SPECTRAL, PLAIN),
+    Claim("LOZO-M, arXiv 2410.07698", "lozo-m", PLAIN),
+    Claim("SubZero+, arXiv 2608.15665", "subzero-plus", PLAIN),
+    Claim("ZO-Act, arXiv 2607.01125", "zo-act", PLAIN),
+    Claim("GRZO, arXiv 2606.02857", "grzo", PLAIN),
+    Claim("MEAZO, arXiv 2605.03869: one number for Adam's moments", "meazo", "zo-adam", as_good=True),
 )
 
 
@@ -152,9 +158,7 @@ def positions(runs: pd.DataFrame, groups: pd.DataFrame) -> list[Answer]:
         Answer("Subspace methods", _subspace(scores)),
         Answer("Spectral methods that scale with queries", _spectral(scores)),
         Answer("Forward-only pipelines", _pipelines(scores)),
-        Answer(
-            "Forward-only communication", f"{OPEN}: each was taken by one process, and none sent a step to another."
-        ),
+        Answer("Forward-only communication", f"{OPEN}: each was of one process, which sent its steps to no other."),
         Answer("Evaluation freed from task alignment", _alignment(scores)),
         Answer("Evaluation freed from task complexity", _complexity(scores)),
     ]
@@ -167,9 +171,10 @@ def claims(runs: pd.DataFrame, groups: pd.DataFrame) -> list[Answer]:
     for claim in CLAIMS:
         if not (differences := list(scores.pairs(claim.better, claim.other, claim.at))):
             continue
-        by = "forward passes" if claim.at == "passes" else "seconds"
-        to = f"{claim.source}: {claim.better} beats {claim.other} at equal {by}"
-        found.append(Answer(to, f"{_listed(differences)}.", _verdict(differences)))
+        verdict = _verdict(differences)
+        if claim.as_good and verdict == UNSURE and all(len(one.moved) > 1 for one in differences):
+            verdict = "not contradicted"
+        found.append(Answer(str(claim), f"{_listed(differences)}.", verdict))
     return found
 
 
@@ -181,7 +186,7 @@ def _verdict(differences: Sequence[Difference]) -> str:
         return "not held"
     if held or lost:
         return f"held on {held}, not held on {lost} of {len(differences)}"
-    return "cannot be told"
+    return UNSURE
 
 
 def _listed(differences: Sequence[Difference]) -> str:

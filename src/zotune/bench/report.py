@@ -32,6 +32,10 @@ EQUAL = (
     "Seconds are of each run's own steps, as they were timed alone on the device. At their end the test score; on the way there "
     "the best validation until then, of runs whose rate had not ended, mean over seeds. Blank: not so many passes were spent."
 )
+CLAIMED = (
+    "Of these models, tasks and rates alone. Held, or not, where the difference is more than chance explains, seed by seed. At "
+    "equal passes by the best validation until the run with fewer had ended; the other's rate may not have."
+)
 NUMBERS = ("before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
 
 
@@ -86,6 +90,7 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
         **others,
         equal=_rows(equal),
         about_equal=EQUAL,
+        about_claims=CLAIMED,
         matrices=_rows(matrices),
         scored=scored,
         spread=SPREAD,
@@ -172,7 +177,7 @@ def _readme(
         lines.append(f"## What the authors ask for ({SOURCE})\n")
         lines.append("\n".join(f"- **{one.to}.** {tables.plain(one.said)}" for one in others["positions"]) + "\n")
     if others["claims"]:
-        lines.append("## Published claims\n")
+        lines.append(f"## Published claims\n\n{CLAIMED}\n")
         lines.append(
             "\n".join(f"- {one.to}: **{one.verdict}**. {tables.plain(one.said)}" for one in others["claims"]) + "\n"
         )
