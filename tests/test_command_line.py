@@ -257,6 +257,20 @@ def test_a_locked_folder_is_refused(flags, tmp_path, capsys):
         assert "another zotune is running" in refused(capsys, "train", *flags, "--output", str(tmp_path / "run"))
 
 
+def test_a_dry_run_takes_no_step_that_is_reckoned_to_be_long(flags, tmp_path, capsys, monkeypatch):
+    from zotune.run import timing
+    from zotune.step.optimizer import ZeroOrderOptimizer
+
+    def step(*args, **kwargs):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(timing, "ENOUGH", 0.0)
+    monkeypatch.setattr(ZeroOrderOptimizer, "step", step)
+    many = ["--groups", "batch", "--queries", "32"]
+    assert run(["train", *flags, *many, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "s a step)" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_what_would_happen_and_writes_nothing(flags, tmp_path, capsys):
     assert run(["train", *flags, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ from zotune import ZeroOrderOptimizer, noise
 from zotune.directions import Directions
 from zotune.record.scalars import shrinkage
 from zotune.record.steps import StepRecord
-from zotune.updates import STATE_DTYPES, Adam, Momentum, Rule, Sign
+from zotune.updates import STATE_DTYPES, Adam, Momentum, Rule, Sgd, Sign
 from zotune.updates import rule as rules
 
 pytest.importorskip("triton")
@@ -68,6 +68,9 @@ KINDS = [
     (1, "gaussian", "parameter", "compensated"),
     (3, "rademacher", "bfloat16", "nearest"),
 ]
+ALONG = [
+    (name, *KINDS[(i + j) % 3][2:], dtype) for i, name in enumerate([*RULES, "sgd"]) for j, dtype in enumerate(DTYPES)
+]
 CASES = [(name, *KINDS[(i + j) % 3], dtype) for i, name in enumerate(RULES) for j, dtype in enumerate(DTYPES)]
 
 
@@ -97,6 +100,37 @@ def test_a_pass_is_the_rule_tile_by_tile(name, queries, direction, state_dtype, 
         ):  # w may have rounded up in one and down in the other; with the rest it agrees
             error = (p.double() + own["residual"] - q.double() - other["residual"]).abs()
             assert (error <= 16 * eps * (0.02 + eps * q.abs())).all()  # of what moved, and of the residual
+
+
+@pytest.mark.parametrize(("name", "state_dtype", "rounding", "dtype"), ALONG, ids=str)
+def test_a_pass_along_a_gradient_is_the_rule_s_descent_tile_by_tile(name, state_dtype, rounding, dtype, monkeypatch):
+    from zotune.updates import fused
+
+    rule = (RULES | {"sgd": Sgd})[name](state_dtype=state_dtype, rounding=rounding)
+    monkeypatch.setattr(type(rule), "_by_torch", lambda *args: False)
+    ours, theirs = made(dtype), made(dtype)
+    before = [p.clone() for _, p in ours]
+    ours_state, theirs_state = ({p: {} for _, p in named} for named in (ours, theirs))
+    draw = torch.Generator().manual_seed(5)
+    goes = torch.ones((), dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        slopes = [torch.randn(p.shape, generator=draw).to(DEVICE, dtype) for _, p in ours]
+        rule.descend([p for _, p in theirs], slopes, 0.01, 0.5, theirs_state)
+        rule.reserve([p for _, p in ours], ours_state)
+        for (_, p), slope in zip(ours, slopes, strict=True):
+            numbers = rules.table(rule.numbers_of((0.01,), (0.5,), [ours_state[p].get("steps", 0)])).to(DEVICE)
+            fused.descend(rule, p, slope, ours_state[p], numbers[0], goes * 0)  # changes nothing
+            fused.descend(rule, p, slope, ours_state[p], numbers[0], goes)
+        rule.count([p for _, p in ours], ours_state)
+    for (_, p), (_, q), w in zip(ours, theirs, before, strict=True):
+        own, other = ours_state[p], theirs_state[q]
+        eps = max(torch.finfo(t.dtype).eps for t in (p, *(own[name] for name in rule.buffers)))
+        assert own.keys() == other.keys()
+        assert own["steps"] == other["steps"] == 2
+        for buffer in rule.buffers:
+            close(own[buffer], other[buffer], eps)
+        close(p, q, eps)
+        assert p.numel() < 2 or not torch.equal(p, w)
 
 
 def test_a_rule_with_a_move_of_its_own_inherits_no_kernel():

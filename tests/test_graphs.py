@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -24,8 +25,9 @@ from zotune.models.schemes import get_scheme
 from zotune.record.scalars import coefficient, float32
 from zotune.record.trajectory import Record
 from zotune.step import captured as captured_steps
-from zotune.step import graphs
+from zotune.step import descent, graphs
 from zotune.step.arithmetic import Given, applicable, coefficients, projected, weights_of
+from zotune.step.descent import DescentGraphs
 from zotune.step.graphs import Shape, StepGraphs, _Captured
 from zotune.updates import Adam, Conservative, MeanSquare, Momentum, Normalised, ScalarSign, Sgd, Sign
 from zotune.updates import rule as rules
@@ -299,17 +301,19 @@ def pretend(monkeypatch) -> None:
 
     def captured(self, held, device):
         def run():
-            with self.own_scratch():
+            with self.own_scratch() if isinstance(self, StepGraphs) else nullcontext():
                 held.run()
 
         run()  # as a capture does, before anything may change
         held.graph = SimpleNamespace(replay=run)
         return True
 
-    monkeypatch.setattr(StepGraphs, "_captured", captured)
+    for kind in (StepGraphs, DescentGraphs):
+        monkeypatch.setattr(kind, "_captured", captured)
     monkeypatch.setattr(captured_steps, "_on_cuda", lambda value: isinstance(value, torch.Tensor))
     for module in (rules, graphs, captured_steps):
         monkeypatch.setattr(module, "passes_for", lambda directions: import_module("zotune.updates.fused"))
+    monkeypatch.setattr(descent, "passes_on", lambda devices: import_module("zotune.updates.fused"))
 
 
 def test_graphs_of_several_lengths_share_their_scratch(monkeypatch):
@@ -638,3 +642,144 @@ def test_a_captured_step_needs_no_number_from_the_host(rule, estimator, shares, 
             step.armed.copy_(torch.tensor(1.0))
     assert all(c.dtype == torch.float32 and c.device.type == "meta" for coefs in applied for c in coefs)
     assert applied
+
+
+# Back-propagation.
+
+
+def first_order_apart(host, captured, optimizers, losses, batches) -> None:
+    """Steps of both at rates that fall, the first without graphs; what they saw is the same as far as rounding goes."""
+    first, second = optimizers
+    first.captured.wanted = False
+    for step, batch in enumerate(batches):
+        wanted, got = (take(made, loss, batch, step) for made, loss in zip(optimizers, losses, strict=True))
+        assert second.captured.graphs is not None
+        assert second.captured.graphs.usable
+        assert got.skipped == wanted.skipped
+        assert got.seeds_Q == wanted.seeds_Q == ()
+        assert got.g_GQ == wanted.g_GQ
+        torch.testing.assert_close(
+            torch.tensor(got.losses_P), torch.tensor(wanted.losses_P), rtol=1e-2, atol=1e-3, equal_nan=True
+        )
+
+
+FIRST_ORDER = [
+    {"method": "fo-sgd", "weight_decay": 0.3},
+    {"method": "fo-sgd", "rounding": "compensated"},
+    {"method": "fo-adam", "weight_decay": 0.3},
+    {"method": "fo-adam", "state_dtype": "parameter", "micro": 2},
+]
+
+
+@pytest.mark.parametrize("options", FIRST_ORDER, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(("kind", "dtype"), PLACES, ids=str)
+def test_a_captured_step_by_back_propagation_is_the_host_s(kind, dtype, options, monkeypatch):
+    """lr changes, the third step is skipped, a parameter that no loss reads keeps no moments, and the state goes on in another."""
+    options = dict(options)
+    batches = batches_of(kind, dtype, options.pop("micro", 1))
+    if kind == "cpu":
+        pretend(monkeypatch)
+    host = model_of(kind, options).to(dtype)
+    host.unread = nn.Parameter(torch.ones(3, dtype=dtype, device=next(host.parameters()).device))
+    captured, start = copy.deepcopy(host), copy.deepcopy(host)
+    first, second = optimizer_of(host, captured=False, **options), optimizer_of(captured, **options)
+    for some in (batches[:4], batches[4:]):
+        first_order_apart(host, captured, (first, second), (host.losses, captured.losses), some)
+        for p, q in zip(captured.parameters(), host.parameters(), strict=True):
+            close = {torch.float32: 1e-4, torch.float64: 1e-9}.get(dtype, 2e-2)
+            if options["method"] == "fo-adam" and kind != "cpu":
+                # a gradient near zero is a ratio of two small numbers to Adam, which another order of sums may turn
+                assert (~torch.isclose(p, q, rtol=close, atol=close)).sum() <= 1e-2 * p.numel()
+                assert (p - q).abs().max() <= 2 * sum(0.01 / (1 + step) for step in range(len(batches))) + close
+            else:
+                torch.testing.assert_close(p, q, rtol=close, atol=close)
+            assert second.state[p].keys() == first.state[q].keys()
+            assert second.state[p].get("steps") == first.state[q].get("steps")
+        state = copy.deepcopy(second.state_dict())
+        second = optimizer_of(captured, **options)
+        second.load_state_dict(state)
+    assert second.skipped_steps == 1
+    assert second.forward_passes == first.forward_passes
+    assert second.state_bytes == first.state_bytes
+    assert torch.equal(captured.unread, start.unread)
+    assert not same(captured, start)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_rule_that_has_no_pass_of_its_own_descends_without_graphs(kind, monkeypatch):
+    class Halved(Sgd):
+        def move(self, w_n, g_n, state, lr, steps):
+            return w_n - lr / 2 * g_n
+
+    if kind == "cpu":
+        pretend(monkeypatch)
+    halved, plain = model_of(kind, {}), model_of(kind, {})
+    made = [
+        ZeroOrderOptimizer(m, Method(None, rule), lr=lr)
+        for m, rule, lr in ((halved, Halved(), 0.2), (plain, Sgd(), 0.1))
+    ]
+    for optimizer, model in zip(made, (halved, plain), strict=True):
+        optimizer.step(model.losses, batch=batches_of(kind, torch.float32, 1)[0])
+        optimizer.land()
+    assert made[0].captured.graphs is None
+    assert made[1].captured.graphs.usable
+    for p, q in zip(halved.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["full", "lora"])
+@pytest.mark.parametrize("method", ["fo-sgd", "fo-adam"])
+def test_first_order_steps_of_a_scheme_are_captured(method, scheme, dtype):
+    """Two lengths, each a graph; the losses of both ways go down alike."""
+    torch.manual_seed(0)
+    plain = get_scheme(scheme).prepare(tf.LlamaForCausalLM(CONFIG).to(dtype)).cuda().eval()
+    captured = copy.deepcopy(plain)
+    batches = [{"input_ids": torch.randint(0, 64, (4, 8 + 8 * (i % 2)), device="cuda")} for i in range(2)] * 8
+
+    def loss_of(model):
+        def rows(batch):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            return losses.mean(1)
+
+        return rows
+
+    lr = 1e-2 if method == "fo-adam" else 0.5
+    first, second = (
+        ZeroOrderOptimizer([p for p in m.parameters() if p.requires_grad], method, lr=lr) for m in (plain, captured)
+    )
+    seen: tuple[list[float], list[float]] = ([], [])
+    for optimizer, losses in zip((first, second), seen, strict=True):
+        optimizer.watch = lambda record, losses=losses: losses.append(record.loss)
+    steps_apart(first, second, loss_of(plain), loss_of(captured), batches)
+    second.land()
+    assert second.captured.graphs.usable
+    assert len(second.captured.graphs) == 2
+    torch.testing.assert_close(torch.tensor(seen[0]), torch.tensor(seen[1]), rtol=3e-2, atol=1e-2)
+    assert seen[1][-1] < seen[1][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("why", ["dropout", "checkpointing"])
+def test_what_a_graph_cannot_hold_of_back_propagation_is_said_and_still_stepped(why, caplog):
+    torch.manual_seed(0)
+    if why == "dropout":
+        model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).cuda().train()
+        loss_of, batch = lambda batch: model(batch["x"]).square().mean(1), {"x": torch.randn(4, 8, device="cuda")}
+    else:
+        model = tf.LlamaForCausalLM(CONFIG).cuda().train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = {"input_ids": torch.randint(0, 64, (4, 8), device="cuda")}
+        loss_of = lambda batch: model(**batch, use_cache=False).logits.float().square().mean((1, 2))  # noqa: E731
+    optimizer = ZeroOrderOptimizer(model, "fo-sgd", lr=1e-2)
+    losses = []
+    optimizer.watch = lambda record: losses.append(record.loss)
+    for _ in range(4):
+        optimizer.step(loss_of, batch=batch)
+    optimizer.land()
+    assert optimizer.steps == len(losses) == 4
+    assert losses[-1] < losses[0] or why == "dropout"
+    assert optimizer.captured.graphs.usable == ("not captured" not in caplog.text)
+    assert why == "checkpointing" or not optimizer.captured.graphs.usable

@@ -24,6 +24,7 @@ from pathlib import Path
 
 NAME = "study.tar.gz"
 KEPT = ("config.yaml", "metrics.jsonl", "result.json", "progress.json", "trajectory.zot")  # of a run's folder
+PACES = "made/paces.json"  # seconds a step, of suites whose budget is of seconds
 RESERVE = 20.0  # seconds for runs to save, and for the last pack
 
 
@@ -62,15 +63,19 @@ def main() -> None:
 
 def pack(work: Path, out: Path, part_mib: float) -> int:
     """OUT/study.tar.gz.NN: a copy of the store as of one moment, and what is small. Returns its bytes."""
-    if not (work / "results.sqlite").exists():
+    store = (work / "results.sqlite").exists()
+    if not store and not (work / PACES).exists():
         return 0
     buffer = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        with sqlite3.connect(work / "results.sqlite") as live, sqlite3.connect(f"{folder}/copy") as copy:
-            live.backup(copy)
-        copy.close()
-        tar.add(f"{folder}/copy", "results.sqlite")
-        for path in sorted([*work.glob("logs/*"), *(p for name in KEPT for p in work.glob(f"runs/*/{name}"))]):
+        if store:
+            with sqlite3.connect(work / "results.sqlite") as live, sqlite3.connect(f"{folder}/copy") as copy:
+                live.backup(copy)
+            copy.close()
+            tar.add(f"{folder}/copy", "results.sqlite")
+        for path in sorted(
+            [*work.glob(PACES), *work.glob("logs/*"), *(p for name in KEPT for p in work.glob(f"runs/*/{name}"))]
+        ):
             with contextlib.suppress(FileNotFoundError):  # a run writes while we look
                 tar.addfile(*_entry(path, path.relative_to(work).as_posix()))
     whole, size = buffer.getvalue(), int(part_mib * 2**20)

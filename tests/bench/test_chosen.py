@@ -125,6 +125,7 @@ def test_results_packed_in_one_place_go_on_in_another(suite_file, program, tmp_p
     weights.write_text("large")
     packed.mkdir()
     (packed / "study.tar.gz.99").write_text("of an earlier, larger pack")
+    (there / "made" / "paces.json").write_text("{}")
     size = study.pack(there, packed, 0.001)
     parts = sorted(packed.iterdir())
     assert len(parts) == -(-size // int(0.001 * 2**20)) > 1
@@ -134,6 +135,7 @@ def test_results_packed_in_one_place_go_on_in_another(suite_file, program, tmp_p
         (r.key, r.result, r.metrics, r.status) for r in store.all()
     ]
     assert plan_of(suite, here, again).to_do == []
+    assert (here / "made" / "paces.json").read_text() == "{}"
     assert {p.name for p in (here / "runs").rglob("*") if p.is_file()} == {"metrics.jsonl", "result.json"}
 
 

@@ -222,7 +222,7 @@ def test_patterns_match_texts_and_numbers():
     [
         ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
         ({"budget": {"step": 3}}, "unknown key 'budget.step'; did you mean 'steps'?"),
-        ({"budget": {"steps": 3, "forward_passes": 6}}, "one of the two"),
+        ({"budget": {"steps": 3, "forward_passes": 6}}, "one of the three"),
         ({"budget": {"forward_passes": 1}}, "pay for no step"),
         ({"grid": {"model": "tiny", "task": "words", "method": "zo-sdg"}}, "did you mean 'zo-sgd'?"),
         ({"grid": {"model": "tiny", "task": "wrods", "method": "zo-sgd"}}, "'wrods'"),

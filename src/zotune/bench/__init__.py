@@ -1,6 +1,7 @@
 """The benchmark: a suite → its runs → a store → a report. Light to import; what needs the extra asks for it first.
 
 suite.py     YAML → cells of a grid → the options of each run
+pace.py      seconds a step, where budgets are of seconds
 plan.py      runs with their keys, what is done, what the rest will take
 choice.py    which lr and eps: validation decides
 store.py     results in SQLite

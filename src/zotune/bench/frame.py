@@ -71,7 +71,11 @@ def _row(record: Record) -> dict[str, Any]:
         "validation": number("validation_best"),
         "forward_passes": number("forward_passes"),
         "seconds": number("wall_seconds"),
-        "step_seconds": number("step_seconds") if record.kind == "probe" else step_seconds(record.metrics),
+        # as it was timed alone, where it was: runs that share a device slow each other
+        "step_seconds": number("step_seconds")
+        if record.kind == "probe"
+        else _number((record.planned or {}).get("pace", step_seconds(record.metrics))),
+        "pace": _number((record.planned or {}).get("pace")),
         "peak_bytes": number("peak_memory_bytes", "peak_bytes"),
         "planned_bytes": _number((record.planned or {}).get("peak_bytes")),
         "trainable": number("trainable_parameters"),

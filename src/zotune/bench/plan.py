@@ -275,6 +275,8 @@ def foresee(plan: Plan, store: Store | None = None) -> Forecast:
         if key not in guesses:
             guesses[key] = _guess(run)
         run.planned |= {"peak_bytes": guesses[key].get("peak_bytes"), "step_seconds": guesses[key].get("step_seconds")}
+        if run.cell.pace is not None:
+            run.planned |= {"step_seconds": run.cell.pace, "pace": run.cell.pace}
         run.planned |= {"seconds": forecast.of(run), "forward_passes": run.cell.forward_passes}
         if why := guesses[key].get("why"):
             run.planned["why"] = why

@@ -20,12 +20,21 @@ from zotune.bench.figures import drawing
 from zotune.bench.findings import findings
 from zotune.bench.frame import groups_frame, metric_of, percentage, runs_frame
 from zotune.bench.pages import template
+from zotune.bench.positions import SOURCE, Answer, claims, positions
 from zotune.bench.store import Record, Store
 from zotune.errors import InputError
 
 SPREAD = (
     "mean ± one standard deviation over seeds; a figure without ± is one seed's. Where several learning rates or eps were "
     "tried, the one best on validation; (search) where only the search has run, whose budget is shorter."
+)
+EQUAL = (
+    "Seconds are of each run's own steps, as they were timed alone on the device. At their end the test score; on the way there "
+    "the best validation until then, of runs whose rate had not ended, mean over seeds. Blank: not so many passes were spent."
+)
+CLAIMED = (
+    "Of these models, tasks and rates alone. Held, or not, where the difference is more than chance explains, seed by seed. At "
+    "equal passes by the best validation until the run with fewer had ended; the other's rate may not have."
 )
 NUMBERS = ("before", "forward passes", "minutes a run", "ms a step", "peak GiB", "predicted GiB", "status")
 
@@ -61,10 +70,12 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
     partial.mkdir(parents=True)
     drawn = _figures(runs, groups[~groups.tried], partial, compact)  # a search's budget is another
     found = findings(runs, groups)
+    others = {"positions": positions(runs, groups), "claims": claims(runs, groups)}
+    equal = tables.equal(runs, groups)
     matrices = tables.scores(groups[groups.kind == "train"])
     scored = "Test " + metric_of(runs) + " in percent" * percentage(metric_of(runs))
     _files(partial, matrices, scored, tables.summary(groups), tables.runs(runs))
-    _readme(partial, found, matrices, scored, drawn, runs)
+    _readme(partial, found, others, equal, matrices, scored, drawn, runs)
     page = template("page.html.j2").render(
         title=", ".join(sorted(set(runs.suite))),
         made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -75,10 +86,12 @@ def make_report(*folders: Path, target: Path | None = None, compact: bool = Fals
         waiting=waiting,
         svg_files=not compact,
         findings=found,
-        matrices=[
-            {"name": name, "columns": list(table.columns), "rows": list(zip(table.index, table.to_numpy(), strict=True))}
-            for name, table in matrices.items()
-        ],
+        source=SOURCE,
+        **others,
+        equal=_rows(equal),
+        about_equal=EQUAL,
+        about_claims=CLAIMED,
+        matrices=_rows(matrices),
         scored=scored,
         spread=SPREAD,
         is_cell=lambda value: isinstance(value, tables.Cell),
@@ -116,6 +129,14 @@ def _figures(runs: pd.DataFrame, groups: pd.DataFrame, folder: Path, compact: bo
     return drawn
 
 
+def _rows(found: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """Tables as a page has them."""
+    return [
+        {"name": name, "columns": list(table.columns), "rows": list(zip(table.index, table.to_numpy(), strict=True))}
+        for name, table in found.items()
+    ]
+
+
 def _files(
     folder: Path, matrices: dict[str, pd.DataFrame], scored: str, summary: pd.DataFrame, runs: pd.DataFrame
 ) -> None:
@@ -132,6 +153,8 @@ def _files(
 def _readme(
     folder: Path,
     found: list[str],
+    others: dict[str, list[Answer]],
+    equal: dict[str, pd.DataFrame],
     matrices: dict[str, pd.DataFrame],
     scored: str,
     drawn: list[dict[str, Any]],
@@ -150,6 +173,17 @@ def _readme(
     ]
     if found:
         lines.append("## Findings\n\n" + "\n".join(f"- {tables.plain(one)}" for one in found) + "\n")
+    if others["positions"]:
+        lines.append(f"## What the authors ask for ({SOURCE})\n")
+        lines.append("\n".join(f"- **{one.to}.** {tables.plain(one.said)}" for one in others["positions"]) + "\n")
+    if others["claims"]:
+        lines.append(f"## Published claims\n\n{CLAIMED}\n")
+        lines.append(
+            "\n".join(f"- {one.to}: **{one.verdict}**. {tables.plain(one.said)}" for one in others["claims"]) + "\n"
+        )
+    if equal:
+        lines.append(f"## Equal seconds, equal passes\n\n{EQUAL}\n")
+        lines += [f"### {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in equal.items()]
     if matrices:
         lines.append(f"{scored}, {SPREAD}\n")
     lines += [f"## {tables.plain(name)}\n\n{tables.markdown(table, 'method')}" for name, table in matrices.items()]

@@ -244,7 +244,7 @@ def where(run: Run, folder: Path) -> list[str]:
     return ["--output", str(folder)] + (["--resume"] if run.cell.kind == "train" else [])
 
 
-def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
     """The command as the leader of a group that dies with this thread; what it says goes into the log."""
     with open(log, "wb") as said:
         return subprocess.Popen(

@@ -7,7 +7,7 @@ again with some of its axes replaced; an `exclude` drops the cells that match.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import as_file, files
@@ -22,6 +22,7 @@ from zotune.files.checked import Options, Positive
 from zotune.files.reading import load_yaml
 from zotune.options import StepOptions, TrainConfig, resolve
 
+Pace = Callable[[Mapping[str, Any]], tuple[str, float]]
 AXES = ("model", "task", "method", "scheme", "seed")  # the axes that every run has, in the order of its name
 PROBE_KEYS = ("tokens", "checkpointing", "answer_tokens")  # what a probe takes beyond the options of a run
 # all that changes a step, and what it is taken with
@@ -32,15 +33,16 @@ PROBE_OPTIONS = (
 
 
 class Budget(Options):
-    """Equal for every run: forward passes, or steps."""
+    """Equal for every run: forward passes, steps, or seconds of its steps alone on the device (`zotune.bench.pace`)."""
 
     forward_passes: Positive | None = None
     steps: Positive | None = None
+    seconds: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
-        if (self.forward_passes is None) == (self.steps is None):
-            raise ValueError("give forward_passes or steps, one of the two")
+        if (self.forward_passes, self.steps, self.seconds).count(None) != 2:
+            raise ValueError("give forward_passes, steps or seconds, one of the three")
         return self
 
 
@@ -57,10 +59,14 @@ class Rule(Options):
 
 
 class Search(Options):
-    """How pairs of lr and eps are tried: with one seed, and with a budget of their own (default: the suite's)."""
+    """How pairs of lr and eps are tried: with one seed, and with a budget of their own (default: the suite's).
+
+    task: on which, for all tasks; by default each task has a search of its own.
+    """
 
     budget: Budget | None = None
     seed: int = 0
+    task: str | None = None
 
 
 class ModelEntry(Options):
@@ -147,6 +153,8 @@ class Cell:
     trial: bool = False  # and with another budget than the run that the best of them gets
     group: str = ""  # what such pairs, and the runs that wait for the best of them, have in common
     open: tuple[str, ...] = ()  # which of lr and eps the search will tell
+    pace_key: str = ""  # what the pace of its steps is known by, where its budget is of seconds
+    pace: float | None = None  # seconds of a step alone on the device
 
     def chosen(self, values: Mapping[str, float]) -> Cell:
         """The cell with what the search has found."""
@@ -222,7 +230,10 @@ def _change(value: dict[str, Any], key: str, given: Any) -> None:
         return  # it reads no data
     head, _, rest = key.partition(".")
     if rest and head == "search":
-        value[head] = {**value.get(head, {}), **({rest: given} if rest == "seed" else {"budget": {rest: given}})}
+        value[head] = {
+            **value.get(head, {}),
+            **({rest: given} if rest in ("seed", "task") else {"budget": {rest: given}}),
+        }
     elif rest and head == "models":
         value[head] = {**value.get(head, {}), rest: {"model": given}}
     elif rest and head in ("budget", "defaults", "grid"):
@@ -237,9 +248,9 @@ def _change(value: dict[str, Any], key: str, given: Any) -> None:
         value["rules"] = [*value.get("rules", []), {"set": {key: given}}]
 
 
-def expand(suite: Suite) -> Expanded:
+def expand(suite: Suite, paces: Pace | None = None) -> Expanded:
     """The suite's runs. Cells that this version lacks, or whose options do not go together, are left out with a reason, or
-    refused, as the suite says.
+    refused, as the suite says. paces: options of a run → what its pace is known by, and seconds a step; for budgets of seconds.
     """
     cells: list[Cell] = []
     searched: set[str] = set()
@@ -255,7 +266,7 @@ def expand(suite: Suite) -> Expanded:
             left_out[lacking[0]] = left_out.get(lacking[0], 0) + 1
             continue
         try:
-            own = _at(suite, axes, searched)
+            own = _at(suite, axes, searched, paces)
         except InputError as error:
             lines = str(error).splitlines()
             if suite.missing == "refuse":
@@ -271,19 +282,20 @@ def expand(suite: Suite) -> Expanded:
     return Expanded(suite, cells, left_out)
 
 
-def _at(suite: Suite, axes: Mapping[str, Any], searched: Collection[str]) -> list[Cell]:
+def _at(suite: Suite, axes: Mapping[str, Any], searched: Collection[str], paces: Pace | None) -> list[Cell]:
     """The cell, behind the pairs of lr and eps that are tried for it unless its group has been searched."""
     values = _searched(suite, axes)
     if not values:
-        return [_cell(suite, axes)]
-    group = _name({k: v for k, v in axes.items() if k != "seed"})
-    waits = replace(_cell(suite, axes), group=group, open=tuple(values))
+        return [_cell(suite, axes, paces)]
+    there = dict(axes) if suite.search.task is None else {**axes, "task": suite.search.task}
+    group = _name({k: v for k, v in there.items() if k != "seed"})
+    waits = replace(_cell(suite, axes, paces), group=group, open=tuple(values))
     tried = []
     if group not in searched:
         for pair in itertools.product(*values.values()):
-            own = {**axes, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
-            cell = _cell(suite, own, suite.search.budget)
-            trial = cell.options["steps"] != waits.options["steps"]
+            own = {**there, "seed": suite.search.seed, **dict(zip(values, pair, strict=True))}
+            cell = _cell(suite, own, paces, suite.search.budget)
+            trial = cell.task != waits.task or cell.options["steps"] != waits.options["steps"]
             tried.append(replace(cell, search=True, trial=trial, group=group))
     return [*tried, waits]
 
@@ -365,7 +377,7 @@ def _name(axes: Mapping[str, Any]) -> str:
     return " ".join(_text(v) if k in AXES[:4] else f"{k}={_text(v)}" for k, v in axes.items())
 
 
-def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -> Cell:
+def _cell(suite: Suite, axes: Mapping[str, Any], paces: Pace | None, budget: Budget | None = None) -> Cell:
     """budget: of a search, over the suite's and what rules say of steps."""
     options = _options(suite, axes)
     made: dict[str, dict[str, Any]] = {}
@@ -385,8 +397,14 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
     built = {"model": {"random": made["model"]}} if "model" in made else {}  # what blocks are counted in
     cost = forwards_a_step(options | built)
     paid = budget or suite.budget
+    key, pace = "", None
     if paid.steps is not None:
         steps = paid.steps
+    elif paid.seconds is not None:
+        if paces is None:
+            raise InputError("budget.seconds: is of suites that `zotune bench run` runs; give steps or forward_passes")
+        key, pace = paces(options)
+        steps = max(1, int(paid.seconds / pace))
     else:
         assert paid.forward_passes is not None
         steps = steps_for(paid.forward_passes, options | built)
@@ -405,7 +423,7 @@ def _cell(suite: Suite, axes: Mapping[str, Any], budget: Budget | None = None) -
         probe_config(options)
     labels = {k: v for k, v in axes.items() if k not in AXES}
     passes = forwards_of(int(options["steps"]), options | built)
-    return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name)
+    return Cell(name, suite.kind, model, task, options, passes, made, labels, suite.name, pace_key=key, pace=pace)
 
 
 def probe_config(options: Mapping[str, Any]) -> TrainConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup, escape
 
+from zotune.bench.curves import reached
 from zotune.bench.frame import label, metric_of, percentage
 from zotune.tasks.metrics import figure
 
@@ -34,6 +35,54 @@ def scores(groups: pd.DataFrame) -> dict[str, pd.DataFrame]:
         if any(ranks):
             table["mean rank"] = ranks
         tables[f"{model}, {task}"] = table
+    return tables
+
+
+PASSES, PARTS = (
+    (1_000, 4_000, 16_000),
+    (3,),
+)  # where the runs are compared on their way: forward passes, and parts of their seconds
+
+
+def equal(runs: pd.DataFrame, groups: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """For each model and task of runs whose budget was seconds: what each had reached after equal seconds and equal passes.
+
+    The last of the seconds by the test score, what is on the way there by the best validation until then, of a rate that has not
+    ended: mean over seeds. Blank where a run has not spent so much, or was not scored before.
+    """
+    tables, by_key = {}, runs.set_index("key")
+    scored = groups[(groups.kind == "train") & groups["mean"].notna() & ~groups.tried]
+    for (model, task), here in scored.groupby(["model", "task"], sort=False):
+        rows: dict[str, dict[str, Any]] = {}
+        for row in here.itertuples():
+            chosen = [run for run in by_key.loc[row.chosen].itertuples() if run.pace == run.pace]
+            if not chosen:
+                continue
+            whole = round(max(run.pace * run.options["steps"] for run in chosen))
+            name = label(row) if row.scheme == "full" else f"{label(row)}, {row.scheme}"
+            own = rows.setdefault(name, {})
+            own[f"{whole} s, test"] = Cell(mean_sd(row), row.group)
+            ends = {
+                f"{whole / part:.0f} s": ("step", {run.Index: whole / part / run.pace for run in chosen})
+                for part in PARTS
+            }
+            ends |= {f"{p:,} passes": ("forward_passes", dict.fromkeys((r.Index for r in chosen), p)) for p in PASSES}
+            for column, (along, until) in ends.items():
+                found = [
+                    reached(run, until[run.Index], along)
+                    for run in chosen
+                    if along == "step" or run.forward_passes >= until[run.Index]
+                ]
+                mean = sum(found) / len(found) if found else math.nan
+                own[column] = cell_text(row.metric, mean)
+        if rows:
+            columns = list(dict.fromkeys(column for own in rows.values() for column in own))
+            order = sorted(columns, key=lambda name: ("passes" in name, float(name.split()[0].replace(",", ""))))
+            frame = pd.DataFrame("", index=list(rows), columns=order, dtype=object)
+            for name, own in rows.items():
+                for column, text in own.items():
+                    frame.loc[name, column] = text
+            tables[f"{model}, {task}"] = frame
     return tables
 
 

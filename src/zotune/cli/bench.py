@@ -88,15 +88,27 @@ def run(
     if time_limit is not None and not time_limit > 0:
         raise InputError(f"--for {time_limit:g}: minutes, more than 0")
     began = time.monotonic()
+    from zotune.bench.pace import Paces, time_all
     from zotune.bench.plan import foresee, make_plan
     from zotune.bench.runner import Waiting, execute, sole_runner
     from zotune.bench.store import Store
     from zotune.bench.suite import expand, load_suite, together
 
     given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
-    expanded = together([expand(load_suite(suite, given)) for suite in suites])
     folder = Path(output).expanduser()
     check_folder(folder)
+    paces = Paces(folder)
+    loaded = [load_suite(suite, given) for suite in suites]
+    expanded = together([expand(suite, paces) for suite in loaded])
+    until = began + 60 * time_limit if time_limit is not None else float("inf")
+    if paces.missing and not dry_run:
+        with sole_runner(folder):
+            in_time = time_all(expanded, paces, folder, until, lambda line: print(line, file=sys.stderr))
+        if not in_time:
+            print("the time is up before all paces are known: the same command goes on")
+            return
+        paces = Paces(folder)
+        expanded = together([expand(suite, paces) for suite in loaded])
     if dry_run and not (folder / DATABASE).is_file():
         plan = make_plan(expanded, folder)
         foresee(plan)
@@ -113,7 +125,7 @@ def run(
         if not plan.to_do:
             show_done(plan, output)
             return
-        seconds = None if time_limit is None else 60 * time_limit - (time.monotonic() - began)
+        seconds = None if time_limit is None else until - time.monotonic()
         waiting = Waiting(plan, store, forecast, seconds)
         with Live(plan) as live:
             if executor == "ray":
@@ -168,6 +180,13 @@ def probe(options: str, output: Annotated[str, typer.Option("--output")]) -> Non
     from zotune.run.folder import write_atomically
 
     write_atomically(folder / "result.json", json.dumps(measure(json.loads(options)), indent=2, allow_nan=False) + "\n")
+
+
+@app.command("pace", hidden=True, help="Seconds a step of some runs' options, for budgets of seconds.")
+def pace(asked: str, output: Annotated[str, typer.Option("--output")]) -> None:
+    from zotune.bench.pace import measure
+
+    measure(Path(asked), Path(output))
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from zotune.prepare.prepared import LENGTHS, Prepared
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a run: bytes at the peak of a step, and seconds from first to last. 0: not known, and why."""
+    """Of a run: bytes at the peak of a step, seconds from first to last, and of a step on one batch. 0: not known, and why."""
 
     peak_bytes: int = 0
     seconds: float = 0.0
     why: str = ""
+    step_seconds: float = 0.0
 
     def __str__(self) -> str:
         if not self.peak_bytes:
@@ -29,7 +30,7 @@ class Expected:
 def expected(ready: Prepared) -> Expected:
     """By `zotune.estimates.estimate`: a step of the longest rows for memory, of usual ones for time, and the rows that are scored.
 
-    What that does not know has a reason instead: blocks, hybrid training, kept masks, quantised weights, several directions,
+    What that does not know has a reason instead: blocks, hybrid training, kept masks, quantised weights,
     masked models, classifiers, answers that are generated, losses without a gradient.
     """
     from zotune.estimates.estimate import PROCESS_BYTES, estimate, uncounted
@@ -37,7 +38,7 @@ def expected(ready: Prepared) -> Expected:
     from zotune.models.kinds import kind_of
 
     config = ready.config
-    why = uncounted(config.model_dump(include={"blocks", "hybrid", "mask", "quantize", "groups"}))
+    why = uncounted(config.model_dump(include={"blocks", "hybrid", "mask", "quantize"}))
     if (kind := kind_of(ready.model)) != "causal":
         why = f"no estimate of {kind} models"
     elif config.loss not in ("answer", "candidates") or ready.task.generates:
@@ -58,6 +59,7 @@ def expected(ready: Prepared) -> Expected:
         "batch_size": sequences, "answer_tokens": answer, "rates": rates,
         "estimator": config.estimator, "state_dtype": config.state_dtype, "rounding": config.rounding,
         "masked": bool(config.sparsity), "engine": config.engine, "forward_tokens": config.forward_tokens,
+        "groups": config.groups,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -72,7 +74,7 @@ def expected(ready: Prepared) -> Expected:
     scored = 2 * len(ready.test) + (1 + evaluations) * len(ready.validation)
     seconds = config.steps * config.accumulate * (step.step_seconds or 0.0)
     seconds += scored / sequences * forward_seconds(step, rates)
-    return Expected(largest.peak + PROCESS_BYTES * on_cpu, seconds)
+    return Expected(largest.peak + PROCESS_BYTES * on_cpu, seconds, step_seconds=step.step_seconds or 0.0)
 
 
 def _padded(tokens: int, on_cpu: bool) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zotune.cli.expected import Expected
+from zotune.cli.expected import expected as foreseen
 from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
 from zotune.estimates.memory import keep_freed, peak_bytes, readable
@@ -106,7 +107,7 @@ def dry_run(config: TrainConfig) -> None:
     console.print(Text(f"rows as the model will see them (answer {how})", style="bold"))
     for example, encoded in list(zip(ready.splits.train, ready.train, strict=True))[:3]:
         show_row(console, example, encoded, ready.tokenizer)
-    step_seconds, row_seconds, forwards, engine = timed(ready)
+    step_seconds, row_seconds, forwards, engine = timed(ready, foreseen(ready).step_seconds)
     evaluations = -(-config.steps // config.evaluates_every)
     scored = len(ready.test) * 2 + len(ready.validation) * (1 + evaluations)
     lengths = [row.tokens for row in ready.train]

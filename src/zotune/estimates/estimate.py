@@ -22,6 +22,12 @@ from zotune.models.loading import DTYPES
 from zotune.models.schemes import SCHEMES
 from zotune.updates.rule import TILE
 
+# cuBLAS's workspaces of captured back-propagation: of scoring, and of each thread, the caller's and autograd's, a step's first run
+# and its capture.
+FIRST_ORDER_SPACES = 5
+# The peak of a step whose rows have directions of their own over a plain forward's of as many rows: 1.8 to 2.3 on an H200 at 512
+# places (benchmarks/results/h200-2026-12-01/pop.json and pop7b.json).
+BY_ROWS = 2.1
 STATE_BYTES = {"float32": 4, "bfloat16": 2}  # of an element; "parameter": those of the weight
 # On the CPU a run's peak is its process's, libraries included: Python, torch, transformers' Trainer, PEFT, numba on Linux. A
 # fork of a process that has imported them, as runs of the benchmark are there, maps only the pages that it touches.
@@ -68,6 +74,7 @@ def estimate(
     engine: str = "auto",
     tf32: bool = False,
     forward_tokens: int | None = None,
+    groups: int | str = 1,
 ) -> Estimate:
     """Peak bytes and seconds of a training step of zotune.
 
@@ -76,12 +83,12 @@ def estimate(
     state_dtype: as of `zotune train`, float32 by default; "parameter" is what torch's Adam keeps. masked: whether directions
     are sparse. engine: as of `zotune train`; "auto" is dual where that is worth it, on a CPU for small batches. tf32: whether a
     card takes float32 products by TF32. forward_tokens: as of `zotune train`, of one forward over several of a step's places; by
-    default what the engines take by themselves.
-    Time is that of steps which are CUDA graphs, as those of zeroth order are on a card. Raises InputError.
+    default what the engines take by themselves. groups: as of `zotune train`; directions of its own for each row, or few, or made
+    of its inputs, are counted as a plain forward of as many rows with what was measured over it.
+    Time is that of steps which are CUDA graphs, as all are on a card but those with checkpointing. Raises InputError.
     """
     needs = needs_of(method, queries, estimator)
-    if needs.of_rows:
-        raise InputError(f"--method {method}: there is no estimate of directions that know their rows")
+    by_rows = str(groups) != "1" or needs.of_rows
     asked = ((scheme, SCHEMES, "scheme"), (engine, ("auto", *ENGINES), "engine"))
     for value, known, what in asked:
         if value not in known:
@@ -97,7 +104,7 @@ def estimate(
     if needs.kind == "zeroth-order":
         worth = on_card or batch_size * seq_len <= WORTH_ON_CPU
         passes = "sequential" if masked or (engine == "auto" and not worth) else "dual" if engine == "auto" else engine
-        passes = "lowrank" if needs.low_rank else passes
+        passes = "lowrank" if needs.low_rank or by_rows else passes
     at_once = 1
     if passes in ("dual", "lowrank"):
         tokens = batch_size * seq_len
@@ -116,14 +123,19 @@ def estimate(
     by_gradient, narrow = needs.kind == "first-order", kind != torch.float32
     widened = tiles = 0
     alike = state_dtype == "parameter" or DTYPES[state_dtype] == kind if copies else on_card or not narrow
-    if by_gradient and rounding == "nearest" and (alike or (copies and state_dtype == "float32")):
+    descends = by_gradient and on_card and not checkpointing  # as a graph, by a pass that makes no copies
+    if descends:
+        pass
+    elif by_gradient and rounding == "nearest" and (alike or (copies and state_dtype == "float32")):
         widened = 0 if alike else 2  # weights and gradient, for torch's own kernel
     elif needs.by_tiles:  # what the rule's arithmetic on a tile takes
         kept = copies * (state_dtype == "bfloat16" or (state_dtype == "parameter" and narrow))
         tiles = 3 + narrow + (narrow or not by_gradient) + kept
     tiles = 4 * min(TILE, of_step.largest) * (tiles + widened)
     gradients = of_step.trained_bytes if by_gradient else 0
-    step = max(of_step.peak, gradients + tiles) + (2 * rates.workspace if rates is not None and on_card else 0)
+    spaces = FIRST_ORDER_SPACES if descends else 2
+    peak = round(BY_ROWS * of_step.peak) if by_rows else of_step.peak
+    step = max(peak, gradients + tiles) + (spaces * rates.workspace if rates is not None and on_card else 0)
     made = Estimate(
         method, scheme, " ".join(["NF4"] * quantised + ["checkpointing"] * checkpointing), of_step.weights, gradients, state,
         step - gradients, of_step.trainable, of_step.flops, of_step.calls + 2 * of_step.tensors,
@@ -132,7 +144,7 @@ def estimate(
     )  # fmt: skip
     if not rates:
         return made
-    how: dict[str, Any] = {"widened": widened > 0, "checkpointing": checkpointing, "masked": masked}
+    how: dict[str, Any] = {"widened": widened > 0, "checkpointing": checkpointing, "masked": masked, "by_rows": by_rows}
     return replace(made, step_seconds=step_seconds(made, of_step, needs, rates, places=at_once, **how))
 
 
@@ -209,6 +221,7 @@ def estimate_for(source: str | Mapping[str, Any], options: Mapping[str, Any]) ->
         masked=bool(options.get("sparsity")),
         tf32=bool(options.get("tf32")),
         forward_tokens=int(options["forward_tokens"]) if options.get("forward_tokens") else None,
+        groups=options.get("groups") or 1,
         # a probe on a CPU steps without a batch, which one forward would need
         engine="sequential" if not on_gpu and "tokens" in options else options.get("engine") or "auto",
     )
@@ -222,12 +235,9 @@ def uncounted(options: Mapping[str, Any]) -> str:
     """Why `estimate` does not know a step of these options; "" where it does.
 
     >>> uncounted({"blocks": "linear", "groups": "batch"}), uncounted({"mask": "random"})
-    ('no estimate of --blocks linear, --groups batch', '')
+    ('no estimate of --blocks linear', '')
     """
     others = {name: options.get(name) for name in ("blocks", "hybrid", "quantize")}
     others["mask"] = options.get("mask") if options.get("mask") in ("magnitude", "wanda") else None
-    others["groups"] = options.get("groups") if str(options.get("groups") or 1) != "1" else None
-    if (method := options.get("method")) is not None and needs_of(str(method)).of_rows:
-        others["method"] = method
     given = ", ".join(f"--{name} {value}" for name, value in others.items() if value)
     return f"no estimate of {given}" if given else ""

@@ -17,10 +17,11 @@ ENOUGH = 5.0  # seconds of timed steps
 FEW = 4  # rows whose answers are timed
 
 
-def timed(ready: Prepared) -> tuple[float, float, int, str]:
+def timed(ready: Prepared, reckoned: float = 0.0) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the quickest of up to three steps, some scored rows.
 
-    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes.
+    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes. So may one of many directions:
+    where it is `reckoned` to take more than the time that is enough, that is taken, and no step.
     """
     config = ready.config
     ready.model.eval()
@@ -30,17 +31,19 @@ def timed(ready: Prepared) -> tuple[float, float, int, str]:
     batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
     loss_of = functools.partial(asked.row_loss, ready.model)
     writes = generates(config.loss)
-    began = _now(ready.device)
+    began = now(ready.device)
     scored = ready.validation[: FEW if writes or ready.task.generates else 2 * config.batch_size]
     ready.score(scored, Listener(), "timing")
-    row_seconds = (_now(ready.device) - began) / len(scored)
+    row_seconds = (now(ready.device) - began) / len(scored)
     if writes:
         return optimizer.forwards_a_step * len(rows) * row_seconds * config.accumulate, row_seconds, *_of(optimizer)
+    if reckoned > ENOUGH:
+        return reckoned * config.accumulate, row_seconds, *_of(optimizer)
     took: list[float] = []
     while len(took) < 3 and sum(took) < ENOUGH:
-        began = _now(ready.device)
+        began = now(ready.device)
         optimizer.step(loss_of, batch=batch)
-        took.append(_now(ready.device) - began)
+        took.append(now(ready.device) - began)
     return min(took) * config.accumulate, row_seconds, *_of(optimizer)
 
 
@@ -48,7 +51,8 @@ def _of(optimizer: Any) -> tuple[int, str]:
     return optimizer.forwards_a_step, optimizer.chosen_engine
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

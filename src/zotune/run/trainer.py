@@ -26,7 +26,7 @@ from zotune.run.recorder import WINDOW, Recorder
 from zotune.run.state import RunState
 from zotune.step.optimizer import StepRecord
 from zotune.step.pieces import pieces
-from zotune.tasks.objectives import objective
+from zotune.tasks.objectives import Objective, objective
 from zotune.trainer import ZOTrainer
 
 
@@ -122,14 +122,19 @@ class RunTrainer(ZOTrainer):
         return self.run.folder.staging
 
 
+def objective_of(ready: Prepared) -> Objective:
+    """What a run's steps minimise, and their batches."""
+    multiple = LENGTHS if ready.device.type == "cuda" else 1
+    return objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
+
+
 class TaskTrainer(RunTrainer):
     """Of a task: its losses, and evaluation by its metric."""
 
     ready: Prepared
 
     def __init__(self, ready: Prepared, state: RunState, listener: Listener) -> None:
-        multiple = LENGTHS if ready.device.type == "cuda" else 1
-        asked = objective(ready.config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
+        asked = objective_of(ready)
         super().__init__(
             ready.model,
             arguments(ready, state.folder),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zotune.directions import Displacement
 from zotune.record.steps import StepRecord
+from zotune.step.descent import DescentGraphs, captured_by
 from zotune.step.graphs import Flight, Shape, StepGraphs
 from zotune.step.turning import numbers_of
 from zotune.updates import Linear
@@ -24,7 +25,7 @@ class CapturedSteps:
 
     def __init__(self) -> None:
         self.wanted = True
-        self.graphs: StepGraphs | None = None
+        self.graphs: StepGraphs | DescentGraphs | None = None
         self._flying: deque[Flight] = deque()
 
     def step(
@@ -39,7 +40,6 @@ class CapturedSteps:
             or of.sharing.workers is not None  # the host meets the others between losses and update
             or not rule.capturable
             or getattr(rule, "anchor", False)
-            or of.method.first_order
             or (of.rate is not None and of.rate.unseen)  # a step that goes by what it found itself
             or more.blocks is not None
             or more.hybrid is not None
@@ -49,35 +49,55 @@ class CapturedSteps:
             isinstance(b, Mapping) and b and all(map(_on_cuda, b.values())) for b in batches
         ):
             return None
-        lr_G, decay_G, eps_G = of.settings()
         if rule.counts:
             self.land(of)  # how many steps were applied decides what Adam does next
-        steps_G = steps_of(of.engine.directions, of.state) if rule.counts else [0] * len(groups)
+        descends = of.method.first_order
+        flight = self._descend(of, loss_of, batches) if descends else self._probe(of, loss_of, batches, shared)
+        if flight is None:
+            return None
+        self._flying.append(flight)
+        step = of.steps
+        of.advance(len(batches))
+        self.land(of, but=1)
+        of.fold_at(step)
+        return flight.loss
+
+    def _probe(
+        self, of: ZeroOrderOptimizer, loss_of: Any, batches: Sequence[Any], shared: tuple[int, ...]
+    ) -> Flight | None:
+        rule = of.method.rule
+        lr_G, decay_G, eps_G = of.settings()
+        steps_G = steps_of(of.engine.directions, of.state) if rule.counts else [0] * len(lr_G)
         by_pass = of.method.subspace is None and (not rule.linear or any(decay_G))
         if steps_G is None or (by_pass and passes_for(of.engine.directions) is None):
             return None
-        if self.graphs is None or self.graphs.eps_G != eps_G:
-            applies = of.fold_every == 1
-            self.graphs = StepGraphs(of.engine, of.method, eps_G, of.room(), more.g_clip, of.state, applies)
+        graphs = self.graphs
+        if not isinstance(graphs, StepGraphs) or graphs.eps_G != eps_G:
+            most, applies = of.enhancements.g_clip, of.fold_every == 1
+            self.graphs = graphs = StepGraphs(of.engine, of.method, eps_G, of.room(), most, of.state, applies)
         seeds_Q = of.seeds(of.steps, 0)
         empty = StepRecord(of.steps, seeds_Q, (), (), lr_G, decay_G, shares=shared)
         shape = Shape(shared, of.pairs, any(decay_G), of.at_once(len(seeds_Q)), of.sharing.micro_batch)
         numbers = numbers_of if of.method.subspace is not None else rule.numbers_of
-        flight = self.graphs.step(loss_of, batches, empty, table(numbers(lr_G, decay_G, steps_G)), shape)
-        if flight is None:
+        return graphs.step(loss_of, batches, empty, table(numbers(lr_G, decay_G, steps_G)), shape)
+
+    def _descend(self, of: ZeroOrderOptimizer, loss_of: Any, batches: Sequence[Any]) -> Flight | None:
+        params_G = [group["params"] for group in of.param_groups]
+        if not captured_by(of.method.rule, {p.device for params in params_G for p in params}):
             return None
-        self._flying.append(flight)
-        of.advance(len(batches))
-        self.land(of, but=1)
-        of.fold_at(empty.step)
-        return flight.loss
+        graphs = self.graphs
+        if not isinstance(graphs, DescentGraphs):
+            self.graphs = graphs = DescentGraphs(of.method.rule, params_G, of.state)
+        lr_G, decay_G, _ = of.settings()
+        return graphs.step(loss_of, batches, StepRecord(of.steps, (), (), (), lr_G, decay_G))
 
     def land(self, of: ZeroOrderOptimizer, but: int = 0) -> None:
         """Wait for all steps that the device has been given, but so many, and see what they found."""
         while len(self._flying) > but:
-            record, rule = self._flying.popleft().landed(), of.method.rule
+            flight, rule = self._flying.popleft(), of.method.rule
+            record = flight.landed()
             if not record.skipped and of.fold_every == 1:
-                rule.count(of.engine.directions.params, of.state)
+                rule.count(flight.counted, of.state)
             elif not record.skipped:
                 assert isinstance(rule, Linear)
                 of.pending.append(rule.displacement(record))
@@ -85,7 +105,7 @@ class CapturedSteps:
 
     def fold(self, by: Displacement, at_once: int) -> bool:
         """Apply updates that waited as a graph; False where that has to be done without one."""
-        return self.graphs is not None and self.graphs.fold(by, at_once)
+        return isinstance(self.graphs, StepGraphs) and self.graphs.fold(by, at_once)
 
     def forget(self) -> None:
         """Make the graphs anew: they hold tensors that are gone."""

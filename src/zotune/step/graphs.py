@@ -45,11 +45,13 @@ class Flight:
     """A captured step that the device has been given: its numbers come to the host when it has taken it.
 
     found: losses, projected gradients, whether it was applied, and a choice, in a row. record: all of the step but these.
-    loss: the loss near θ, a 0-d float32 tensor on the device.
+    loss: the loss near θ, a 0-d float32 tensor on the device. counted: the parameters whose updates the step's rule counts.
     """
 
-    def __init__(self, found: Tensor, record: StepRecord, places: int, loss: Tensor) -> None:
-        self.loss, self._record, self._places = loss, record, places
+    def __init__(
+        self, found: Tensor, record: StepRecord, places: int, loss: Tensor, counted: Sequence[Any] = ()
+    ) -> None:
+        self.loss, self._record, self._places, self.counted = loss, record, places, counted
         self._numbers = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         self._numbers.copy_(found, non_blocking=True)
         self._done = torch.cuda.Event() if found.is_cuda else None
@@ -62,9 +64,75 @@ class Flight:
             self._done.synchronize()
         *numbers, goes, choice = self._numbers.tolist()
         losses_P, g = tuple(numbers[: self._places]), numbers[self._places :]
-        each = len(self._record.seeds_Q)
+        each = len(g) // len(self._record.lr_G)
         g_GQ = tuple(tuple(g[first : first + each]) for first in range(0, len(g), each))
         return replace(self._record, losses_P=losses_P, g_GQ=g_GQ, skipped=not goes, choice=int(choice))
+
+
+class Graphs:
+    """Captured steps of one optimizer, by what they are of: made when first wanted, until one cannot be.
+
+    Of each `run` is what the graph holds, plain functions of tensors that stay where they are, and which must change nothing that
+    lasts before it is armed.
+    """
+
+    def __init__(self) -> None:
+        self.usable = True
+        self._graphs: dict[Any, Any] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._graphs)
+
+    def of(self, key: Any, make: Callable[[], Any], capture: Callable[[Any], bool], most: int | None = None) -> Any:
+        """What is captured under the key; made now where there is none; None where it cannot be, or there are `most` already."""
+        if not self.usable:
+            return None
+        if (held := self._graphs.get(key)) is not None or (most is not None and len(self._graphs) >= most):
+            return held
+        held = make()
+        if not capture(held):
+            return None
+        self._graphs[key] = held
+        return held
+
+    def _captured(self, held: Any, device: torch.device) -> bool:
+        """Run once and captured; False where it cannot be, which is said, and no further graph is made."""
+        with _ONE_AT_A_TIME, as_without_capture():
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                draws = torch.cuda.get_rng_state(device)
+                self._first(held, device)
+                if not torch.equal(draws, torch.cuda.get_rng_state(device)):
+                    torch.cuda.set_rng_state(draws, device)
+                    raise RuntimeError("the loss draws from torch's generator (dropout?)")
+                torch.cuda.synchronize(device)
+                held.graph = capture(held.run, self._pool)
+            except Exception as error:  # anything a model does may be what a graph cannot hold
+                self.usable = False
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning("steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
+                return False
+        return True
+
+    def _first(self, held: Any, device: torch.device) -> None:
+        """Every kernel once; nothing is armed yet, so that no weight changes. On the stream at hand: there is no backward pass to
+        keep apart, and cuBLAS keeps a workspace of 32 MiB for each stream that it ever ran on.
+        """
+        held.run()
+
+
+def key_of(loss: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Any, ...]:
+    """By which a graph is found again: the loss, and the shapes of its batches."""
+    return (loss, *(tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(b.items())) for b in batches))
+
+
+def fill(held: Sequence[Mapping[str, Tensor]], batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """A graph's own batches with the values of others."""
+    for mine, batch in zip(held, batches, strict=True):
+        for name, tensor in batch.items():
+            mine[name].copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -82,7 +150,7 @@ class Shape:
     micro_batch: int | None = None
 
 
-class StepGraphs:
+class StepGraphs(Graphs):
     """The captured steps of one optimizer.
 
     room: coefficients at or over it are not applied (see `ZeroOrderOptimizer`). most: bound on |g|. Where the engine's writer holds
@@ -100,18 +168,12 @@ class StepGraphs:
         state: Any,
         applies: bool = True,
     ) -> None:
+        super().__init__()
         self.engine, self.method, self.rule, self.eps_G, self.room = engine, method, method.rule, tuple(eps_G), room
         self.most, self.state, self.applies = most, state, applies
-        self.usable = True
-        self._graphs: dict[Any, Any] = {}
-        self._pool: Any = None
         self._updates: dict[str, Any] = {}
         # One for all: graphs run one after the other, and none reads what another has left.
         self._scratch = Scratch(keeps=True)
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._graphs)
 
     def step(
         self,
@@ -125,18 +187,10 @@ class StepGraphs:
         graph. record: seeds and rates; what it finds is filled in. numbers_GN: as `Rule.table` has them. loss: batch → the loss, a
         function of the batch's tensors and the model's weights that needs no host; a graph is found again by it.
         """
-        if not self.usable:
-            return None
-        shapes = (tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(batch.items())) for batch in batches)
-        key = (loss, shape, *shapes)
-        captured = self._graphs.get(key)
+        key = (shape, *key_of(loss, batches))
+        captured = self.of(key, lambda: _Captured(self, loss, batches, shape), self._capture, MOST_GRAPHS)
         if captured is None:
-            if len(self._graphs) >= MOST_GRAPHS:
-                return None
-            captured = _Captured(self, loss, batches, shape)
-            if not self._capture(captured):
-                return None
-            self._graphs[key] = captured
+            return None
         if captured.holds:
             self.engine.writer.arm(len(record.seeds_Q))
         else:
@@ -144,7 +198,8 @@ class StepGraphs:
         captured.load(batches, record, numbers_GN)
         captured.graph.replay()
         self.engine.replayed()
-        return Flight(captured.found, record, captured.places, captured.loss_near.clone())
+        counted = () if self.rule.linear else self.engine.directions.params
+        return Flight(captured.found, record, captured.places, captured.loss_near.clone(), counted)
 
     def update(self, kernel: str) -> Any:
         """The rule's pass over the weights, or that of decay: made once, since graphs hold where it finds things."""
@@ -165,15 +220,10 @@ class StepGraphs:
 
     def fold(self, by: Displacement, at_once: int) -> bool:
         """Updates that waited, applied together; False where they have to be without a graph."""
-        if not self.usable:
-            return False
         key = ("fold", len(by.seeds_Q), at_once)
-        held = self._graphs.get(key)
+        held = self.of(key, lambda: _CapturedFold(self, by, at_once), lambda made: self._captured(made, made.device))
         if held is None:
-            held = _CapturedFold(self, by, at_once)
-            if not self._captured(held, held.device):
-                return False
-            self._graphs[key] = held
+            return False
         held.load(by)
         held.graph.replay()
         self.engine.replayed()
@@ -190,28 +240,13 @@ class StepGraphs:
         captured.holds = captured.holds and writer.holds
         return done
 
-    def _captured(self, captured: _Captured | _CapturedFold, device: torch.device) -> bool:
+    def _captured(self, held: Any, device: torch.device) -> bool:
         forwards = self.engine.forwards
-        with _ONE_AT_A_TIME, self.own_scratch(), as_without_capture():
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            try:
-                draws = torch.cuda.get_rng_state(device)
-                # Every kernel once; nothing is armed yet, so that no weight changes. On the stream at hand: there is no backward
-                # pass to keep apart, and cuBLAS keeps a workspace of 32 MiB for each stream that it ever ran on.
-                captured.run()
-                if not torch.equal(draws, torch.cuda.get_rng_state(device)):
-                    torch.cuda.set_rng_state(draws, device)
-                    raise RuntimeError("the loss draws from torch's generator (dropout?)")
-                torch.cuda.synchronize(device)
-                captured.graph = capture(captured.run, self._pool)
-            except Exception as error:  # anything a model does may be what a graph cannot hold
-                self.usable = False
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
-                return False
-            finally:
-                self.engine.forwards = forwards
-        return True
+        try:
+            with self.own_scratch():
+                return super()._captured(held, device)
+        finally:
+            self.engine.forwards = forwards
 
     @contextmanager
     def own_scratch(self) -> Iterator[None]:
@@ -296,9 +331,7 @@ class _Captured:
             graphs.update(DECAY)
 
     def load(self, batches: Sequence[Mapping[str, Tensor]], record: StepRecord, numbers_GN: Tensor) -> None:
-        for mine, batch in zip(self.batches, batches, strict=True):
-            for name, tensor in batch.items():
-                mine[name].copy_(tensor, non_blocking=True)
+        fill(self.batches, batches)
         self.seeds_Q.copy_(torch.tensor([signed(seed) for seed in record.seeds_Q]), non_blocking=True)
         sent = torch.cat([numbers_GN.view(-1), torch.tensor([*record.lr_G, 1.0], dtype=torch.float64)])
         self.sent.copy_(sent, non_blocking=True)

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from zotune.directions import Displacement
-from zotune.engines.attended import hiding_nothing
 from zotune.engines.reads import same_draws
-from zotune.errors import InputError
 from zotune.record.steps import StepRecord, in_blocks
 from zotune.step.arithmetic import applicable, near
-from zotune.step.probing import best_of_three, look, whole
+from zotune.step.descent import finite, slopes
+from zotune.step.probing import best_of_three, look
 from zotune.step.rates import AutoRate, rates, walk
 from zotune.updates import Conservative
 
@@ -118,23 +116,13 @@ class HostStep:
         try:
             for param in others:
                 param.requires_grad_(False)
-            with torch.enable_grad(), hiding_nothing(params):
-                loss = whole(self.loss, self.batches)
-                if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise InputError(
-                        "back-propagation needs a closure that returns a tensor with a gradient; this one's has none "
-                        "(a number, a detached tensor, or parameters with requires_grad=False)"
-                    )
-                loss = loss.double().mean() if loss.dim() else loss
-                gradients = list(torch.autograd.grad(loss, params, allow_unused=True))
+            loss, gradients = slopes(self.loss, self.batches, params)
         finally:
             for param in others:
                 param.requires_grad_(True)
         redraw()  # the probes see the same dropout
-        some = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
-        finite = torch.isfinite(get_total_norm(some, math.inf))  # one pass, and no tensor as large as they
         # 16 bits may hold the loss and not its gradient
-        return (float(loss.detach()) if finite else math.nan), gradients
+        return (float(loss) if finite(gradients) else math.nan), gradients
 
     def _descend(self, gradients: list[Any]) -> None:
         of = self.of

@@ -202,7 +202,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         batch: a dict of tensors, given to the closure: `step(loss_of, batch=batch)`; or a list of them, the rows of one step.
         With it the engines compute the losses of all places in few forwards, if loss_of returns one a row. On CUDA such a step
         is captured as one graph for each shape of batch, so pass the same function every time and pad to a few lengths; not
-        with blocks, hybrid training or back-propagation. It returns when the device has been given the
+        with blocks or hybrid training. It returns when the device has been given the
         step: the loss is a tensor there, and the step is one of the past (in `last`, for `watch`, as a skipped one of those
         that end in `NonFiniteLoss`) with the next one, or when somebody calls `land`.
         """

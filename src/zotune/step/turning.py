@@ -40,7 +40,7 @@ def move_cores(of: ZeroOrderOptimizer, engine: Any, by: StepRecord) -> None:
     steps_G = steps_of(directions, of.state)
     assert steps_G is not None
     engine.writer.move(rule, mean.on(0, device)[0], coefs_GQ, numbers_of(by.lr_G, by.decay_G, steps_G), of.state)
-    rule.count(directions.params, of.state)
+    rule.count(() if rule.linear else directions.params, of.state)
 
 
 def numbers_of(

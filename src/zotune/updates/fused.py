@@ -35,6 +35,8 @@ def _move(w_TE, g_TE, m_TE, v_TE, numbers, RULE: tl.constexpr):
     wide: tl.constexpr = w_TE.dtype
     w_TE = w_TE * tl.load(numbers).to(wide)
     lr = tl.load(numbers + 1).to(wide)
+    if RULE == "sgd":
+        w_TE = w_TE - lr * g_TE
     if RULE == "sign":
         sign_TE = (g_TE > 0).to(wide) - (g_TE < 0).to(wide)
         w_TE = w_TE - lr * sign_TE
@@ -64,16 +66,22 @@ def _narrowed(x_TE, dtype: tl.constexpr):
 @triton.jit
 def _update(
     w, m, v, lost, keep, at_TE, inside, group_T, seeds, g, Q: tl.constexpr, numbers, pid,
-    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
+    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr,
     GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """A tile's weights, moments, and what rounding has taken, read, moved and written. keep: where ĝ is not zero."""
+    """A tile's weights, moments, and what rounding has taken, read, moved and written. keep: where ĝ is not zero.
+
+    GIVEN: g is a gradient of the weights' shape, and nothing is drawn.
+    """
     old_TE = tl.load(w + at_TE, mask=inside, other=0.0)
     wide: tl.constexpr = tl.float64 if old_TE.dtype == tl.float64 else tl.float32
-    g_TE = tl.zeros((T, E), dtype=wide)
-    for q in range(Q):
-        z_TE = draw(tl.load(seeds + q), pid, group_T, GAUSSIAN, E, T)
-        g_TE += tl.load(g + q).to(wide) * z_TE.to(wide)
+    if GIVEN:
+        g_TE = tl.load(g + at_TE, mask=inside, other=0.0).to(wide)
+    else:
+        g_TE = tl.zeros((T, E), dtype=wide)
+        for q in range(Q):
+            z_TE = draw(tl.load(seeds + q), pid, group_T, GAUSSIAN, E, T)
+            g_TE += tl.load(g + q).to(wide) * z_TE.to(wide)
     if MASKED:
         g_TE = tl.where(tl.load(keep + at_TE, mask=inside, other=0) != 0, g_TE, 0.0)
     w_TE = old_TE.to(wide)
@@ -102,7 +110,7 @@ def _update(
 @triton.jit(do_not_specialize=["pid"])
 def _one_kernel(
     w, m, v, lost, keep, n, group, seeds, g, Q: tl.constexpr, numbers, goes, pid,
-    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr,
+    RULE: tl.constexpr, MOMENTS: tl.constexpr, COMPENSATED: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr,
     GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Element i of w is element E·group + i of the parameter."""
@@ -111,7 +119,7 @@ def _one_kernel(
     inside = (at_TE < n) & (tl.load(goes) != 0)
     _update(
         w, m, v, lost, keep, at_TE, inside, group + step_T, seeds, g, Q, numbers, pid,
-        RULE, MOMENTS, COMPENSATED, MASKED, GAUSSIAN, E, T,
+        RULE, MOMENTS, COMPENSATED, MASKED, GIVEN, GAUSSIAN, E, T,
     )  # fmt: skip
 
 
@@ -137,8 +145,19 @@ def _many_kernel(
     lost = tl.multiple_of(tl.load(losts + item).to(tl.pointer_type(DTYPE)), 16)
     _update(
         w, m, v, lost, w, at_TE, inside, step_T, seeds, g + group * Q, Q, numbers + group * N, tl.load(pids + item),
-        RULE, MOMENTS, COMPENSATED, False, GAUSSIAN, E, T,
+        RULE, MOMENTS, COMPENSATED, False, False, GAUSSIAN, E, T,
     )  # fmt: skip
+
+
+def _kind(kernel: str, buffers: Sequence[str]) -> dict[str, Any]:
+    compensated = "residual" in buffers
+    return {"RULE": kernel, "MOMENTS": len(buffers) - compensated, "COMPENSATED": compensated}
+
+
+def _placed(kind: dict[str, Any], own: list[Any], absent: Any) -> tuple[Any, Any, Any]:
+    """m, v and what rounding took, of a parameter's buffers."""
+    moments = [*own[: kind["MOMENTS"]], absent, absent]
+    return moments[0], moments[1], own[-1] if kind["COMPENSATED"] else absent
 
 
 class Update:
@@ -152,9 +171,8 @@ class Update:
         "residual" if rounding is compensated.
         """
         self.directions, self.buffers = directions, tuple(buffers)
-        compensated = "residual" in self.buffers
-        moments = len(self.buffers) - compensated
-        self.kind: dict[str, Any] = {"RULE": kernel, "MOMENTS": moments, "COMPENSATED": compensated}
+        self.kind = _kind(kernel, self.buffers)
+        moments = self.kind["MOMENTS"]
         self.tile = tile_of(directions.distribution, TILE)
         self.alone: list[tuple[Any, list[Tensor]]] = []
         self.few: dict[
@@ -194,19 +212,14 @@ class Update:
             w, *rest = (t.view(-1)[first : first + size] for t in (flat, *own))
             n = w.numel()
             keep = self.directions.kept(param, first, n)
-            m, v, lost = self._placed(rest, w)
+            m, v, lost = _placed(self.kind, rest, w)
             _one_kernel[(triton.cdiv(n, TILE),)](
                 w, m, v, lost, w if keep is None else keep.view(torch.uint8), n, first // self.tile["E"],
                 seeds_Q, g_GQ[slot.group], len(seeds_Q), numbers_GN[slot.group], goes, signed(slot.id),
-                MASKED=keep is not None, **self.kind, **self.tile,
+                MASKED=keep is not None, GIVEN=False, **self.kind, **self.tile,
             )  # fmt: skip
         if not param.data.is_contiguous():
             param.data.copy_(flat.view(param.shape))
-
-    def _placed(self, own: list[Any], absent: Any) -> tuple[Any, Any, Any]:
-        """m, v and what rounding took, of a parameter's buffers."""
-        moments = [*own[: self.kind["MOMENTS"]], absent, absent]
-        return moments[0], moments[1], own[-1] if self.kind["COMPENSATED"] else absent
 
     def _tables(self, items: Sequence[tuple[Any, list[Tensor]]]) -> tuple[Tensor, ...]:
         device, groups_a_tile = items[0][0].device, self.tile["T"]
@@ -215,7 +228,7 @@ class Update:
             for first in range(0, triton.cdiv(param.numel(), self.tile["E"]), groups_a_tile):
                 tile_item.append(i)
                 tile_first.append(first)
-            places.append((param.data_ptr(), *self._placed([t.data_ptr() for t in own], 0)))
+            places.append((param.data_ptr(), *_placed(self.kind, [t.data_ptr() for t in own], 0)))
             sizes.append(param.numel())
             slots.append(self.directions.slots[id(param)])
         return (
@@ -238,3 +251,22 @@ def update_of(rule: Rule, directions: Directions, state: MutableMapping[Any, Any
         directions.update = key, Update(rule.kernel, directions, state, names)
     update: Update = directions.update[1]
     return update
+
+
+def descend(
+    rule: Rule, param: Any, gradient: Tensor, own: MutableMapping[str, Any], numbers_N: Tensor, goes: Tensor
+) -> None:
+    """The rule's pass over one parameter by a gradient of its shape, in place: what `Rule.descend` does. own: its state, which
+    `Rule.reserve` has made. numbers_N and goes: as of `Update.run`, of its group.
+    """
+    flat, slope = param.data.reshape(-1), gradient.reshape(-1).contiguous()
+    if not flat.numel():
+        return
+    kind, tile = _kind(rule.kernel, rule.kept_names), tile_of("gaussian", TILE)
+    m, v, lost = _placed(kind, [own[name].view(-1) for name in rule.kept_names], flat)
+    _one_kernel[(triton.cdiv(flat.numel(), TILE),)](
+        flat, m, v, lost, flat, flat.numel(), 0, flat, slope, 0, numbers_N, goes, 0,
+        MASKED=False, GIVEN=True, **kind, **tile,
+    )  # fmt: skip
+    if not param.data.is_contiguous():
+        param.data.copy_(flat.view(param.shape))

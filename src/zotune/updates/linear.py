@@ -109,6 +109,8 @@ class Sgd(Linear):
     Source: MeZO, arXiv 2305.17333; ZO-SGD in arXiv 2402.11592.
     """
 
+    kernel = "sgd"  # of gradients
+
     def coefficients(self, g_Q: Tensor, lr: Tensor) -> Tensor:
         return (-(lr * g_Q) * (1 / g_Q.numel())).float()
 

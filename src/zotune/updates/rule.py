@@ -8,7 +8,7 @@ run called; a rule with state is replayed from step 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Rule:
     rounding: str = "nearest"
 
     buffers = ()  # type: tuple[str, ...]
-    kernel = ""  # in `zotune.updates.fused`, which does what `move` does; without one, tile by tile everywhere
+    kernel = ""  # in `zotune.updates.fused`, which does what `move` does; without one, tile by tile everywhere, and no graph of it
     linear = False
     counts = False  # whether `numbers` depends on how many steps were applied
     normalises = False  # whether g is no multiple of d, so that what a direction's rows weigh is multiplied afterwards
@@ -56,9 +56,10 @@ class Rule:
 
     def __init_subclass__(cls) -> None:
         """Another `move` is not what an inherited kernel does; a linear rule moves gradients alone by it."""
-        for name, absent in () if cls.linear else (("kernel", ""), ("capturable", False)):
-            if "move" in vars(cls) and name not in vars(cls):
-                setattr(cls, name, absent)
+        absent: dict[str, Any] = {"kernel": ""} if cls.linear else {"kernel": "", "capturable": False}
+        for name, value in absent.items() if "move" in vars(cls) else ():
+            if name not in vars(cls):
+                setattr(cls, name, value)
         if "move" in vars(cls) and "_by_torch" not in vars(cls):
             cls._by_torch = Rule._by_torch  # type: ignore[method-assign]
 
@@ -107,8 +108,8 @@ class Rule:
                 own[name] = torch.zeros(tuple(shape), dtype=dtype, device=param.device)
 
     def count(self, params: Sequence[Any], state: State) -> None:
-        """One more update of these parameters, where the rule counts them."""
-        for param in () if self.linear else params:
+        """One more update of these parameters."""
+        for param in params:
             state[param]["steps"] = state[param].get("steps", 0) + 1
 
     def apply(self, directions: Any, by: StepRecord, state: State) -> None:
@@ -180,10 +181,14 @@ class Rule:
 
 def passes_for(directions: Directions) -> Any:
     """`zotune.updates.fused` where Triton draws the noise of all these parameters, on one device; else None."""
+    return passes_on({param.device for param in directions.params})
+
+
+def passes_on(devices: Collection[Any]) -> Any:
+    """The same of the devices that parameters are on."""
     from zotune import noise
 
-    devices = {param.device for param in directions.params}
-    if len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
+    if len(devices) != 1 or not hasattr(noise.backend_for(next(iter(devices))), "ManyPlan"):
         return None
     return import_module("zotune.updates.fused")
 
