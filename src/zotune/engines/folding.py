@@ -70,7 +70,7 @@ class FoldingWriter(Writer):
     def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
         """`apply` of one after the other, to the bit; on CUDA a tile of a weight takes many before the next tile is read."""
         found, each = [kernels_for(p) for p in self.factored.params], min(at_once, max(1, MOST_AT_ONCE // self.rank))
-        if not found or None in found:
+        if not found or None in found or self.directions.scattered:
             for by in moves:
                 self.apply(by, at_once)
             return
@@ -95,6 +95,8 @@ class FoldingWriter(Writer):
                 kernels.folds(param.data.view(param.shape[0], -1), *drawn.of[id(param)], scaled_Q.view(-1, each))
 
     def _fold(self, param: torch.nn.Parameter, drawn: Factors, scaled_Q: Tensor, lost: Tensor | None) -> None:
+        if not param.numel():  # a process that holds nothing of it
+            return
         matrix = param.data.view(param.shape[0], -1)
         fold = _fold if (kernels := kernels_for(param)) is None else kernels.fold
         u_QOR, v_QDR = drawn.of[id(param)]

@@ -37,6 +37,7 @@ class CapturedSteps:
         if (
             not self.wanted
             or of.sharing.workers is not None  # the host meets the others between losses and update
+            or of.shards  # and other processes within a forward
             or not rule.capturable
             or getattr(rule, "anchor", False)
             or of.method.first_order

@@ -14,21 +14,22 @@ from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.sequential import SequentialEngine
 from zotune.step.blocks import partition
 from zotune.step.choices import Choices
+from zotune.step.shards import Shards
 
 Named = list[list[tuple[str, Any]]]  # (name, parameter), by parameter group
 
 
 def engines_over(
-    groups: Sequence[dict[str, Any]], of: Choices, direction: str, mask: Mask | None
+    groups: Sequence[dict[str, Any]], of: Choices, direction: str, mask: Mask | None, shards: Shards
 ) -> tuple[Any, list[Any]]:
     """The engine over the parameters that are perturbed, and those that a step visits in order: that one, or one a block."""
     named: Named = [[] if g.get("first_order") else list(zip(g["names"], g["params"], strict=True)) for g in groups]
-    engine = _engine(named, of, direction, mask)
+    engine = _engine(named, of, direction, mask, shards)
     if not of.enhancements.blocks:
         return engine, [engine]
     parts = partition([name for group in named for name, _ in group], of.enhancements.blocks)
     blocks = [
-        _engine([[pair for pair in group if pair[0] in set(names)] for group in named], of, direction, mask)
+        _engine([[pair for pair in group if pair[0] in set(names)] for group in named], of, direction, mask, shards)
         for names in parts.values()
     ]
     for block in blocks:
@@ -36,7 +37,9 @@ def engines_over(
     return engine, blocks
 
 
-def _engine(named: Named, of: Choices, direction: str, mask: Mask | None) -> Any:
+def _engine(named: Named, of: Choices, direction: str, mask: Mask | None, shards: Shards) -> Any:
+    if shards:
+        return shards.engine(named, of, direction)
     directions = Directions(named, direction)
     if not of.brings_its_engine:
         kind = of.method.subspace or of.method.of_lowrank

@@ -183,7 +183,7 @@ def passes_for(directions: Directions) -> Any:
     from zotune import noise
 
     devices = {param.device for param in directions.params}
-    if len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
+    if directions.scattered or len(devices) != 1 or not hasattr(noise.backend_for(devices.pop()), "ManyPlan"):
         return None
     return import_module("zotune.updates.fused")
 
