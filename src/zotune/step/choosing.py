@@ -12,6 +12,7 @@ from zotune.engines import choose, make_engine
 from zotune.engines.following import FollowingEngine
 from zotune.engines.forward_mode import ForwardModeEngine
 from zotune.engines.sequential import SequentialEngine
+from zotune.errors import OptionError
 from zotune.step.blocks import partition
 from zotune.step.choices import Choices
 from zotune.step.shards import Shards
@@ -43,6 +44,14 @@ def _engine(named: Named, of: Choices, direction: str, mask: Mask | None, shards
     directions = Directions(named, direction)
     if not of.brings_its_engine:
         kind = of.method.subspace or of.method.of_lowrank
+        if spread(directions):
+            if of.low_rank or of.engine not in ("auto", "sequential"):
+                what = f"engine={of.engine!r}" if of.engine == "dual" else "low-rank directions"
+                raise OptionError(
+                    "engine",
+                    f"{what}: not where a model's weights lie on several devices; use engine='sequential' with groups=1",
+                )
+            return SequentialEngine(directions)
         return make_engine(of.engine, directions, of.groups, int(of.rank), of.forward_tokens, kind)
     if of.method.sets > 1:
         directions = PartitionedDirections(named, direction, of.method.sets, int(of.seed))
@@ -50,6 +59,11 @@ def _engine(named: Named, of: Choices, direction: str, mask: Mask | None, shards
         directions = masked = MaskedDirections(named, direction)
         masked.mask = mask
     return (ForwardModeEngine if of.method.forward_mode else SequentialEngine)(directions)
+
+
+def spread(directions: Directions) -> bool:
+    """Whether the parameters are on several devices, as `device_map` puts them: engines that draw many at once want one."""
+    return len({param.device for param in directions.params}) > 1
 
 
 def reason(engine: Any, of: Choices) -> str:
@@ -61,6 +75,10 @@ def reason(engine: Any, of: Choices) -> str:
         return f"{name}: by separate forwards, since {engine.why}"
     if of.engine != "auto":
         return f"{name}: as asked for"
+    if engine.directions.scattered or spread(engine.directions):
+        return (
+            f"{name}: the model's weights lie over several {'processes' if engine.directions.scattered else 'devices'}"
+        )
     if of.brings_its_engine:
         return f"{name}: what the method and its enhancements are served by"
     return f"{name}: {choose(of.groups, of.method.low_rank)[1]}"
