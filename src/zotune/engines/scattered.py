@@ -16,7 +16,7 @@ from zotune.engines.factors import Factored
 from zotune.engines.folding import FoldingWriter
 from zotune.engines.lowrank import LowRankEngine, LowRankReads
 from zotune.engines.parts import PartedReads, Parts, Unfollowed
-from zotune.engines.reads import leaves
+from zotune.engines.reads import leaves, reads_no_values
 from zotune.engines.sequential import PerturbedReads, SequentialEngine
 
 
@@ -100,7 +100,7 @@ class _LowRankReads(LowRankReads):
     ) -> Any:
         args, kwargs = self._known.among(args, kwargs)
         laid_out = next((a for a in (*args, *kwargs.values()) if is_laid_out(a) and id(a) in self._slots), None)
-        if laid_out is None:
+        if laid_out is None or reads_no_values(func):
             return super().__torch_function__(func, types, args, kwargs)
         if func is F.linear:
             return self._laid_out_linear(*args, **kwargs)

@@ -22,7 +22,7 @@ from zotune.engines.places import repeated, rows_in
 from zotune.engines.reads import same_draws
 from zotune.errors import WorkerError
 from zotune.workers.group import EVERY
-from zotune.workers.message import DONE, DREW, FAILED, Message, batches_sum, weights_sum
+from zotune.workers.message import DONE, DREW, FAILED, PLACE_BYTES, Message, batches_sum, weights_sum
 
 if TYPE_CHECKING:
     from zotune.step.optimizer import ZeroOrderOptimizer
@@ -73,11 +73,13 @@ class Sharing:
     """How the rows of a step are evaluated: micro_batch at a time, by which workers. Of neither: batch by batch, as they come.
 
     in_step: whether the workers hold parts of one model, so that their weights differ and they have to run as many forwards.
+    tensors: whether the last loss that was evaluated here was a tensor.
     """
 
     micro_batch: int | None = None
     workers: Workers | None = None
     in_step: bool = False
+    tensors: bool = False
 
     @property
     def whole(self) -> bool:
@@ -265,7 +267,7 @@ class _Dealt:
         workers = self.workers
         width = workers.widths.get(self.engine, 8)
         most = max(len(self._rows(rank)) for rank in range(workers.size))
-        size = self.copies * (width * most if apart else 16 * len(self.bounds))
+        size = self.copies * (width * most if apart else PLACE_BYTES * len(self.bounds))
         if failure is None and any(_width(one) > width for one in self.found.values()):
             failure = ValueError("the loss has given float32 before, and float64 now: workers cannot compare the two")
         if failure is not None:

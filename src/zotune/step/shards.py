@@ -145,12 +145,12 @@ class Shards:
     def _compare(self, found: Tensor) -> None:
         """Raises ValueError in all processes where they have seen other rows."""
         mean = found.double().mean()
-        told = torch.stack([torch.full_like(mean, found.numel()), mean])
+        told = torch.stack([torch.full_like(mean, found.numel()), mean, found.double().abs().mean()])
         most = torch.cat([told, -told]).to(self.mesh.device_type)
         for group in self._groups():
             dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-        numbers, high, fewest, low = most.tolist()
-        if numbers != -fewest or high + low > FAR * abs(high):
+        numbers, high, size, fewest, low, _ = most.tolist()
+        if numbers != -fewest or high + low > FAR * size:
             raise ValueError(
                 f"the processes that hold the model have seen other losses ({-fewest:.0f} to {numbers:.0f} numbers, "
                 f"means {-low:.6g} to {high:.6g}): give all the same batch, or, with FSDP2, each its own rows by "
