@@ -191,6 +191,21 @@ def test_rows_of_three_dimensions_and_of_a_transposed_table(backend, direction):
         assert same_bits(backend.add_rows(w, rows, SEEDS, COEFS, PID, direction), whole[rows])
 
 
+@settings(max_examples=30)
+@given(direction=directions, width=st.sampled_from([1, 3, 64, 127, 129, 576]), data=st.data())
+def test_rows_that_lie_anywhere_are_slices_of_the_whole(backend, direction, width, data):
+    starts = data.draw(st.lists(st.integers(0, 5000), max_size=6))
+    dtype = data.draw(st.sampled_from(list(BITS)))
+    w = weights((6000,), dtype, backend.device)
+    whole = backend.add(w, SEEDS, COEFS, PID, direction)
+    at_KD = torch.tensor(starts, dtype=torch.int64).view(-1, 1) + torch.arange(width)
+    held, starts_K = w[at_KD.to(backend.device)], at_KD[:, 0].to(backend.device)
+    out, wide = torch.full_like(held, math.nan), torch.float64 if dtype == torch.float64 else torch.float32
+    for into in (out, held):  # in place too
+        backend.module.add_noise_at(into, held, starts_K, *backend.pairs(SEEDS, COEFS, wide), PID, direction)
+        assert same_bits(into, whole[at_KD])
+
+
 VIEWS = {
     "transposed": lambda w: w.view(41, 29).t(),
     "permuted": lambda w: w.view(41, 29, 1).permute(2, 1, 0),

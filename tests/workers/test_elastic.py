@@ -30,9 +30,14 @@ LONG = {"steps": 60, "eval_every": 20, "save_every": 15, "lr": "1e-3", "micro_ba
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        return int(taken.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) == 0
 
 
 def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Popen[str]:
@@ -40,7 +45,7 @@ def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Pope
     how = [
         "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=localhost:{port}", "--monitor-interval=0.1",
-        "--rdzv-conf=last_call_timeout=3,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
+        "--rdzv-conf=last_call_timeout=10,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "zotune", "train", *flags]
     with open(said, "w") as file:
@@ -67,12 +72,22 @@ def launched(tmp_path):
     options: dict[str, Any] = LONG | {"lr": float(LONG["lr"])}
     zotune.train(output=str(tmp_path / "whole"), **(runs.options_of(tmp_path) | options))
     flags, port = [*tiny.flags(model, data, **LONG), "--output", str(tmp_path / "run")], free_port()
-    agents = [agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in range(3)]
+    agents = [agent(port, tmp_path.name, flags, tmp_path / "0.said")]
+    until = time.monotonic() + 60
+    while (
+        not taken(port) and time.monotonic() < until
+    ):  # whoever comes first has torchrun's store, and has to be the one that stays
+        time.sleep(0.05)
+    agents += [agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in (1, 2)]
     yield agents, tmp_path / "run", outcome(tmp_path / "whole")
     for one in agents:
         one.terminate()
     for one in agents:
         one.wait(60)
+
+
+def told(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.parent.glob("*.said")))
 
 
 def kill(*processes: int) -> None:
@@ -87,8 +102,7 @@ def ended(agents: list[subprocess.Popen[str]], folder: Path, each: Callable[[], 
     while any(one.poll() is None for one in agents) and time.monotonic() < until:
         time.sleep(0.02)
         each()
-    told = "\n".join(path.read_text()[-2000:] for path in sorted(folder.parent.glob("*.said")))
-    assert [one.poll() for one in agents] == [0] * len(agents), told
+    assert [one.poll() for one in agents] == [0] * len(agents), told(folder)
 
 
 @pytest.mark.slow
@@ -113,10 +127,9 @@ def test_a_run_whose_workers_are_killed_at_random_ends_in_the_bits_of_a_whole_on
 @pytest.mark.slow
 def test_those_that_are_left_go_on_without_a_machine_that_is_gone(launched):
     agents, folder, whole = launched
-    while reached(folder) < 3 and all(one.poll() is None for one in agents):
+    while (reached(folder) < 3 or "3 workers share the steps" not in told(folder)) and agents[0].poll() is None:
         time.sleep(0.02)
     kill(*workers_of(agents[2:]), agents[2].pid)  # the first agent has torchrun's own store
     ended(agents[:2], folder)
-    said = "".join(path.read_text() for path in folder.parent.glob("*.said"))
-    assert "2 workers share the steps" in said
+    assert "2 workers share the steps" in told(folder)
     assert_same(folder, whole)

@@ -42,6 +42,11 @@ def estimate(options: EstimateConfig) -> None:
     if options.members:
         _rewards(options, config, rates, room, seq_len, path)
         return
+    if options.workers:
+        _workers(options, config, rates, room, seq_len, path)
+        return
+    if options.micro_batch or options.groups != "1":
+        raise InputError("--micro-batch, --groups: of a step that several share; say how many by --workers")
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
     if options.checkpointing and needs.kind != "first-order":
         able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")
@@ -123,3 +128,52 @@ def _rewards(options: EstimateConfig, config: Any, rates: Any, room: int | None,
     console.print(table, highlight=False)
     if path is not None:
         write_atomically(path, json.dumps(vars(made), indent=2, allow_nan=False) + "\n")
+
+
+def _workers(options: EstimateConfig, config: Any, rates: Any, room: int | None, seq_len: int, path: Any) -> None:
+    """Of a step of `zotune train` under torchrun."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from zotune.cli.expected import time_of
+    from zotune.estimates.fleet import Fleet, shared
+
+    assert options.workers is not None
+    fleet = Fleet()
+    dtype = options.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    by_row = options.groups == "batch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = shared(
+            config, workers=options.workers, micro_batch=options.micro_batch, method=options.method, queries=options.queries,
+            batch_size=options.batch_size, by_row=by_row, rates=rates, fleet=fleet, room=room, dtype=dtype, scheme=options.scheme,
+            seq_len=seq_len, answer_tokens=options.answer_tokens, tf32=options.tf32, engine="lowrank" if by_row else "auto",
+        )  # fmt: skip
+    piece = options.micro_batch or -(-options.batch_size // options.workers)
+    console, table = Console(), Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("a worker", f"{made.pieces} of the {-(-options.batch_size // piece)} pieces of {piece} rows a step")
+    table.add_row("its memory", readable(made.peak) + (f", {made.cards} cards" if made.cards > 1 else ""))
+    table.add_row("sends", f"{made.message:,} bytes a step; gradients would be {readable(made.gradients)}")
+    table.add_row("computes", _short(made.compute) + (", evenly over its cards" if made.cards > 1 else ""))
+    table.add_row(
+        "waits", f"{_short(made.waiting)} for the slowest of {made.workers}, {_short(made.exchange)} for messages"
+    )
+    table.add_row("a step", f"{_short(made.seconds)}, {made.speed:.1f} times the speed of one worker")
+    table.add_row("failures", f"{100 * made.lost:.2g} % of the time")
+    if made.cards > 1:
+        table.add_row("or by the bus", f"{time_of(made.bus)} a forward, one card that its weights pass through")
+    console.print(table, highlight=False)
+    where = options.card or "this machine"
+    console.print(
+        f"rough, on {where}; messages over {8 * fleet.bandwidth / 1e9:g} Gbit/s with {1e3 * fleet.latency:g} ms a hop, times of "
+        f"workers apart by {100 * fleet.spread:.0f} %, a failure in {fleet.hours:.0f} hours of each, {fleet.restart:.0f} s to go "
+        f"on and {fleet.repair:.0f} s until it is back",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if path is not None:
+        write_atomically(path, json.dumps(vars(made) | {"speed": made.speed}, indent=2, allow_nan=False) + "\n")
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

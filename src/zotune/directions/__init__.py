@@ -165,6 +165,7 @@ class Directions:
     """
 
     masked = False  # whether some elements may be zero in every direction
+    scattered = False  # whether some of the tensors are parts of parameters
 
     def __init__(
         self, groups: Sequence[Sequence[tuple[str, torch.nn.Parameter]]], distribution: str = "gaussian"
@@ -237,6 +238,14 @@ class Directions:
         own = None if update is None else update.on(slot.group, param.device)
         noise.add_noise_rows(out, param.data, rows_K, seeds, coefs, slot.id, self.distribution, own)
         return out
+
+    def whole_shape(self, param: torch.nn.Parameter) -> tuple[int, ...]:
+        """Of the parameter, also where `param` is the part of it that this process holds."""
+        return tuple(param.shape)
+
+    def held_sides(self, param: torch.nn.Parameter) -> tuple[slice, slice] | None:
+        """Which rows and columns of the parameter, as a matrix, `param` is; None where it is all of it."""
+        return None
 
     def kept(self, param: torch.nn.Parameter, first: int, count: int) -> Tensor | None:
         """(n,) bool, False where elements first, first + 1, … are zero in every direction; None where none is."""

@@ -8,6 +8,7 @@ The factors of a parameter NAME of shape (O, …) with D elements a row are nois
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ class Factored:
 
     def __init__(self, directions: Directions, rank: int, params: list[torch.nn.Parameter] | None = None) -> None:
         self.directions, self.rank = directions, rank
-        large = [p for p in directions.params if p.dim() > 1 and rank < min(sides(p))]
+        large = [p for p in directions.params if p.dim() > 1 and rank < min(self.whole_sides(p))]
         self.params = large if params is None else params
         chosen = {id(p) for p in self.params}
         self.dense = [p for p in directions.params if id(p) not in chosen] if params is None else []
@@ -85,7 +86,12 @@ class Factored:
 
     def sides_of(self, param: torch.nn.Parameter) -> tuple[tuple[int, int], ...]:
         """Length and noise id of each factor that is drawn."""
-        return tuple(zip(sides(param), self.ids_of(param), strict=True))
+        return tuple(zip(self.whole_sides(param), self.ids_of(param), strict=True))
+
+    def whole_sides(self, param: torch.nn.Parameter) -> tuple[int, int]:
+        """Of the parameter, of which `param` may be a part."""
+        shape = self.directions.whole_shape(param)
+        return shape[0], math.prod(shape[1:])
 
     def ids_of(self, param: torch.nn.Parameter) -> tuple[int, int]:
         name = self.directions.slots[id(param)].name
@@ -93,7 +99,10 @@ class Factored:
 
 
 class Factors:
-    """What is drawn of every factored parameter, U (Q, O, R) and V (Q, D, R), for Q directions, in buffers that are used again."""
+    """What is drawn of every factored parameter, U (Q, O, R) and V (Q, D, R), for Q directions, in buffers that are used again.
+
+    Where this process holds a block of a parameter, `of` has the factors of that block, and `whole` those of all of it.
+    """
 
     def __init__(
         self,
@@ -104,6 +113,8 @@ class Factors:
     ) -> None:
         """params: of these alone; in the memory given, which others may use between a draw and the next."""
         self.of: dict[int, tuple[Tensor, ...]] = {}
+        self.whole: dict[int, tuple[Tensor, ...]] = {}
+        self._blocks: list[tuple[Tensor, Tensor]] = []  # rows of a whole factor, and their place in the block's
         items, first = [], 0
         self._device = of.directions.params[0].device
         for param in of.params if params is None else params:
@@ -114,7 +125,13 @@ class Factors:
                 first += size
                 items.append(noise.Item(out.view(count, -1), None, pid))
                 pair.append(out.view(count, side, of.rank))
-            self.of[id(param)] = tuple(pair)
+            self.of[id(param)] = self.whole[id(param)] = tuple(pair)
+            if (block := of.directions.held_sides(param)) is not None:
+                rows = [whole[:, side] for whole, side in zip(pair, block, strict=True)]
+                self.of[id(param)] = tuple(
+                    torch.empty_like(some, memory_format=torch.contiguous_format) for some in rows
+                )
+                self._blocks += zip(rows, self.of[id(param)], strict=True)
         self._many = noise.Many(items, of.distribution)
         self._held: Any = None
         self._in_graph: tuple[int, int] | None = None
@@ -131,6 +148,8 @@ class Factors:
             return
         ones = torch.ones(1, len(seeds_Q), 1, device=self._device)
         self._many.draw(seeds_Q[:, None].contiguous(), ones)
+        for some, own in self._blocks:
+            own.copy_(some)
         self._held, self._in_graph = at.seeds_Q if isinstance(at, Displacement) else None, where
 
     def forget(self) -> None:

@@ -69,7 +69,7 @@ class FoldingWriter(Writer):
             [fold_kernels_for(p) for p in self.factored.params],
             min(at_once, max(1, MOST_AT_ONCE // self.rank)),
         )
-        if not found or None in found:
+        if not found or None in found or self.directions.scattered:
             for by in moves:
                 self.apply(by, at_once)
             return
@@ -99,6 +99,8 @@ class FoldingWriter(Writer):
         together: dict[tuple[int, torch.dtype, bool], list[Any]] = {}
         held = self.factored.has_room_for(len(by.seeds_Q))
         for param, drawn in self.factored.in_turn(by):
+            if not param.numel():  # a process that holds nothing of it
+                continue
             group, kernels = self.directions.slots[id(param)].group, fold_kernels_for(param)
             if group not in scaled:
                 scaled[group] = by.on(group, param.device)[1] / math.sqrt(self.rank)

@@ -120,12 +120,22 @@ class LowRankReads(PartedReads):
         return self.parts.tables(device)[0]
 
     def copy(self, param: Any, part: int) -> Tensor:
+        if id(param) not in self.factors.of:
+            return self._dense(param, part)
         u_QOR, v_QDR = self.factors.of[id(param)]
         own = self.parts.direction_P[part]
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         u, v = u_QOR[own].to(wide), v_QDR[own].to(wide)
         scale = self._scale(self.engine.directions.slots[id(param)].group, wide, u.device)[part]
         return (param.data.view(len(u), -1).to(wide) + scale * (u @ v.t())).to(param.dtype).view(param.shape)
+
+    def _dense(self, param: Any, part: int) -> Tensor:
+        """The part's values of a parameter without factors, where no stack of them was drawn."""
+        own, sign = self.parts.direction_P[part], self.parts.sign_P[part]
+        if not sign:
+            return param.data
+        by = self.at.some(own, own + 1)
+        return self.engine.directions.displaced(param, by if sign > 0 else by.negated(), torch.empty_like(param.data))
 
     def values_of(self, param: Tensor) -> Values | None:
         if id(param) not in self.factors.of or not self.is_param(param):
@@ -206,8 +216,12 @@ class LowRankReads(PartedReads):
         y_PMO.baddbmm_(torch.bmm(x_PMD, in_PDR) * scale_P[:, None, None], out_PRO)
 
     def rows(self, ids: Tensor, weight: Any) -> Any:
-        y = torch.nn.functional.embedding(ids, weight.data)
-        u_QOR, v_QDR = self.factors.of[id(weight)]
+        return self._plus_rows(
+            torch.nn.functional.embedding(ids, weight.data), ids, weight, *self.factors.of[id(weight)]
+        )
+
+    def _plus_rows(self, y: Tensor, ids: Tensor, weight: Any, u_QOR: Tensor, v_QDR: Tensor) -> Any:
+        """A look-up's rows y, changed in place, and each part's term of them."""
         if v_QDR.shape[1] != y.shape[-1]:
             return NotImplemented
         n, which_P = len(ids), self.parts.tables(ids.device)[0]

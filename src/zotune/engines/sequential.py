@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import Directions, Displacement, HeldDisplacement
+from zotune.directions.shards import held, is_laid_out, laid_out_as
 from zotune.engines.attended import attended
 from zotune.engines.places import Copy, Places, as_losses
 from zotune.engines.reads import leaves, reads_no_values, same_draws, tensors_in
@@ -61,7 +62,7 @@ class SequentialEngine:
                 return self._run(closure)
             result = self._displaced_loss(closure, at)
             if self.unread is None:
-                self.unread = [p for p in self.directions.params if id(p) not in self.seen]
+                self.unread = self._unread()
                 if self.unread:
                     # Never read through a torch function: unused, or read by a kernel of someone's own. Copies that
                     # stand in for the weights during the whole forward are right for both; this loss lacked them.
@@ -74,6 +75,9 @@ class SequentialEngine:
                     )
                     result = self._displaced_loss(closure, at)
             return result
+
+    def _unread(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.directions.params if id(p) not in self.seen]
 
     def losses(self, loss: Callable[[Any], Any], batch: Any, places: Places) -> Tensor:
         """A forward a copy of the batch: see `zotune.engines.Engine`."""
@@ -157,16 +161,17 @@ class PerturbedReads(TorchFunctionMode):
         copies: dict[int, Tensor] = {}
 
         def substitute(arg: Any) -> Any:
-            key = id(arg)
-            if key in self.read:
+            if id(arg) in self.read:
+                own = held(arg)
+                key = id(own)
                 if key not in copies:
                     self.engine.seen.add(key)
-                    copies[key] = directions.displaced(arg, self.at, scratch.take(arg))
-                return copies[key]
+                    copies[key] = directions.displaced(own, self.at, scratch.take(own))  # type: ignore[arg-type]
+                return laid_out_as(arg, copies[key])
             return arg
 
         result = func(*(leaves(a, substitute) for a in args), **{k: leaves(v, substitute) for k, v in kwargs.items()})
-        alive = {t.untyped_storage().data_ptr() for t in tensors_in(result)}
+        alive = {held(t).untyped_storage().data_ptr() for t in tensors_in(result)}
         for copy in copies.values():
             if copy.untyped_storage().data_ptr() in alive:
                 scratch.forget(copy)  # a view of the copy goes on: its memory is no longer ours to reuse
@@ -177,7 +182,7 @@ class PerturbedReads(TorchFunctionMode):
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """A product with a weight over TILE_BYTES (a head, mostly), a tile of its rows at a time; None for others."""
         size = weight.numel() * weight.element_size()
-        if id(weight) not in self.read or size <= TILE_BYTES or weight.dim() != 2:
+        if id(weight) not in self.read or size <= TILE_BYTES or weight.dim() != 2 or is_laid_out(weight):
             return None
         directions, scratch = self.engine.directions, self.engine.scratch
         self.engine.seen.add(id(weight))
@@ -206,6 +211,8 @@ class PerturbedReads(TorchFunctionMode):
     ) -> Tensor | None:
         """The rows that a look-up uses, perturbed; None where the whole table costs less or is renormalised."""
         if max_norm is not None or id(weight) not in self.read or input.numel() > weight.shape[0]:
+            return None
+        if is_laid_out(weight):
             return None
         self.engine.seen.add(id(weight))
         rows_K = input.reshape(-1)

@@ -213,6 +213,16 @@ def add_noise_rows(
     backend_for(w.device).add_noise_rows(out, w, rows_K, seeds_Q, coefs_Q, pid, direction, update)
 
 
+def add_noise_at(
+    out: Tensor, w: Tensor, starts_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """out (K, D) ← w (K, D) + Σ_q coefs_Q[q]·z(seeds_Q[q]) as `add_noise` has it, for rows that lie anywhere in a parameter.
+
+    Row k of w is the parameter's elements starts_K[k] … starts_K[k] + D − 1; int64, on w's device. Both contiguous; out may be w.
+    """
+    backend_for(w.device).add_noise_at(out, w, starts_K, seeds_Q, coefs_Q, pid, direction)
+
+
 def add_noise_both(
     plus: Tensor,
     minus: Tensor,

@@ -403,6 +403,18 @@ def add_noise(
         out.copy_(result.view(w.shape))
 
 
+def add_noise_at(
+    out: Tensor, w: Tensor, starts_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """See `zotune.noise.add_noise_at`."""
+    seeds, coefs = seeds_Q.numpy().view(np.uint64), coefs_Q.numpy()
+    if not coefs.any():
+        out.copy_(w)
+        return
+    for out_D, w_D, start in zip(out.detach(), w.detach(), starts_K.tolist(), strict=True):
+        _add_flat(out_D, w_D, seeds, coefs, pid, direction, start)
+
+
 def add_noise_both(
     plus: Tensor,
     minus: Tensor,

@@ -67,6 +67,23 @@ def _rows_kernel(
     tl.store(into, displaced(w_TE, group + step_T, seeds, coefs, Q, pid, GAUSSIAN, E, T), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pid", "tiles"])
+def _at_kernel(
+    out, w, starts, D, tiles, seeds, coefs, Q: tl.constexpr, pid,
+    GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Row k of w is elements starts[k], … of the parameter; w's rows lie one after the other, and have so many tiles."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.load(starts + row)
+    group = start // E
+    step_T = (tl.program_id(0) % tiles).to(tl.int64) * T + tl.arange(0, T)
+    at_TE = step_T[:, None] * E + tl.arange(0, E)[None, :] - (start - group * E)
+    inside = (at_TE >= 0) & (at_TE < D)
+    here_TE = row * D + at_TE
+    w_TE = tl.load(w + here_TE, mask=inside, other=0.0)
+    tl.store(out + here_TE, displaced(w_TE, group + step_T, seeds, coefs, Q, pid, GAUSSIAN, E, T), mask=inside)
+
+
 @triton.jit(do_not_specialize=["pid"])
 def _both_kernel(
     plus, minus, w, n, group, shift, seed, coef, update_seeds, update_coefs, U: tl.constexpr, pid,
@@ -257,6 +274,19 @@ def add_noise_rows(
         signed(pid),
         **tile,
     )
+
+
+def add_noise_at(
+    out: Tensor, w: Tensor, starts_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """See `zotune.noise.add_noise_at`."""
+    width, tile = w.shape[1], tile_of(direction, TILE)
+    if w.numel():
+        tiles = triton.cdiv(width + tile["E"] - 1, TILE)
+        grid = (len(starts_K) * tiles,)
+        _at_kernel[grid](
+            out, w.detach(), starts_K.contiguous(), width, tiles, seeds_Q, coefs_Q, len(seeds_Q), signed(pid), **tile
+        )
 
 
 def add_noise_both(

@@ -116,6 +116,14 @@ def add_noise_rows(
     out.copy_(_displaced(picked_KD, index_KD, seeds_Q, coefs_Q, pid, direction).view(out.shape))
 
 
+def add_noise_at(
+    out: Tensor, w: Tensor, starts_K: Tensor, seeds_Q: Tensor, coefs_Q: Tensor, pid: int, direction: str
+) -> None:
+    """See `zotune.noise.add_noise_at`."""
+    index_KD = starts_K[:, None] + torch.arange(w.shape[1], device=w.device)
+    out.copy_(_displaced(w, index_KD, seeds_Q, coefs_Q, pid, direction))
+
+
 def add_noise_both(
     plus: Tensor,
     minus: Tensor,

@@ -359,6 +359,13 @@ class EstimateConfig(Options):
     )
     max_new_tokens: Positive = Field(64, description="with members: tokens of an answer")
     slots: Positive | None = Field(None, description="with members: answers written at a time [default: by device]")
+    workers: Positive | None = Field(
+        None, description="a step whose rows so many workers share: what each does, what travels and what all wait for"
+    )
+    micro_batch: Positive | None = Field(
+        None, description="with workers: rows of a piece [default: one piece a worker]"
+    )
+    groups: Literal["1", "batch"] = Field("1", description="with workers: directions for all rows, or for each its own")
     queries: Positive | None = Field(
         None, description="directions for the same rows [default: the method's own, mostly 1]"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zotune.directions import Displacement
 from zotune.record.steps import StepRecord
+from zotune.step.choosing import spread
 from zotune.step.descent import DescentGraphs, captured_by
 from zotune.step.graphs import Flight, Shape, StepGraphs
 from zotune.step.turning import numbers_of
@@ -38,6 +39,8 @@ class CapturedSteps:
         if (
             not self.wanted
             or of.sharing.workers is not None  # the host meets the others between losses and update
+            or of.shards  # and other processes within a forward
+            or spread(of.engine.directions)
             or not rule.capturable
             or getattr(rule, "anchor", False)
             or (of.rate is not None and of.rate.unseen)  # a step that goes by what it found itself

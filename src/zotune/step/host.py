@@ -30,13 +30,14 @@ class HostStep:
 
     def __init__(self, of: ZeroOrderOptimizer, loss: Callable[[Any], Any], batches: Sequence[Any], hold: bool) -> None:
         self.of, self.batches, self.hold = of, batches, hold
-        self.tensors = False
+        # a worker without a piece of this step has it as those that have one: as in the first, which all evaluate
+        self.tensors = of.sharing.tensors and of.sharing.workers is not None
         self._loss = loss
         self._own_rate: float | None = None  # of a first step with lr auto: by what its first block found
 
     def loss(self, batch: Any) -> Any:
         found = self._loss(batch)
-        self.tensors = self.tensors or isinstance(found, Tensor)
+        self.tensors = self.of.sharing.tensors = self.tensors or isinstance(found, Tensor)
         return found
 
     def take(self, shares: tuple[int, ...]) -> tuple[StepRecord, float]:

@@ -31,10 +31,11 @@ from zotune.step.choosing import engines_over, reason
 from zotune.step.enhancements import Enhancements
 from zotune.step.host import HostStep
 from zotune.step.masking import StepMasks, masked
-from zotune.step.parameters import NamedParams, by_order, named_group, parameter_groups, trainable
+from zotune.step.parameters import NamedParams, by_order, named_group, trainable
 from zotune.step.pieces import Sharing
 from zotune.step.probing import rows_shared
 from zotune.step.rates import auto_rate, rates, see
+from zotune.step.shards import laid_out, refuse_more
 from zotune.step.turning import move_cores, turned
 from zotune.updates import Linear
 from zotune.workers.group import Workers
@@ -114,14 +115,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self.enhancements = more = Enhancements(**{k: options.pop(k) for k in Enhancements.names() if k in options})
-        name = method if isinstance(method, str) else "method"
         self.method = made = _rounded(make_method(method, queries=_whole(queries), **options), rounding)
         lr, eps = made.own("lr", lr, 1e-6), made.own("eps", eps, 1e-3)
         groups = groups if groups is not None else made.groups or 1
         rank = rank if rank is not None else made.rank or 1
         self.choices = chosen = Choices(
-            made, name, seed, direction, groups, engine, rank, fold_every, made.rule.rounding, forward_tokens,
-            lr, eps, weight_decay, max_skipped, more, micro_batch=micro_batch,
+            made, method if isinstance(method, str) else "method", seed, direction, groups, engine, rank, fold_every,
+            made.rule.rounding, forward_tokens, lr, eps, weight_decay, max_skipped, more, micro_batch=micro_batch,
         )  # fmt: skip
         chosen.refuse()
         self.direction = direction or made.direction or "gaussian"
@@ -145,7 +145,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.engine: Any = None
         self.blocks: list[Any] = []
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": int(seed), "step": 0}
-        super().__init__(by_order(parameter_groups(params), made.first_order, more.hybrid, more.fo_lr), defaults)
+        given, self.shards = laid_out(params)
+        self.shards.refuse(chosen, self.sharing)
+        super().__init__(by_order(given, made.first_order, more.hybrid, more.fo_lr), defaults)
         self.rate = auto_rate(self, total_steps, params if isinstance(params, nn.Module) else None)
         self._build()
         logger.info("engine %s", self.chosen_engine)
@@ -153,7 +155,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def _build(self) -> None:
         """The engines over the present parameter groups: one over all that the method trains, and one a block."""
         mask = None if self._masks is None else self._masks.mask
-        self.engine, self.blocks = engines_over(self.param_groups, self.choices, self.direction, mask)
+        self.engine, self.blocks = engines_over(self.param_groups, self.choices, self.direction, mask, self.shards)
 
     @property
     def chosen_engine(self) -> str:
@@ -183,6 +185,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             group = named_group(group, offset=sum(len(g["params"]) for g in self.param_groups))
         built = self.engine is not None
         if built:  # steps under way are those of the groups before
+            refuse_more(group["params"])
             self.flush()
         super().add_param_group(group)
         if built:
@@ -214,6 +217,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def _step(self, closure: Callable[..., Any], batch: Any) -> Any:
         loss_of = (lambda _: closure()) if batch is None else closure
         batches = batch if isinstance(batch, list) else [batch]
+        loss_of = self.shards.ready(loss_of, self.sharing, self.steps)
         shared = rows_shared(self, closure, batch is not None, batches)
         self.prepare(loss_of, batches)
         self.sharing.begin(self, batches)
@@ -302,8 +306,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 self.pending.append(rule.displacement(record))
                 continue
             through = Through(engine.writer, self.at_once(len(record.seeds_Q)), hold)
-            rule.apply(through if rule.linear else engine.directions, record, self.state)
+            rule.apply(through if rule.linear else engine.writer.directions, record, self.state)
         late.clear()
+        self.shards.still()
 
     def fold_at(self, step: int) -> None:
         """Apply what waits where the step ends a fold."""
@@ -389,6 +394,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if self.captured.fold(by, at_once):
             return
         rule.displace(Through(self.engine.writer, at_once), by, self.state)
+        self.shards.still()
 
 
 def _keep_dtypes(of: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from zotune.engines.places import repeated, rows_in
 from zotune.engines.reads import same_draws
 from zotune.errors import WorkerError
 from zotune.workers.group import EVERY
-from zotune.workers.message import DONE, DREW, FAILED, Message, batches_sum, weights_sum
+from zotune.workers.message import DONE, DREW, FAILED, PLACE_BYTES, Message, batches_sum, weights_sum
 
 if TYPE_CHECKING:
     from zotune.step.optimizer import ZeroOrderOptimizer
@@ -70,10 +70,16 @@ def rows_of(batch: Mapping[str, Any], rows: int, first: int, last: int) -> dict[
 
 @dataclass
 class Sharing:
-    """How the rows of a step are evaluated: micro_batch at a time, by which workers. Of neither: batch by batch, as they come."""
+    """How the rows of a step are evaluated: micro_batch at a time, by which workers. Of neither: batch by batch, as they come.
+
+    in_step: whether the workers hold parts of one model, so that their weights differ and they have to run as many forwards.
+    tensors: whether the last loss that was evaluated here was a tensor.
+    """
 
     micro_batch: int | None = None
     workers: Workers | None = None
+    in_step: bool = False
+    tensors: bool = False
 
     @property
     def whole(self) -> bool:
@@ -99,7 +105,8 @@ class Sharing:
             )
         if of.steps % EVERY == 0 or not workers.sent:
             of.settle()
-            workers.weights = weights_sum(p for group in of.param_groups for p in group["params"])
+            if not self.in_step:
+                workers.weights = weights_sum(p for group in of.param_groups for p in group["params"])
             workers.batches = 0 if workers.own_rows else batches_sum(batches)
 
     def rows(self, batches: Sequence[Any]) -> int:
@@ -152,6 +159,11 @@ class Sharing:
         else:
             own = list(pieces(batches, self.micro_batch))
         counts = self.workers.counts(own[-1].first + own[-1].rows)
+        if self.in_step and len({*counts}) > 1:
+            raise ValueError(
+                f"own_rows: {min(counts)} to {max(counts)} rows of a step for a process: those that hold parts of a model run each "
+                "forward together; give each as many"
+            )
         parts, owners, first = list[Piece](), list[int](), 0
         for rank, rows in enumerate(counts):
             theirs = own if rank == self.workers.rank else [Piece(0, rows, None)]
@@ -255,7 +267,7 @@ class _Dealt:
         workers = self.workers
         width = workers.widths.get(self.engine, 8)
         most = max(len(self._rows(rank)) for rank in range(workers.size))
-        size = self.copies * (width * most if apart else 16 * len(self.bounds))
+        size = self.copies * (width * most if apart else PLACE_BYTES * len(self.bounds))
         if failure is None and any(_width(one) > width for one in self.found.values()):
             failure = ValueError("the loss has given float32 before, and float64 now: workers cannot compare the two")
         if failure is not None:

@@ -69,6 +69,7 @@ def apply_records(of: ZeroOrderOptimizer, records: Sequence[Record]) -> None:
             group["step"] += 1
     most = max((len(by.seeds_Q) for by in moves), default=1)
     of.engine.writer.apply_each(moves, of.at_once(most, fold=of.fold_every > 1))
+    of.shards.still()
 
 
 def recorded(of: ZeroOrderOptimizer, record: Record) -> list[StepRecord]:

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from zotune.directions.shards import is_laid_out
 from zotune.errors import InputError
 from zotune.methods import Method
 from zotune.step.enhancements import Enhancements
@@ -32,7 +33,7 @@ REFUSED = {
     "torch_empty_cache_steps": "is of the Trainer's own step, which this one replaces; leave it out",
     "auto_find_batch_size": "would begin again on weights that have moved; `zotune estimate` says which batch fits",
     "deepspeed": "shards weights and states for a backward that is not there; leave it out",
-    "fsdp": "shards weights that a step perturbs whole; leave it out",
+    "fsdp": "is of the Trainer's own steps; leave it out, or lay the model out by fully_shard and step it in a loop of your own",
     "parallelism_config": "each process would move its weights by losses of its own; run one process",
 }  # fmt: skip
 
@@ -90,6 +91,11 @@ def _refuse_model(model: nn.Module) -> None:
         )
     if isinstance(model, nn.DataParallel):
         raise InputError("model: DataParallel's replicas are copies that no perturbation reaches; give model.module")
+    if any(map(is_laid_out, model.parameters())):
+        raise InputError(
+            "model: its weights lie over several processes, which the Trainer would feed and save as if each had all; step it by "
+            "ZeroOrderOptimizer(model, …) in a loop of your own"
+        )
     compiled = next((name for name, m in model.named_modules() if getattr(m, "_compiled_call_impl", None)), None)
     if compiled is not None:
         raise InputError(

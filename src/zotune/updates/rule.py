@@ -181,7 +181,7 @@ class Rule:
 
 def passes_for(directions: Directions) -> Any:
     """`zotune.updates.fused` where Triton draws the noise of all these parameters, on one device; else None."""
-    return passes_on({param.device for param in directions.params})
+    return None if directions.scattered else passes_on({param.device for param in directions.params})
 
 
 def passes_on(devices: Collection[Any]) -> Any:

@@ -27,6 +27,11 @@ import torch
 from torch import Tensor
 
 _HEAD = struct.Struct("<BBBxiII")
+HEAD_BYTES, PLACE_BYTES, ROW_BYTES = (
+    _HEAD.size,
+    16,
+    4,
+)  # of a message; of a place that rows share; of a row's loss, in float32
 DONE, FAILED, DREW = range(3)
 AT_ONCE = 1 << 24  # elements of a weight that a check sum on a device widens
 
