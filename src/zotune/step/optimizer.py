@@ -35,6 +35,7 @@ from zotune.step.parameters import NamedParams, by_order, named_group, parameter
 from zotune.step.pieces import Sharing
 from zotune.step.probing import rows_shared
 from zotune.step.rates import auto_rate, rates, see
+from zotune.step.streaming import streams
 from zotune.step.turning import move_cores, turned
 from zotune.updates import Linear
 from zotune.workers.group import Workers
@@ -154,6 +155,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """The engines over the present parameter groups: one over all that the method trains, and one a block."""
         mask = None if self._masks is None else self._masks.mask
         self.engine, self.blocks = engines_over(self.param_groups, self.choices, self.direction, mask)
+        streams(self)
 
     @property
     def chosen_engine(self) -> str:
