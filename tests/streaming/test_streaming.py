@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -204,3 +205,25 @@ def test_homes_are_by_name():
     found = homes(model)
     assert found
     assert all(torch.equal(value, before[name]) for name, value in found.items())
+
+
+def test_runs_of_pages_cover_all_and_share_none():
+    import mmap
+
+    from zotune.streaming import _in_own_pages, _runs_of_pages
+
+    model = small()
+    weights = streaming(model)
+    homes = [(block, i) for block in weights.blocks for i in range(len(block.host))]
+    runs = sorted(_runs_of_pages(homes), key=lambda run: run[0])
+    assert sum(len(some) for *_, some in runs) == len(homes)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(runs))
+    for first, last, some in runs:
+        assert first % mmap.PAGESIZE == last % mmap.PAGESIZE == 0
+        for block, i in some:
+            at, size = block.host[i].data_ptr(), block.host[i].nbytes
+            assert first <= at < at + size <= last
+    one = weights.blocks[0].host[0]
+    own = _in_own_pages(one)
+    assert torch.equal(own, one)
+    assert own.data_ptr() % mmap.PAGESIZE == 0

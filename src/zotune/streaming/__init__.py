@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ class StreamedWeights:
         self._on_card = device.type == "cuda"
         self._in: Any = torch.cuda.Stream(device) if self._on_card else None
         self._out: Any = torch.cuda.Stream(device) if self._on_card else None
-        self._pinned: list[Tensor] = []
+        self._pinned: list[int] = []  # addresses of runs of pages
         self.marked: list[nn.Parameter] = []  # all of the model's, each of which names these weights (`streams`)
         self._hooks: list[Any] = []
 
@@ -106,7 +107,7 @@ class StreamedWeights:
 
     def add(self, name: str, module: nn.Module, params: Sequence[nn.Parameter]) -> None:
         """Before `begin`: the next block. Its parameters are on the host; their memory becomes the block's home, page-locked."""
-        block = Block(self, name, list(params), [self._pin(p.data) for p in params])
+        block = Block(self, name, list(params), [p.data.contiguous() for p in params])
         self.blocks.append(block)
         for param in params:
             param.data = block.host[-1].new_empty(0)  # nobody else holds what was copied to be page-locked
@@ -133,7 +134,9 @@ class StreamedWeights:
                 module._buffers[name] = buffer.to(self.device)
 
     def begin(self) -> None:
-        """All blocks are there: make the slots."""
+        """All blocks are there: page-lock them where they are, and make the slots."""
+        if self._on_card:
+            self._lock()
         size = max(block.size for block in self.blocks)
         self.slots = [Slot(size, self.device) for _ in range(min(self.count, len(self.blocks)))]
         for block in self.blocks:
@@ -150,8 +153,8 @@ class StreamedWeights:
                 del param.streamed  # type: ignore[attr-defined]
         for param in self.marked:
             del param.streams  # type: ignore[attr-defined]
-        for tensor in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        for first in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(first)
         self.slots, self._pinned, self._hooks = [], [], []
 
     # A block comes and goes.
@@ -279,25 +282,55 @@ class StreamedWeights:
     def _stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
-    def _pin(self, tensor: Tensor) -> Tensor:
-        """The same tensor page-locked where it is, or a copy where that cannot be; itself beside a CPU."""
-        if not self._on_card or tensor.is_pinned():
-            return tensor
-        for one in (tensor, None):
-            one = one if one is not None else tensor.clone(memory_format=torch.contiguous_format)
-            if one.is_contiguous() and _register(one):
-                self._pinned.append(one)
-                return one
-        raise InputError(
-            f"--max-gpu-memory: {self.host_bytes / GIB:.1f} GiB of host memory are page-locked, and no more can be; "
-            "raise the limit (ulimit -l), or take a smaller model"
-        )
+    def _lock(self) -> None:
+        """Page-lock the host's tensors in place; those that cannot be, files' pages say, as copies in pages of their own.
+
+        Tensors of a heap share pages, and a page is locked once, so runs of pages are, not tensors.
+        """
+        homes = [(block, i) for block in self.blocks for i in range(len(block.host))]
+        for first, last, some in _runs_of_pages(homes):
+            if _locked(first, last):
+                self._pinned.append(first)
+                continue
+            for block, i in some:
+                block.host[i] = own = _in_own_pages(block.host[i])
+                if not _locked(own.data_ptr(), own.data_ptr() + _bytes(own)):
+                    raise InputError(
+                        f"--max-gpu-memory: {self.host_bytes / GIB:.1f} GiB of host memory cannot be page-locked; "
+                        "raise the limit (ulimit -l), or take a smaller model"
+                    )
+                self._pinned.append(own.data_ptr())
 
 
-def _register(tensor: Tensor) -> bool:
-    cudart = torch.cuda.cudart()
-    code = cudart.cudaHostRegister(tensor.data_ptr(), _bytes(tensor), 0)
-    return int(code) == 0
+def _runs_of_pages(homes: Sequence[tuple[Block, int]]) -> Iterator[tuple[int, int, list[tuple[Block, int]]]]:
+    """First and last address (exclusive) of runs of pages, and whose tensors are in them."""
+    page, found = mmap.PAGESIZE, []
+    for block, i in homes:
+        at = block.host[i].data_ptr()
+        found.append((at // page * page, -(-(at + _bytes(block.host[i])) // page) * page, (block, i)))
+    found.sort(key=lambda run: run[0])
+    first, last, some = found[0][0], found[0][1], [found[0][2]]
+    for begin, end, one in found[1:]:
+        if begin < last:
+            last = max(last, end)
+            some.append(one)
+        else:
+            yield first, last, some
+            first, last, some = begin, end, [one]
+    yield first, last, some
+
+
+def _in_own_pages(tensor: Tensor) -> Tensor:
+    memory = torch.frombuffer(mmap.mmap(-1, _bytes(tensor)), dtype=torch.uint8)
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _locked(first: int, last: int) -> bool:
+    if int(torch.cuda.cudart().cudaHostRegister(first, last - first, 0)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # the error stays until somebody asks, and would be the next kernel's
+        torch.zeros(1, device="cuda")
+    return False
 
 
 class _Saved:
