@@ -227,3 +227,20 @@ def test_runs_of_pages_cover_all_and_share_none():
     own = _in_own_pages(one)
     assert torch.equal(own, one)
     assert own.data_ptr() % mmap.PAGESIZE == 0
+
+
+def test_a_checkpoint_is_read_into_the_host(tmp_path):
+    from zotune.models.loading import load_weights
+
+    other, go = small(), small()
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(1.5)
+    other.save_pretrained(tmp_path)
+    streaming(go)
+    taken(go, STEPS["lowrank"], 2)
+    assert load_weights(go, tmp_path)
+    rows = batch()
+    with torch.no_grad():
+        assert torch.equal(candidate_losses(go, rows), candidate_losses(other, rows))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in go.state_dict().items())
