@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import warnings
@@ -47,6 +48,16 @@ def estimate(options: EstimateConfig) -> None:
         return
     if options.micro_batch or options.groups != "1":
         raise InputError("--micro-batch, --groups: of a step that several share; say how many by --workers")
+    if options.max_gpu_memory is not None:
+        from zotune.engines.streamed import plan_of
+        from zotune.estimates.meta import build, with_scheme
+        from zotune.estimates.streaming import said
+        from zotune.models.loading import DTYPES
+
+        kind = DTYPES[options.dtype] if options.dtype else (getattr(config, "dtype", None) or DTYPES["float32"])
+        model, _ = with_scheme(build(copy.deepcopy(config), kind), options.scheme)
+        writes = any(param.requires_grad for _, _, params in plan_of(model).blocks for param in params)
+        print(f"--max-gpu-memory {options.max_gpu_memory}: {said(plan_of(model), options.gpu_bytes, writes)}")
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
     if options.checkpointing and needs.kind != "first-order":
         able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")

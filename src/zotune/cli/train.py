@@ -134,6 +134,8 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row(
         "memory", f"{readable(weights)} weights, {readable(peak_bytes(ready.device))} peak so far, loading included"
     )
+    if ready.placed is not None:
+        table.add_row("streams", ready.placed.line)
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")

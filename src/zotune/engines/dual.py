@@ -65,7 +65,7 @@ class DualEngine(FollowingEngine):
 
     def _together(self, loss: Callable[[Any], Any], batch: Mapping[str, Any], places: Places) -> Tensor:
         found = super()._together(loss, batch, places)
-        self.writer.settle()  # tables of which only rows were read
+        self.writer.ready()  # tables of which only rows were read
         return found
 
     def _reads(self, at: Displacement | HeldDisplacement, parts: Parts) -> PartedReads:

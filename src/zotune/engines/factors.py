@@ -39,6 +39,7 @@ class Factored:
         own = [f"{directions.slots[id(p)].name}.{side}" for p in matrices for side in "UV"]
         self._ids = noise.parameter_ids([*names, *own])
         self.distribution = directions.distribution
+        self.blocks: dict[int, int] = {}  # which block a parameter that streams is of; others are in none
         self._drawn: dict[int, Factors] = {}  # by the number of directions
         self._alone: dict[int, list[Factors]] = {}
 
@@ -46,7 +47,7 @@ class Factored:
         """The factors of all parameters for these directions, in buffers that the next as many will have."""
         count = len(at.seeds_Q)
         if count not in self._drawn:
-            self._drawn[count] = self.made(count)
+            self._drawn[count] = FactorsByBlock(self, count) if self.blocks else self.made(count)
         self._drawn[count].draw(at)
         return self._drawn[count]
 
@@ -112,7 +113,7 @@ class Factors:
         memory: Tensor | None = None,
     ) -> None:
         """params: of these alone; in the memory given, which others may use between a draw and the next."""
-        self.of: dict[int, tuple[Tensor, ...]] = {}
+        self.of: Any = {}  # id of a parameter → its factors
         self.whole: dict[int, tuple[Tensor, ...]] = {}
         self._blocks: list[tuple[Tensor, Tensor]] = []  # rows of a whole factor, and their place in the block's
         items, first = [], 0
@@ -155,6 +156,52 @@ class Factors:
     def forget(self) -> None:
         """What is in the buffers is no longer what was last drawn."""
         self._held = None
+
+
+class FactorsByBlock(Factors):
+    """The same of weights that stream: the factors of one block at a time, drawn when one of its weights is first read."""
+
+    def __init__(self, factored: Factored, count: int) -> None:
+        self._block_of = factored.blocks
+        params: dict[int, list[torch.nn.Parameter]] = {}
+        for param in factored.params:
+            params.setdefault(self._block_of.get(id(param), -1), []).append(param)
+        self._rest = Factors(factored, count, params.pop(-1, []))
+
+        def size(some: list[torch.nn.Parameter]) -> int:
+            return count * factored.rank * sum(sum(sides(p)) * p.element_size() for p in some)
+
+        one = next(iter(params.values()))[0]
+        room = torch.empty(max(map(size, params.values())), dtype=torch.uint8, device=one.device)
+        self._blocks = {}
+        for block, some in params.items():
+            alike = len({p.dtype for p in some}) == 1
+            memory = room[: size(some)].view(some[0].dtype) if alike else None
+            self._blocks[block] = Factors(factored, count, some, memory)
+        self._at: Displacement | HeldDisplacement = Displacement()
+        self._now = -1  # the block whose factors are in the room
+        self.of = self
+
+    def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:
+        self._rest.draw(at, again)
+        self._at, self._now = at, -1
+
+    def forget(self) -> None:
+        self._rest.forget()
+        self._now = -1
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._rest.of or key in self._block_of
+
+    def __getitem__(self, key: int) -> tuple[Tensor, ...]:
+        block = self._block_of.get(key, -1)
+        if block < 0:
+            return self._rest.of[key]
+        if self._now != block:
+            with torch._C.DisableTorchFunction():
+                self._blocks[block].draw(self._at, again=True)
+            self._now = block
+        return self._blocks[block].of[key]
 
 
 def sides(param: Tensor) -> tuple[int, int]:

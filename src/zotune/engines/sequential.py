@@ -26,6 +26,7 @@ from zotune.engines.places import Copy, Places, as_losses
 from zotune.engines.reads import leaves, reads_no_values, same_draws, tensors_in
 from zotune.engines.scratch import Scratch
 from zotune.engines.writing import Writer
+from zotune.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class SequentialEngine:
 
         The weights are as they were whether or not the closure raises.
         """
-        self.writer.settle()
+        self.writer.ready()
         with torch.no_grad():
             if len(at.seeds_Q) == 0:
                 return self._run(closure)
@@ -64,6 +65,7 @@ class SequentialEngine:
             if self.unread is None:
                 self.unread = self._unread()
                 if self.unread:
+                    refuse_unread(self.unread, self.directions)
                     # Never read through a torch function: unused, or read by a kernel of someone's own. Copies that
                     # stand in for the weights during the whole forward are right for both; this loss lacked them.
                     names = [self.directions.slots[id(p)].name for p in self.unread]
@@ -124,6 +126,16 @@ class SequentialEngine:
         finally:
             for param, own in swapped:
                 param.data = own
+
+
+def refuse_unread(unread: list[torch.nn.Parameter], directions: Directions) -> None:
+    """A copy of a weight for a whole forward cannot be made of one that is not there before its block runs."""
+    for param in unread:
+        if hasattr(param, "streamed"):
+            raise InputError(
+                f"--max-gpu-memory: {directions.slots[id(param)].name} streams, and no torch function reads it; "
+                "leave the option out"
+            )
 
 
 class PerturbedReads(TorchFunctionMode):

@@ -49,6 +49,10 @@ class Writer:
     def settle(self) -> None:
         """Apply what `hold` left."""
 
+    def ready(self) -> None:
+        """Before a forward of the engine's own that needs all weights current."""
+        self.settle()
+
     def arm(self, count: int) -> None:
         """Before a captured step, which takes what `hold` left of `count` directions from where it is on the device."""
 

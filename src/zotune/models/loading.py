@@ -20,6 +20,7 @@ from zotune.models.ids import refuse_uncounted
 from zotune.models.kinds import auto_class, head_modules, is_encoder, kind_of_config, refuse_other, without_adapter
 from zotune.models.partial import heads_of_others, refuse_partial, some
 from zotune.models.quantized import LIBRARIES, is_changed, is_quantized, quantization, steadied
+from zotune.streaming import homes, streamed
 
 TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.py")  # files of which a tokenizer has one at least
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,7 +202,11 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         return False
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    own: dict[str, torch.Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
+    own |= homes(model)
     with reading(str(folder), folder):
         held = {name: file for file in files for name in _names_in(file)}
     saved_once = {id(own[name]) for name in held if name in own}  # of tied ones one is saved
@@ -217,6 +222,8 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
             with safe_open(file, framework="pt") as saved:
                 for name in saved.keys():  # noqa: SIM118  # not a dict
                     own[name].copy_(saved.get_tensor(name))
+    if (weights := streamed(list(model.parameters()))) is not None:
+        weights.refresh()
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -211,7 +212,38 @@ class RunOptions(StepOptions, OutputOptions, RowOptions, ModelOptions):
         return self.save_every or self.evaluates_every
 
 
-class TrainConfig(RunOptions, DataOptions):
+UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}  # powers
+
+
+def size_of(text: str) -> int:
+    """Bytes; 0 for what is no size above nothing. Without a unit: GiB.
+
+    >>> size_of("6GiB") == 6 * 2**30, size_of("1.5 gb"), size_of("6") == 6 * 2**30, size_of("six")
+    (True, 1500000000, True, 0)
+    """
+    found = re.fullmatch(
+        r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i?)b?", text.strip().lower() + "gib" * text.strip()[-1:].isdigit()
+    )
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]]) if found else 0
+
+
+class Budget(Options):
+    max_gpu_memory: str | None = None
+
+    @field_validator("max_gpu_memory", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: Any) -> Any:
+        if value is not None and not size_of(str(value)):
+            raise ValueError(f"{value!r} is no size of memory; give one such as 6GiB or 6000MB")
+        return None if value is None else str(value)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """`max_gpu_memory` in bytes."""
+        return size_of(str(self.max_gpu_memory))
+
+
+class TrainConfig(Budget, RunOptions, DataOptions):
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         None,  # as it is seen never: see _falls
         validate_default=True,
@@ -227,6 +259,11 @@ class TrainConfig(RunOptions, DataOptions):
     )
     accumulate: Positive = Field(1, description="batches an update")
     balance_classes: bool = Field(False, description="as many training rows of each class, drawn by the seed")
+
+    max_gpu_memory: str | None = Field(
+        None,
+        description="such as 6GiB: what of a CUDA card the run may take; layers stream from host memory, so models may be larger",
+    )
 
     _by_default: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -346,7 +383,7 @@ class MergeConfig(ModelOptions):
     overwrite: bool = Field(False, description="replace the output folder")
 
 
-class EstimateConfig(Options):
+class EstimateConfig(Budget):
     model: str = Field(description="hub name, folder or config.json of a causal model; no weights are read")
     method: str = Field("zo-sgd", description="a method of the study, ZO or first order (fo-sgd, fo-adam)")
     scheme: str = Field("full", description="full, lora, prefix, prompt or head")
@@ -368,6 +405,10 @@ class EstimateConfig(Options):
     groups: Literal["1", "batch"] = Field("1", description="with workers: directions for all rows, or for each its own")
     queries: Positive | None = Field(
         None, description="directions for the same rows [default: the method's own, mostly 1]"
+    )
+    max_gpu_memory: str | None = Field(
+        None,
+        description="such as 6GiB: what layers that stream from host memory take of a card, and how long that takes",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="dtype of the weights [default: the config's own]"

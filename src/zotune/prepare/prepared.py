@@ -19,6 +19,7 @@ from zotune.options import TrainConfig
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
+from zotune.prepare.placing import Placed, loads_on, placed
 from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import fingerprint
 from zotune.tasks import Task, ends
@@ -41,6 +42,7 @@ class Prepared(Ready):
     train: list[Encoded]
     validation: list[Encoded]
     test: list[Encoded]
+    placed: Placed | None = None  # where weights stream
 
     def score(self, rows: list[Encoded], listener: Listener, what: str) -> float:
         """The task's metric; see `zotune.tasks.metrics`."""
@@ -109,7 +111,7 @@ def prepare(config: TrainConfig) -> Prepared:
         seed=config.seed,
         balanced=config.balance_classes,
     )
-    model, tokenizer = load(config, task, seed=config.seed)
+    model, tokenizer = load(loads_on(config), task, seed=config.seed)
     if kind != "first-order":
         refuse_rough(model, config.model)
     base = "" if config.dry_run else fingerprint(model)
@@ -121,6 +123,7 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     learned = ends.taught(train_rows, tokenizer, task.end) if task.generates or task.models else set()
     ends.teach(model, learned)
+    where = placed(model, config)
     splits = replace(splits, train=train, validation=validation, test=test)
     rows = {"train": train_rows, "validation": validation_rows, "test": test_rows}
     made_of: dict[str, Any] = {}
@@ -139,6 +142,7 @@ def prepare(config: TrainConfig) -> Prepared:
         base=base,
         made_of=made_of,
         ends=sorted(learned),
+        placed=where,
     )
 
 
@@ -168,4 +172,5 @@ def tokens_together(ready: Prepared) -> int:
     multiple = LENGTHS if ready.device.type == "cuda" else 1
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id, multiple)
     rows = min(config.batch_size, config.micro_batch or config.batch_size)
-    return max(most_tokens(ready.device), 2 * tokens_in(asked.collate([longest] * rows)))
+    most = most_tokens(ready.device) if ready.placed is None else ready.placed.tokens
+    return max(most, 2 * tokens_in(asked.collate([longest] * rows)))

@@ -33,7 +33,8 @@ def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def start(model: nn.Module) -> str:
     """`fingerprint` of what trains, of which a scheme may have made the first values."""
-    return _digest((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    held = model.state_dict()  # of weights that stream, what is on the host
+    return _digest((n, held.get(n, p)) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def machine(device: torch.device) -> dict[str, str]:

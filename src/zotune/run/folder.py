@@ -36,6 +36,7 @@ FREE = {
     "dry_run",
     "report_to",
     "device",
+    "max_gpu_memory",
     "save_every",
     "keep",
     "sync_every",

@@ -118,6 +118,8 @@ def _ready(config: TrainConfig, folder: RunFolder, listener: Listener, workers: 
     listener.say(ready.splits.described())
     if ready.unread:
         listener.say(ready.unread)
+    if ready.placed is not None:
+        listener.say(f"layers stream: {ready.placed.line}")
     if config.by_default and not config.resume:
         listener.say(f"for want of other options: {flags_of(config.by_default)}")
     if fresh := untrained(ready.model):

@@ -36,6 +36,7 @@ from zotune.step.pieces import Sharing
 from zotune.step.probing import rows_shared
 from zotune.step.rates import auto_rate, rates, see
 from zotune.step.shards import laid_out, refuse_more
+from zotune.step.streaming import streams
 from zotune.step.turning import move_cores, turned
 from zotune.updates import Linear
 from zotune.workers.group import Workers
@@ -156,6 +157,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """The engines over the present parameter groups: one over all that the method trains, and one a block."""
         mask = None if self._masks is None else self._masks.mask
         self.engine, self.blocks = engines_over(self.param_groups, self.choices, self.direction, mask, self.shards)
+        streams(self)
 
     @property
     def chosen_engine(self) -> str:

@@ -210,11 +210,14 @@ def scale_of(trained: Sequence[nn.Parameter], model: nn.Module | None = None) ->
     A matrix that begins at zero is a factor of what is added to a model's weights (LoRA's B), and the other factor's size does not
     tell what noise in it does to them: then s is of all the model's weights, as far as they are no integers.
     """
-    factor = any(param.dim() > 1 and not param.detach().any() for param in trained)
+    stays = [param for param in trained if not hasattr(param, "streamed")]  # a factor is small
+    factor = any(param.dim() > 1 and not param.detach().any() for param in stays)
     if factor and model is not None:
         trained = [param for param in model.parameters() if type(param.data) is Tensor and param.is_floating_point()]
     total, count = 0.0, 0
     for param in trained:
+        if (block := getattr(param, "streamed", None)) is not None:
+            block.arrive()
         squares = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64)) ** 2
         if squares:
             total, count = total + squares, count + param.numel()
