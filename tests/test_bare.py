@@ -47,9 +47,9 @@ def bare(tmp_path_factory):
     paths = [str(place), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
-    def run(*arguments: str) -> tuple[int, str]:
+    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -118,7 +118,9 @@ def test_a_command_that_needs_an_extra_says_so_in_a_line_and_the_others_work(bar
     given = "|".join(tiny.flags(model, tiny.save_data(tmp_path / "data")))
     lines = [line.replace(" ", "|").replace("FLAGS", given) for line in COMMANDS]
     train = f"train|{given}|--method|zo-adam|--output|{tmp_path / 'out'}"
-    code, said = bare("-c", RUN, *lines, train, f"estimate|--model|{model}|--card|t4", "list|methods", "env")
+    code, said = bare(
+        "-c", RUN, *lines, train, f"estimate|--model|{model}|--card|t4", "list|methods", "env", cwd=tmp_path
+    )
     assert code == 0, said
     *blocks, rest = said.split("code 2\n")
     for extra, block in zip(COMMANDS.values(), blocks, strict=True):

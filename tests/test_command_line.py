@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,12 +178,14 @@ def test_training_learns(flags, tmp_path):
         (["--loss", "accuracy"], "expected: not known (no estimate of --loss accuracy)"),
     ],
 )
-def test_what_a_run_takes_is_told_before_it_or_why_it_is_not_known(flags, tmp_path, capsys, more, said):
+def test_what_a_run_takes_is_told_before_it_or_why_it_is_not_known(flags, tmp_path, capsys, monkeypatch, more, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     assert run(["train", *flags, *more, "--output", str(tmp_path / "run")]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("expected:")]
     assert len(lines) == 1
     assert said in lines[0]
     assert ("not known" in lines[0]) == bool(more)
+    assert ("alone; the machine is busy (load 99.0 on" in lines[0]) != bool(more)
 
 
 @pytest.mark.slow
@@ -286,6 +289,28 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(flags, tmp_path, c
         "nothing was written",
     ):
         assert part in said
+
+
+def test_what_the_first_step_alone_takes_is_not_foretold_of_each(flags, tmp_path, monkeypatch):
+    """Compiling takes a hundred seconds of a clock of its own, then a step takes one."""
+    from zotune.options import TrainConfig, resolve
+    from zotune.prepare.prepared import prepare, resolved
+    from zotune.run import timing
+
+    given = dict(zip((flag.strip("-").replace("-", "_") for flag in flags[::2]), flags[1::2], strict=True))
+    ready = prepare(resolve(TrainConfig, given | {"output": str(tmp_path / "run")}, None))
+    ready.config = resolved(ready)
+    sizes, clock = [], [0.0]
+
+    def step(loss_of, batch):
+        clock[0] += 1.0 if sizes else 100.0
+        sizes.append(len(batch["input_ids"]))
+
+    stepping = SimpleNamespace(step=step, forwards_a_step=2, chosen_engine="any")
+    monkeypatch.setattr(timing, "optimizer_for", lambda ready: stepping)
+    monkeypatch.setattr(timing, "_now", lambda device: clock[0])
+    assert timing.timed(ready)[0] == 1.0
+    assert sizes == [1, *[ready.config.batch_size] * 3]
 
 
 def test_a_loss_that_is_not_finite_stops_with_1_and_finite_weights(flags, tmp_path, capsys, model):

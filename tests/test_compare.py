@@ -14,8 +14,10 @@ for extra in ("itables", "jinja2", "matplotlib", "sqlalchemy"):
 
 import zotune
 from zotune.cli.app import run
+from zotune.cli.bench import check_folder
+from zotune.cli.compare import _sized
 from zotune.options import CompareConfig, resolve
-from zotune.reports.compare import TRIAL, contenders, plan_for, row_of, steps_of, verdict
+from zotune.reports.compare import TRIAL, contenders, plan_for, row_of, steps_of, too_few, verdict
 from zotune.reports.facts import Facts
 
 
@@ -127,6 +129,31 @@ def test_what_failed_is_no_choice():
     rows = [row("zo-sgd", 80.0, 1.0), row("Adam", 0.0, 1.0, status="oom")]
     assert verdict(rows, {}, "time").startswith("Use zo-sgd")
     assert "nothing can be said" in verdict([rows[1]], {}, "time")
+
+
+def test_a_handful_of_steps_of_zeroth_order_is_said_to_be_no_trial():
+    few = {"name": "zo-sgd", "status": "done", "steps": 3}
+    assert too_few(few, "time").startswith("zo-sgd got 3 steps, where it takes hundreds: 34 times the --minutes")
+    assert "--passes" in too_few(few, "passes")
+    assert too_few(few | {"steps": 100}, "time") == too_few({"name": "zo-sgd", "status": "oom"}, "time") == ""
+
+
+def test_steps_are_timed_once_and_anew_where_other_budgets_are_asked_for(tmp_path, monkeypatch):
+    model, data = tiny.save_model(tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl", tiny.text_rows(40))
+    seconds = iter(range(1, 100))
+    monkeypatch.setattr("zotune.run.timing.timed", lambda ready: (0.01 * next(seconds), 0.01, 2, "any"))
+
+    def sized(minutes):
+        given = options(
+            model=str(model), task=None, data=str(data), template=tiny.TEMPLATE, label_words=tiny.WORDS, minutes=minutes
+        )
+        return [steps for _, steps in _sized(given, tmp_path / "out")]
+
+    first = sized(0.1)
+    assert first == [600, 300, 200]  # 6 s in steps of 0.01, 0.02, 0.03
+    assert sized(0.1) == first
+    assert sized(0.2) == [300, 240, 200]
+    check_folder(tmp_path / "out")  # what it wrote keeps no benchmark out
 
 
 @pytest.mark.slow  # a dozen processes

@@ -312,7 +312,7 @@ def together(several: Sequence[Expanded]) -> Expanded:
     for reason, count in itertools.chain.from_iterable(one.left_out.items() for one in several):
         left_out[reason] = left_out.get(reason, 0) + count
     keep = any(one.suite.keep_models for one in several)
-    name = ", ".join(one.suite.name for one in several)
+    name = ", ".join(dict.fromkeys(one.suite.name for one in several))
     return Expanded(first.suite.model_copy(update={"name": name, "keep_models": keep}), list(cells.values()), left_out)
 
 

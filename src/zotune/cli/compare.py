@@ -20,7 +20,7 @@ def compare(options: CompareConfig) -> dict[str, Any]:
     from zotune.bench.runner import execute, sole_runner
     from zotune.bench.store import Store
     from zotune.cli.bench import Live, check_folder, count_gpus, show_plan
-    from zotune.reports.compare import facts_of, plan_for, row_of, verdict
+    from zotune.reports.compare import facts_of, plan_for, row_of, too_few, verdict
     from zotune.reports.page import make_page
     from zotune.run.folder import as_json, write_atomically
 
@@ -56,6 +56,8 @@ def compare(options: CompareConfig) -> dict[str, Any]:
     _show(rows)
     print("Adam trains by back-propagation, zeroth order by forward passes alone.")
     print(said)
+    if hint := too_few(rows[0], options.equal):
+        print(hint)
     if len(options.seeds or [0]) < 3:
         print("One seed cannot carry a ranking: --seeds 0,1,2 says how much of this is luck.")
     page = make_page(
@@ -95,7 +97,7 @@ def _sized(options: CompareConfig, folder: Path) -> list[tuple[Any, int]]:
     if not options.dry_run:
         (folder / BUDGET).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(
-            folder / "budget.json", as_json({"asked": asked, "steps": {c.name: steps for c, steps in sized}}) + "\n"
+            folder / BUDGET, as_json({"asked": asked, "steps": {c.name: steps for c, steps in sized}}) + "\n"
         )
     return sized
 
@@ -118,7 +120,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from zotune.tasks.metrics import figure
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "before", "after", "lr", "steps", "passes", "time", "peak memory"):
+    for name in ("", "before", "after", "lr", "steps", "passes", "time", "memory"):  # within 80 columns
         table.add_column(name, justify="right" if name else "left")
     for row in rows:
         if row["status"] != "done":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,23 @@ from typing import Any
 from zotune.estimates.memory import readable
 from zotune.estimates.words import time_of
 from zotune.prepare.prepared import LENGTHS, Prepared
+
+BUSY = 0.75  # of the cores: load of others from which a time says little
+
+
+def load_of_others() -> float:
+    """Processes that ran or waited in the last minute, 0.0 where the system does not tell; to be asked before this one works."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def busy(device_type: str, load: float) -> str:
+    """What to say beside a time where others' load leaves too little of the cores; else "". On a GPU cores matter little."""
+    cores = os.cpu_count() or 1
+    return (
+        f"the machine is busy (load {load:.1f} on {cores} cores)"
+        if device_type == "cpu" and load > BUSY * cores
+        else ""
+    )
 
 
 @dataclass(frozen=True)

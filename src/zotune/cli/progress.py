@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from zotune.cli.expected import Expected, expected
+from zotune.cli.expected import Expected, busy, expected, load_of_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared
 from zotune.rewards.shown import table_of
@@ -39,6 +39,7 @@ class Bars(Listener):
             disable=not self.console.is_terminal,
         )
         self.expected = Expected()
+        self._load = load_of_others()
         self._tasks: dict[str, TaskID] = {}
         self._shown: dict[str, str] = {}
 
@@ -59,7 +60,8 @@ class Bars(Listener):
     def prepared(self, ready: Prepared) -> None:
         """What the run is expected to take, from its model's config and its rows alone."""
         self.expected = expected(ready)
-        self.say(f"expected: {self.expected}")
+        said = busy(ready.device.type, self._load) if self.expected.seconds else ""
+        self.say(f"expected: {self.expected}" + (f" alone; {said}" if said else ""))
 
     def begin(self, what: str, total: int) -> None:
         self._tasks[what] = self.progress.add_task(what, total=total, shown="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import yaml
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zotune.cli.expected import Expected
+from zotune.cli.expected import Expected, busy, load_of_others
 from zotune.cli.expected import expected as foreseen
 from zotune.cli.preview import MARKS, show_row
 from zotune.cli.progress import Bars
@@ -28,8 +27,6 @@ from zotune.run.result import device_name
 from zotune.run.timing import timed
 from zotune.tasks.metrics import figure
 from zotune.workers.launcher import is_first
-
-BUSY = 0.75  # of the cores: load of others from which a time says little
 
 
 def train(config: TrainConfig) -> None:
@@ -90,7 +87,7 @@ def _no_better(result: dict[str, Any]) -> str:
 
 def dry_run(config: TrainConfig) -> None:
     """What a run would do and cost. Writes nothing; steps at lr 0 are timed, which leaves every weight as it is."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of others, before this process works
+    load = load_of_others()
     check_reporters(config.report_to)
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
@@ -139,8 +136,8 @@ def dry_run(config: TrainConfig) -> None:
     table.add_row("with Adam", f"{readable(weights + ready.adam_cost().total)}")
     minutes = (config.steps * step_seconds + scored * row_seconds) / 60
     table.add_row("time", f"{minutes:.1f} minutes ({step_seconds:.2f} s a step)   {device_name(ready.device)}")
-    if ready.device.type == "cpu" and load > BUSY * (os.cpu_count() or 1):
-        table.add_row("", f"the machine is busy (load {load:.1f} on {os.cpu_count()} cores): alone it would be faster")
+    if said := busy(ready.device.type, load):
+        table.add_row("", f"{said}: alone it would be faster")
     console.print(table)
     if ready.unread:
         console.print(Text(ready.unread))

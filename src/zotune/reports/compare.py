@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zotune.bench.store import Record
 
 TRIAL = 4  # a tried rate gets so small a part of the steps
+FEW = 100  # steps of zeroth order: fewer say little of it
 ROOM = 1.1  # times zeroth order's memory: what still is the same
 RATES = {  # of Adam by back-propagation; those of 7 billion parameters are ten times smaller
     "full": (5e-6, 2e-5, 1e-4),
@@ -138,6 +139,18 @@ def verdict(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Facts], equal
     return (
         f"Use {best['name']}: {shown(best)} against {shown(least)} of {least['name']}, if {more:.1f} times its memory is there; "
         f"else {least['name']}."
+    )
+
+
+def too_few(row: Mapping[str, Any], equal: str) -> str:
+    """What to say where zeroth order's row is of so few steps that a loss says little about it; else ""."""
+    if row["status"] != "done" or row["steps"] >= FEW:
+        return ""
+    more = math.ceil(FEW / row["steps"])
+    given = "passes" if equal == "passes" else "minutes"
+    return (
+        f"{row['name']} got {row['steps']} steps, where it takes hundreds: {more} times the --{given}, or fewer rows a step "
+        "(--batch-size), would be a fair trial."
     )
 
 

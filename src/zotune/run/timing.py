@@ -20,15 +20,16 @@ FEW = 4  # rows whose answers are timed
 def timed(ready: Prepared, reckoned: float = 0.0) -> tuple[float, float, int, str]:
     """Seconds a step, seconds a scored row, forwards a step, and the engine: the quickest of up to three steps, some scored rows.
 
-    Where a step writes answers it is reckoned from those of a few rows: one alone may take minutes. So may one of many directions:
-    where it is `reckoned` to take more than the time that is enough, that is taken, and no step.
+    A step of one row goes before, so that what a process pays once, such as compiling, is no step's. Where a step writes answers it
+    is reckoned from those of a few rows: one alone may take minutes. So may one of many directions: where it is `reckoned` to take
+    more than the time that is enough, that is taken, and no step.
     """
     config = ready.config
     ready.model.eval()
     optimizer = optimizer_for(ready)
     rows = (ready.train * config.batch_size)[: config.batch_size]
     asked = objective(config.loss, ready.task, ready.tokenizer, ready.pad_id)
-    batch = {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in asked.collate(rows).items()}
+    batch, first = (_batch(ready, asked.collate(some)) for some in (rows, rows[:1]))
     loss_of = functools.partial(asked.row_loss, ready.model)
     writes = generates(config.loss)
     began = now(ready.device)
@@ -39,12 +40,17 @@ def timed(ready: Prepared, reckoned: float = 0.0) -> tuple[float, float, int, st
         return optimizer.forwards_a_step * len(rows) * row_seconds * config.accumulate, row_seconds, *_of(optimizer)
     if reckoned > ENOUGH:
         return reckoned * config.accumulate, row_seconds, *_of(optimizer)
+    optimizer.step(loss_of, batch=first)
     took: list[float] = []
     while len(took) < 3 and sum(took) < ENOUGH:
         began = now(ready.device)
         optimizer.step(loss_of, batch=batch)
         took.append(now(ready.device) - began)
     return min(took) * config.accumulate, row_seconds, *_of(optimizer)
+
+
+def _batch(ready: Prepared, collated: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(ready.device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()}
 
 
 def _of(optimizer: Any) -> tuple[int, str]:
