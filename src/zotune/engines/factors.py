@@ -173,14 +173,14 @@ class FactorsByBlock(Factors):
 
         one = next(iter(params.values()))[0]
         room = torch.empty(max(map(size, params.values())), dtype=torch.uint8, device=one.device)
-        self._blocks = {}
+        self._of_blocks: dict[int, Factors] = {}
         for block, some in params.items():
             alike = len({p.dtype for p in some}) == 1
             memory = room[: size(some)].view(some[0].dtype) if alike else None
-            self._blocks[block] = Factors(factored, count, some, memory)
+            self._of_blocks[block] = Factors(factored, count, some, memory)
         self._at: Displacement | HeldDisplacement = Displacement()
         self._now = -1  # the block whose factors are in the room
-        self.of = self
+        self.of, self.whole = self, {}
 
     def draw(self, at: Displacement | HeldDisplacement, again: bool = False) -> None:
         self._rest.draw(at, again)
@@ -199,9 +199,9 @@ class FactorsByBlock(Factors):
             return self._rest.of[key]
         if self._now != block:
             with torch._C.DisableTorchFunction():
-                self._blocks[block].draw(self._at, again=True)
+                self._of_blocks[block].draw(self._at, again=True)
             self._now = block
-        return self._blocks[block].of[key]
+        return self._of_blocks[block].of[key]
 
 
 def sides(param: Tensor) -> tuple[int, int]:

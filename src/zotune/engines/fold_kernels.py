@@ -185,20 +185,20 @@ class FoldMany:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, Any] = None, None
+        self._kept: dict[Any, Any] = {}
         self._in_graphs: dict[Any, Any] = {}
 
     def run(self, some: Sequence[Fold], scales_Q: Tensor) -> None:
         first, (count, _, rank) = some[0], some[0].u_QNR.shape
         side, across, warps, how = _fold_plan(first.matrix_ND.dtype, count, rank)
         where = tuple(one.where for one in some)
-        if where in self._in_graphs:
-            tables = self._in_graphs[where]
+        tables = self._in_graphs.get(where) or self._kept.pop(where, None) or _tables(some, where, side, across)
+        if capturing():
+            self._in_graphs[where] = tables
         else:
-            tables = self._last[1] if self._last[0] == where else _tables(some, where, side, across)
-            self._last = where, tables
-            if capturing():
-                self._in_graphs[where] = tables
+            self._kept[where] = tables
+            if len(self._kept) > KEPT_TABLES:
+                del self._kept[next(iter(self._kept))]
         addresses, sides, matrix_of = tables
         _fold_many_kernel[(len(matrix_of),)](
             addresses, sides, matrix_of, first.matrix_ND, scales_Q, count, COMPENSATED=first.lost_ND is not None, EVEN=first.even,
@@ -220,3 +220,6 @@ def _tables(
         torch.tensor(sides, dtype=torch.int32, device=device),
         matrix_of.to(device),
     )
+
+
+KEPT_TABLES = 256  # of weights that stream, as many as layers and places of theirs

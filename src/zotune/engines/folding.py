@@ -106,7 +106,7 @@ class FoldingWriter(Writer):
                 scaled[group] = by.on(group, param.device)[1] / math.sqrt(self.rank)
             matrix = param.data.view(param.shape[0], -1)
             mine = None if id(param) not in lost else lost[id(param)].view(matrix.shape)
-            if kernels is not None and held:
+            if kernels is not None and held and type(drawn) is Factors:  # all at once in memory
                 one = kernels.Fold(matrix, *drawn.of[id(param)], mine)
                 together.setdefault((group, param.dtype, one.even), []).append(one)
             else:
