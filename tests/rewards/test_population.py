@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -220,9 +221,9 @@ def share_of_e(completions, **_):
 
 def trainer(tmp_path, functions=share_of_e, prompts=TEXTS, **changes) -> RewardTrainer:
     options = {
-        "output_dir": str(tmp_path), "max_steps": 3, "members": 8, "sigma": 5e-2, "max_completion_length": 6,
-        "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no",
-        "disable_tqdm": True, "seed": 1,
+        "output_dir": str(tmp_path), "max_steps": 3, "members": 8, "sigma": 5e-2, "learning_rate": 0.025,
+        "max_completion_length": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "seed": 1,
     }  # fmt: skip
     args = RewardTrainingArguments(**(options | changes))
     rows = [{"prompt": text} for text in prompts]
@@ -362,6 +363,34 @@ def test_the_rate_keeps_its_proportion_to_sigma_which_falls_to_half(tmp_path):
     factors = [0.75 + 0.25 * math.cos(math.pi * s / 4) for s in range(4)]
     assert [r.lr_G[0] for r in records] == pytest.approx([0.025 * f for f in factors])
     assert seen == pytest.approx([0.05 * f for f in factors])
+
+
+def test_where_nothing_is_said_sigma_and_the_walk_are_shares_of_the_weights(tmp_path):
+    """σ is 0.02·s. Of a z-score w is 1/N, so that N = 8 and F = Σ f² give lr = 0.03·s·f·√(N/F), but for how sure w is."""
+    made = trainer(tmp_path, any_number, max_steps=40, sigma=None, learning_rate=None)
+    every = torch.cat([p.detach().flatten() for p in made.model.parameters()]).double()
+    s = float(every.square().mean().sqrt())
+    assert made.args.sigma == pytest.approx(0.02 * s, rel=1e-2)
+    records = []
+    made.create_optimizer()
+    made.zo_optimizer.watch = records.append
+    made.train()
+    f = [0.75 + 0.25 * math.cos(math.pi * k / 40) for k in range(40)]
+    wanted = [0.03 * s * f_k * math.sqrt(8 / sum(x * x for x in f)) for f_k in f]
+    first, last = records[0].lr_G[0] / wanted[0], records[-1].lr_G[0] / wanted[-1]
+    assert 0.6 < first < last < 1
+    assert last > 0.9  # after 300 directions w is known
+    walk = math.sqrt(sum(sum(c * c for c in coefficients(made, record)) for record in records))
+    assert 0.8 < walk / (0.03 * s) < 1
+
+
+def any_number(completions, trainer_state, **_):
+    draw = random.Random(trainer_state.global_step)
+    return [draw.random() for _ in completions]
+
+
+def coefficients(made, record):
+    return made.zo_optimizer.method.rule.displacement(record).coefs_GQ[0]
 
 
 def test_steps_that_tell_nothing_are_counted_and_said(tmp_path, caplog):

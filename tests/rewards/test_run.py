@@ -39,8 +39,8 @@ def made(tmp_path_factory) -> tuple[Path, Path, Path]:
 def flags(made: tuple[Path, Path, Path], **changes: object) -> list[str]:
     model, prompts, rewards = made
     options = {
-        "model": model, "data": prompts, "reward": f"{rewards}:share_of_e", "sigma": "5e-2", "members": 8, "batch_size": 4,
-        "max_new_tokens": 6, "steps": 6, "eval_every": 2, "save_every": 2, "device": "cpu", "show": 3,
+        "model": model, "data": prompts, "reward": f"{rewards}:share_of_e", "sigma": "5e-2", "lr": "0.025", "members": 8,
+        "batch_size": 4, "max_new_tokens": 6, "steps": 6, "eval_every": 2, "save_every": 2, "device": "cpu", "show": 3,
     } | changes  # fmt: skip
     return ["reward", *(s for k, v in options.items() if v is not None for s in ("--" + k.replace("_", "-"), str(v)))]
 

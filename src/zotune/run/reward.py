@@ -21,7 +21,7 @@ from zotune.run.rewarding import PromptTrainer
 from zotune.run.state import MADE_OF, RunState
 from zotune.run.trajectory import header_of
 
-RESOLVED = ("lr", "eps", "queries", "dtype", "direction", "estimator", "rounding", "forward_tokens")
+RESOLVED = ("lr", "sigma", "eps", "queries", "dtype", "direction", "estimator", "rounding", "forward_tokens")
 TRANSIENT = {"resume", "overwrite", "dry_run"}
 
 
@@ -90,6 +90,8 @@ def _go(trainer: PromptTrainer, state: RunState) -> dict[str, Any]:
     trainer.run = trainer.recorder.state = state
     state.header = header_of(ready, optimizer, members=len(optimizer.method.signs))
     state.progress[MADE_OF] = ready.made_of
+    if optimizer.rate is not None:
+        optimizer.rate.say = trainer.listener.say
     reset_peak(ready.device)
     if "reward_before" not in state.progress:
         state.progress["reward_before"] = trainer.score(ready.test, "before")
@@ -162,7 +164,7 @@ def _result(
         "decoder": trainer.decoder.name,
         "members": config.members,
         "sigma": config.sigma,
-        "lr": config.lr,
+        "lr": config.lr if optimizer.rate is None else optimizer.rate.so_far,
         "dtype": config.dtype,
         "rounding": config.rounding,
         "device": device_name(ready.device),

@@ -34,7 +34,7 @@ def arguments(ready: PreparedReward, folder: RunFolder) -> RewardTrainingArgumen
         members=config.members,
         sigma=config.sigma,
         sigma_schedule=config.sigma_schedule,
-        learning_rate=config.lr,
+        lr=config.lr,
         reward_weights=config.reward_weights,
         reward_timeout=config.reward_timeout,
         max_completion_length=config.max_new_tokens,

@@ -24,6 +24,7 @@ from zotune.rewards.asking import Rewards, Scores, Written
 from zotune.rewards.functions import as_rewards
 from zotune.rewards.places import ANSWERS, REQUESTS, WritingEngine, alike, filled
 from zotune.rewards.prompts import Prompt, PromptEncoder, ends_of
+from zotune.step.rates import RHO_WRITING, sigma_of
 from zotune.tasks import ends
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.rows import BadRows, rows_of
@@ -83,6 +84,9 @@ class RewardTrainer(ZOTrainer):
         if args.rounding is None:
             narrow = any(p.dtype.itemsize < 4 for p in model.parameters() if p.requires_grad)
             args.rounding = "compensated" if narrow else "nearest"
+        if args.sigma is None:
+            args.sigma = args.eps = sigma_of([p for p in model.parameters() if p.requires_grad], model)
+        self.sigma: float = args.sigma
         self.told: dict[int, dict[str, Any]] = {}  # what each step found, by its number (from 1)
         self.told_nothing = 0  # steps whose members all scored alike
         self._nothing_in_a_row = 0
@@ -103,6 +107,8 @@ class RewardTrainer(ZOTrainer):
         optimizer.method = replace(optimizer.method, maximize=True)
         if optimizer.method.rule.extra_forwards:
             raise InputError("method: compares moves of its own, which rewards are not asked for; use es or eggroll")
+        if optimizer.rate is not None:
+            optimizer.rate.rho = RHO_WRITING
         optimizer.engine = WritingEngine(optimizer.engine, self.write)
         optimizer.blocks = [optimizer.engine]
         return optimizer
@@ -111,7 +117,10 @@ class RewardTrainer(ZOTrainer):
         """The learning rate keeps its proportion to σ."""
         if self.lr_scheduler is None:
             own: Any = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(own, lambda step: self.args.factor(step, num_training_steps))
+            factor = lambda step: self.args.factor(step, num_training_steps)  # noqa: E731
+            self.lr_scheduler = LambdaLR(own, factor)
+            if self.zo_optimizer.rate is not None:
+                self.zo_optimizer.rate.plan(num_training_steps, factor)
         return self.lr_scheduler
 
     @property
@@ -122,7 +131,7 @@ class RewardTrainer(ZOTrainer):
             engine, model = self.zo_optimizer.engine, self.model
             assert model is not None
             rank = self.zo_optimizer.rank if engine.name == "lowrank" else None
-            made, why = decoder_for(model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder)
+            made, why = decoder_for(model, engine.directions, self.sigma, rank, self.args.slots, self.args.decoder)
             for line in (why, left_out(model)):
                 if line:
                     self.say(line)
@@ -157,7 +166,7 @@ class RewardTrainer(ZOTrainer):
         optimizer, self._found = self.zo_optimizer, {}
         factor = self.args.factor(optimizer.steps, self.state.max_steps)
         for group in optimizer.param_groups:
-            group["eps"] = self.args.sigma * factor
+            group["eps"] = self.sigma * factor
         loss = optimizer.step(self.rewards_of, batch=inputs)
         return self.tally.add(torch.as_tensor(loss, dtype=torch.float32, device=self.args.device))
 
@@ -216,7 +225,7 @@ class RewardTrainer(ZOTrainer):
         self.settle()
         requests = [Request(prompt.ids, row) for row, prompt in enumerate(prompts)]
         with torch.no_grad():
-            answers = self._write(requests, (), [self.args.sigma] * len(self.zo_optimizer.param_groups), HELD_OUT)
+            answers = self._write(requests, (), [self.sigma] * len(self.zo_optimizer.param_groups), HELD_OUT)
         written = self.read(prompts, requests, answers)
         scores = self.rewards(written, self.state)
         found = statistics(self.rewards.names, written, scores, torch.tensor([scores.total_n], dtype=torch.float64))
