@@ -12,6 +12,7 @@ import datetime
 import json
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class Watch(tf.TrainerCallback):
         self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # open as long as the run
         self.began, self.spent, self.since, self.looked = time.monotonic(), 0.0, 0.0, -math.inf
         self.took, self.tokens, self.answers = 0.0, 0, 0
+        self.lately: list[float] = []
+        self.plan: Callable[[int], None] | None = None  # told how many steps the seconds hold, once that is known
         self.cuda = cell["device"] == "cuda"
 
     def line(self, **told: Any) -> None:
@@ -220,6 +223,12 @@ class Watch(tf.TrainerCallback):
             torch.cuda.synchronize()
         self.took = time.monotonic() - self.since
         self.spent += self.took if state.global_step > WARM else 0.0
+        self.lately = [*self.lately[-2:], self.took]
+        if state.global_step == WARM + 3 and self.plan is not None:
+            state.max_steps = (
+                WARM + 3 + max(10, int((self.cell["seconds"] - self.spent) / statistics.median(self.lately)))
+            )
+            self.plan(state.max_steps)
         self.since = time.monotonic()
         control.should_training_stop |= self.spent >= self.cell["seconds"]
 

@@ -7,9 +7,10 @@
 
 A run is a process, --at-once of them at a time on one device. Each writes a line a step and a line a look to OUTPUT/NAME-SEED.jsonl
 as it goes, and stops at --steps, or after so many --seconds of its own steps (looks, loading and the first two steps, which
-capture, are not counted). A look asks held-out prompts without perturbation: `seen`, the reward that is trained for, the length of
-answers, and the loss on prose (`text_loss`). --cells has a JSON list of cells, options of this script by name; what a cell does not
-say is the flag's. --summary alone reads OUTPUT again. DATA is a folder with squad/{train,validation,test}.jsonl.
+capture, are not counted). Where no --steps are given the first five tell how many the seconds hold, and the schedule is laid for
+these. A look asks held-out prompts without perturbation: what is `seen` (see rewarded.py), the reward that is trained for, and the
+loss on prose. --cells has a JSON list of cells, options of this script by name; what a cell does not say is the flag's. --summary
+reads OUTPUT again. DATA is a folder with squad/{train,validation,test}.jsonl.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+MANY = 10_000  # steps, until it is known how many there will be
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--method", default="es")
     parser.add_argument("--members", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=0, help="[as many as the seconds hold]")
     parser.add_argument("--sigma", type=float)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -121,7 +124,7 @@ def run(cell: dict[str, Any], path: Path) -> None:
             model,
             reward_funcs=[task.reward],
             args=zotune.RewardTrainingArguments(
-                output_dir=folder, max_steps=cell["steps"], method=cell["method"], members=cell["members"],
+                output_dir=folder, max_steps=cell["steps"] or MANY, method=cell["method"], members=cell["members"],
                 per_device_train_batch_size=cell["batch_size"], temperature=cell["temperature"], slots=cell["slots"],
                 max_completion_length=task.tokens, chat=task.chat, seed=cell["seed"], report_to=[], save_strategy="no",
                 logging_steps=1, disable_tqdm=True, use_cpu=cell["device"] == "cpu",
@@ -136,8 +139,17 @@ def run(cell: dict[str, Any], path: Path) -> None:
             ends = tuple(sorted({*trainer.settings.ends, *ends_of_lines(tokenizer)}))
             trainer.settings = replace(trainer.settings, ends=ends)
         decoder = trainer.decoder.name
+        if not cell["steps"]:
+            watch.plan = lambda steps: plan(trainer, steps)
         watch.begin(sigma=trainer.args.sigma, lr=trainer.args.learning_rate, decoder=decoder)
         trainer.train()
+
+
+def plan(trainer: Any, steps: int) -> None:
+    """The rate is laid out anew, for so many steps; σ follows `state.max_steps` by itself."""
+    rate = trainer.zo_optimizer.rate
+    if rate is not None:
+        rate.plan(steps, lambda step: trainer.args.factor(step, steps))
 
 
 if __name__ == "__main__":

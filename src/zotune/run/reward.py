@@ -15,6 +15,7 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters
 from zotune.run.card import reward_card
 from zotune.run.folder import CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.predictions import keep_answers
 from zotune.run.process import deterministic, tf32
 from zotune.run.result import device_name, save_weights, versions
 from zotune.run.rewarding import PromptTrainer
@@ -94,7 +95,7 @@ def _go(trainer: PromptTrainer, state: RunState) -> dict[str, Any]:
         optimizer.rate.say = trainer.listener.say
     reset_peak(ready.device)
     if "reward_before" not in state.progress:
-        state.progress["reward_before"] = trainer.score(ready.test, "before")
+        state.progress["reward_before"] = _kept(trainer, ready, state, "before")
         state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
         reset_peak(ready.device)
         state.save()
@@ -107,7 +108,7 @@ def _finish(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> d
     config, folder, reached = ready.config, state.folder, trainer.state
     chosen = int(reached.best_global_step or reached.global_step)
     trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
-    after = trainer.score(ready.test, "after")
+    after = _kept(trainer, ready, state, "after")
     with TrajectoryWriter.resume(folder / "trajectory.zot", reached.global_step) as trajectory:
         trajectory.mark_chosen(chosen)
     result = _result(trainer, ready, state, chosen, after)
@@ -118,6 +119,13 @@ def _finish(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> d
     folder.write_json("result.json", result)  # last: it says that all the rest is there
     folder.finish(config.keep is not None)
     return result
+
+
+def _kept(trainer: PromptTrainer, ready: PreparedReward, state: RunState, when: str) -> dict[str, float]:
+    """Statistics of the test prompts' answers; these are in predictions.jsonl then."""
+    found, written, scores = trainer.score(ready.test, when)
+    keep_answers(state.folder, when, written, scores, trainer.rewards.names)
+    return found
 
 
 def _result(

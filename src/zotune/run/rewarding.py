@@ -196,19 +196,18 @@ class PromptTrainer(RunTrainer, RewardTrainer):
             self.recorder.append(COMPLETIONS, shown)
             self.listener.answered(step, shown)
 
-    def score(self, prompts: Sequence[Prompt], what: str) -> dict[str, float]:
-        """Statistics of the model's own answers, with progress."""
+    def score(self, prompts: Sequence[Prompt], what: str) -> tuple[dict[str, float], list[Written], Scores]:
+        """Statistics of the model's own answers, these, and what they got, with progress."""
         self.listener.begin(what, len(prompts))
         self._what = what
         try:
-            found, _, _ = self.scored(prompts)
+            return self.scored(prompts)
         finally:
             self._what = ""
             self.listener.end(what)
-        return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        found = self.score(self.ready.validation, "held-out")
+        found, _, _ = self.score(self.ready.validation, "held-out")
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
