@@ -58,6 +58,22 @@ def test_a_plain_loop_climbs_the_reward():
     assert losses[0] > -before  # what a step returns is a loss still
 
 
+@pytest.mark.parametrize("groups", [1, "batch"])
+def test_a_step_in_pieces_climbs_too_and_as_far(groups):
+    """What is evaluated is a reward for each row, in whatever pieces: one less of them, the sign, is none of theirs."""
+    models = [Bowl(), Bowl()]
+    batch = {"x": torch.arange(6, dtype=torch.float64)}
+    for model, most in zip(models, (None, 4), strict=True):
+        optimizer = ZeroOrderOptimizer(
+            model, "es", maximize=True, lr=0.1, eps=0.1, queries=8, seed=3, groups=groups, micro_batch=most
+        )
+        before = float(model.reward().detach())
+        for _ in range(20):
+            optimizer.step(lambda rows, model=model: model.reward() - 0.01 * rows["x"] * model.w[0], batch=batch)
+        assert float(model.reward().detach()) > before
+    torch.testing.assert_close(models[0].w, models[1].w, rtol=1e-9, atol=1e-12)
+
+
 def test_antithetic_pairs_are_the_z_score_over_all_their_members():
     model, by_hand = Bowl(), Bowl()
     start = by_hand.w.detach().clone()
@@ -164,15 +180,15 @@ PROMPTS = [Prompt((i, i + 1), "a", f"p:{i}") for i in range(3)]
 
 def test_every_member_answers_every_prompt_in_the_losses_order():
     at = Displacement((11, 22), ((0.1, 0.1),))
-    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(-1, 0), Copy(1, 1), Copy(0))))
+    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(-1, 0), Copy(1, 1), Copy(0))), (4, 5, 6))
     assert members == [(11, 1), (11, -1), (22, 1)]
-    assert [(r.row, r.member) for r in requests] == [(row, m) for m in (0, 1, 2, -1) for row in range(3)]
+    assert [(r.row, r.member) for r in requests] == [(row, m) for m in (0, 1, 2, -1) for row in (4, 5, 6)]
     assert requests[4].prompt == (1, 2)
 
 
 def test_a_direction_a_slot_gives_each_answer_a_member_of_its_own():
     at = Displacement(tuple(range(6)), ((0.1,) * 6,))
-    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(1, 3)), (1, 1, 1)))
+    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(1, 3)), (1, 1, 1)), range(3))
     assert members == [(seed, 1) for seed in range(6)]
     assert [(r.row, r.member) for r in requests] == [(0, 0), (1, 1), (2, 2), (0, 3), (1, 4), (2, 5)]
 
@@ -336,8 +352,16 @@ def test_how_answers_are_written_changes_no_step(tmp_path, changes):
         {"temperature": 1.0, "top_k": 5},
         {"engine": "sequential"},
         {"method": "fzoo"},
+        {"method": "copes", "engine": "sequential"},
     ],
-    ids=["a direction a slot", "antithetic pairs", "drawn answers", "dense directions", "beside θ itself"],
+    ids=[
+        "a direction a slot",
+        "antithetic pairs",
+        "drawn answers",
+        "dense directions",
+        "beside θ itself",
+        "sets of elements",
+    ],
 )
 def test_every_kind_of_population_steps_and_repeats_itself(tmp_path, changes):
     one, other = trainer(tmp_path, **changes), trainer(tmp_path, **changes)

@@ -28,6 +28,11 @@ def samples(
             "rewards": {name: number(own_n[i]) for name, own_n in zip(names, scores.by_function_Fn, strict=True)},
             "tokens": len(written[i].ids),
             "finished": written[i].finished,
+            **(
+                {"extra": {name: _plain(values[i]) for name, values in scores.extra_n.items()}}
+                if scores.extra_n
+                else {}
+            ),
         }
         for i in dict.fromkeys(some)
     ]
@@ -61,6 +66,13 @@ def _short(text: str) -> str:
 
 def _order(value: float) -> float:
     return -math.inf if math.isnan(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for as text."""
+    if isinstance(value, float):
+        return number(value)
+    return value if isinstance(value, (str, int, bool, type(None))) else repr(value)
 
 
 def number(value: float) -> float | None:
