@@ -82,9 +82,9 @@ def main():
             model,
             reward_funcs=right_json,
             args=zotune.RewardTrainingArguments(
-                output_dir=folder, max_steps=options.steps, members=32, sigma=2e-2, temperature=1.0, max_completion_length=16,
-                per_device_train_batch_size=16, logging_steps=10, log_completions=True, report_to=[], save_strategy="no",
-                disable_tqdm=True, use_cpu=True,
+                output_dir=folder, max_steps=options.steps, members=32, sigma=2e-2, learning_rate=1e-2, temperature=1.0,
+                max_completion_length=16, per_device_train_batch_size=16, logging_steps=10, log_completions=True, report_to=[],
+                save_strategy="no", disable_tqdm=True, use_cpu=True,
             ),
             train_dataset=rows[:80],
             eval_dataset=rows[80:],

@@ -159,6 +159,25 @@ def test_a_function_gets_what_trl_gives_it():
     assert seen == {"prompts": ["ask", "ask"], "ids": [[0, 1], [0]], "again": [[0, 1], [0]], "step": 0, "level": [1, 2]}
 
 
+def test_what_a_function_logs_is_kept_beside_its_rewards():
+    def call(completions, log_extra, log_metric, **_):
+        log_extra("letters", [sorted(set(text)) for text in completions])
+        log_metric("share_long", sum(len(text) > 1 for text in completions) / len(completions))
+        return [1.0] * len(completions)
+
+    scores = Rewards(as_rewards([call]))(answers("ab", "c"))
+    assert (scores.extra_n, scores.metrics) == ({"letters": [["a", "b"], ["c"]]}, {"share_long": [0.5]})
+    shown = samples(1, ["call"], answers("ab", "c"), scores, 2)
+    assert [one["extra"] for one in shown] == [{"letters": "['a', 'b']"}, {"letters": "['c']"}]
+
+    def one_too_many(completions, log_extra, **_):
+        log_extra("letters", [1] * (len(completions) + 1))
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match="log_extra has 3 values of 'letters' for 2 completions"):
+        Rewards(as_rewards([one_too_many]))(answers("ab", "c"))
+
+
 def test_conversations_come_as_messages_and_go_out_as_one():
     prompt = Prompt((1,), [{"role": "user", "content": "hi"}], "p:1")
     assert Written(prompt, "ho", (3,)).completion == [{"role": "assistant", "content": "ho"}]

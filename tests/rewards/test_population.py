@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,22 @@ def test_a_plain_loop_climbs_the_reward():
     assert float(model.reward().detach()) > before / 4
     assert optimizer.forward_passes == 40 * 16
     assert losses[0] > -before  # what a step returns is a loss still
+
+
+@pytest.mark.parametrize("groups", [1, "batch"])
+def test_a_step_in_pieces_climbs_too_and_as_far(groups):
+    """What is evaluated is a reward for each row, in whatever pieces: one less of them, the sign, is none of theirs."""
+    models = [Bowl(), Bowl()]
+    batch = {"x": torch.arange(6, dtype=torch.float64)}
+    for model, most in zip(models, (None, 4), strict=True):
+        optimizer = ZeroOrderOptimizer(
+            model, "es", maximize=True, lr=0.1, eps=0.1, queries=8, seed=3, groups=groups, micro_batch=most
+        )
+        before = float(model.reward().detach())
+        for _ in range(20):
+            optimizer.step(lambda rows, model=model: model.reward() - 0.01 * rows["x"] * model.w[0], batch=batch)
+        assert float(model.reward().detach()) > before
+    torch.testing.assert_close(models[0].w, models[1].w, rtol=1e-9, atol=1e-12)
 
 
 def test_antithetic_pairs_are_the_z_score_over_all_their_members():
@@ -163,15 +180,15 @@ PROMPTS = [Prompt((i, i + 1), "a", f"p:{i}") for i in range(3)]
 
 def test_every_member_answers_every_prompt_in_the_losses_order():
     at = Displacement((11, 22), ((0.1, 0.1),))
-    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(-1, 0), Copy(1, 1), Copy(0))))
+    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(-1, 0), Copy(1, 1), Copy(0))), (4, 5, 6))
     assert members == [(11, 1), (11, -1), (22, 1)]
-    assert [(r.row, r.member) for r in requests] == [(row, m) for m in (0, 1, 2, -1) for row in range(3)]
+    assert [(r.row, r.member) for r in requests] == [(row, m) for m in (0, 1, 2, -1) for row in (4, 5, 6)]
     assert requests[4].prompt == (1, 2)
 
 
 def test_a_direction_a_slot_gives_each_answer_a_member_of_its_own():
     at = Displacement(tuple(range(6)), ((0.1,) * 6,))
-    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(1, 3)), (1, 1, 1)))
+    members, requests = asked_of(PROMPTS, Places(at, (Copy(1, 0), Copy(1, 3)), (1, 1, 1)), range(3))
     assert members == [(seed, 1) for seed in range(6)]
     assert [(r.row, r.member) for r in requests] == [(0, 0), (1, 1), (2, 2), (0, 3), (1, 4), (2, 5)]
 
@@ -220,9 +237,9 @@ def share_of_e(completions, **_):
 
 def trainer(tmp_path, functions=share_of_e, prompts=TEXTS, **changes) -> RewardTrainer:
     options = {
-        "output_dir": str(tmp_path), "max_steps": 3, "members": 8, "sigma": 5e-2, "max_completion_length": 6,
-        "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no",
-        "disable_tqdm": True, "seed": 1,
+        "output_dir": str(tmp_path), "max_steps": 3, "members": 8, "sigma": 5e-2, "learning_rate": 0.025,
+        "max_completion_length": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "seed": 1,
     }  # fmt: skip
     args = RewardTrainingArguments(**(options | changes))
     rows = [{"prompt": text} for text in prompts]
@@ -335,8 +352,16 @@ def test_how_answers_are_written_changes_no_step(tmp_path, changes):
         {"temperature": 1.0, "top_k": 5},
         {"engine": "sequential"},
         {"method": "fzoo"},
+        {"method": "copes", "engine": "sequential"},
     ],
-    ids=["a direction a slot", "antithetic pairs", "drawn answers", "dense directions", "beside θ itself"],
+    ids=[
+        "a direction a slot",
+        "antithetic pairs",
+        "drawn answers",
+        "dense directions",
+        "beside θ itself",
+        "sets of elements",
+    ],
 )
 def test_every_kind_of_population_steps_and_repeats_itself(tmp_path, changes):
     one, other = trainer(tmp_path, **changes), trainer(tmp_path, **changes)
@@ -362,6 +387,34 @@ def test_the_rate_keeps_its_proportion_to_sigma_which_falls_to_half(tmp_path):
     factors = [0.75 + 0.25 * math.cos(math.pi * s / 4) for s in range(4)]
     assert [r.lr_G[0] for r in records] == pytest.approx([0.025 * f for f in factors])
     assert seen == pytest.approx([0.05 * f for f in factors])
+
+
+def test_where_nothing_is_said_sigma_and_the_walk_are_shares_of_the_weights(tmp_path):
+    """σ is 0.02·s. Of a z-score w is 1/N, so that N = 8 and F = Σ f² give lr = 0.03·s·f·√(N/F), but for how sure w is."""
+    made = trainer(tmp_path, any_number, max_steps=40, sigma=None, learning_rate=None)
+    every = torch.cat([p.detach().flatten() for p in made.model.parameters()]).double()
+    s = float(every.square().mean().sqrt())
+    assert made.args.sigma == pytest.approx(0.02 * s, rel=1e-2)
+    records = []
+    made.create_optimizer()
+    made.zo_optimizer.watch = records.append
+    made.train()
+    f = [0.75 + 0.25 * math.cos(math.pi * k / 40) for k in range(40)]
+    wanted = [0.03 * s * f_k * math.sqrt(8 / sum(x * x for x in f)) for f_k in f]
+    first, last = records[0].lr_G[0] / wanted[0], records[-1].lr_G[0] / wanted[-1]
+    assert 0.6 < first < last < 1
+    assert last > 0.9  # after 300 directions w is known
+    walk = math.sqrt(sum(sum(c * c for c in coefficients(made, record)) for record in records))
+    assert 0.8 < walk / (0.03 * s) < 1
+
+
+def any_number(completions, trainer_state, **_):
+    draw = random.Random(trainer_state.global_step)
+    return [draw.random() for _ in completions]
+
+
+def coefficients(made, record):
+    return made.zo_optimizer.method.rule.displacement(record).coefs_GQ[0]
 
 
 def test_steps_that_tell_nothing_are_counted_and_said(tmp_path, caplog):

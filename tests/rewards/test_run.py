@@ -39,8 +39,8 @@ def made(tmp_path_factory) -> tuple[Path, Path, Path]:
 def flags(made: tuple[Path, Path, Path], **changes: object) -> list[str]:
     model, prompts, rewards = made
     options = {
-        "model": model, "data": prompts, "reward": f"{rewards}:share_of_e", "sigma": "5e-2", "members": 8, "batch_size": 4,
-        "max_new_tokens": 6, "steps": 6, "eval_every": 2, "save_every": 2, "device": "cpu", "show": 3,
+        "model": model, "data": prompts, "reward": f"{rewards}:share_of_e", "sigma": "5e-2", "lr": "0.025", "members": 8,
+        "batch_size": 4, "max_new_tokens": 6, "steps": 6, "eval_every": 2, "save_every": 2, "device": "cpu", "show": 3,
     } | changes  # fmt: skip
     return ["reward", *(s for k, v in options.items() if v is not None for s in ("--" + k.replace("_", "-"), str(v)))]
 
@@ -54,6 +54,40 @@ def done(made, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "done"
     assert run([*flags(made), "--output", str(output)]) == 0
     return output
+
+
+def test_each_test_prompts_answers_are_kept_and_make_the_figures(done):
+    rows, result = lines(done / "predictions.jsonl"), json.loads((done / "result.json").read_text())
+    assert len(rows) == result["test_rows"]
+    for when in ("before", "after"):
+        assert sum(row[when]["score"] for row in rows) / len(rows) == pytest.approx(result[f"reward_{when}"])
+        told = [row[when] for row in rows]
+        assert all(
+            one["score"] == one["rewards"]["share_of_e"] == one["answer"].count("e") / max(1, len(one["answer"]))
+            for one in told
+        )
+        assert sum(one["tokens"] for one in told) / len(rows) == pytest.approx(result[f"length_{when}"])
+
+
+def test_the_page_of_a_run_has_its_curves_figures_and_answers(done, tmp_path):
+    pytest.importorskip("matplotlib", reason="zotune[bench] is not installed")
+    assert run(["report", str(done), "--output", str(tmp_path / "page.html")]) == 0
+    page, result = (tmp_path / "page.html").read_text(), json.loads((done / "result.json").read_text())
+    for title in (
+        "reward of the members",
+        "reward, held-out prompts",
+        "tokens an answer",
+        "share of answers cut",
+        "tokens a second",
+    ):
+        assert f'aria-label="{title} by step"' in page
+    assert page.count("<svg") == 5
+    assert f"{result['reward_before']:.4g}" in page
+    assert f"{result['generated_tokens']:,} tokens" in page
+    assert "zotune reward" in page
+    rows = lines(done / "predictions.jsonl")
+    more = sum(row["after"]["score"] > row["before"]["score"] for row in rows)
+    assert ("Answers that got more: " + str(more) in page) == bool(more)
 
 
 def test_a_runs_folder_holds_what_it_promises(done):

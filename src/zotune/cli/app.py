@@ -41,7 +41,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-SHARED = ("train",)  # commands that the processes of a launcher take together
+SHARED = ("train", "reward")  # commands that the processes of a launcher take together
 
 
 @app.callback()

@@ -29,15 +29,21 @@ from zotune.run.result import device_name
 from zotune.run.rewarding import PromptTrainer
 from zotune.run.state import RunState
 from zotune.tasks.metrics import figure
+from zotune.workers.launcher import is_first
 
 FEW = 8  # requests, and tokens, of the decode that is timed
 
 
 def reward(config: RewardConfig) -> None:
+    first = is_first()  # of the workers that torchrun has started
     if config.dry_run:
-        dry_run(config)
+        if first:
+            dry_run(config)
         return
     keep_freed()
+    if not first:
+        run.reward(config)
+        return
     with Bars() as bars:
         result = run.reward(config, bars)
     summary(result, config.output)

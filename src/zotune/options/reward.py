@@ -12,6 +12,7 @@ from zotune.files.checked import Positive
 from zotune.methods import queries_of
 from zotune.options.commands import RunOptions
 from zotune.options.step import METHOD_OPTIONS
+from zotune.step.choices import AUTO
 
 HELD_OUT = 64  # prompts that are scored, where nothing is said
 BY_OTHER_NAMES = {
@@ -25,8 +26,10 @@ class RewardConfig(RunOptions):
     engine: str = Field("lowrank", description="lowrank: low-rank directions; sequential: dense ones")
     eps: Annotated[float, Field(gt=0)] | None = Field(None, description="no option here: see --sigma")
     queries: Positive | None = Field(None, description="no option here: see --members")
-    lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="step size, which keeps its proportion to sigma [default: sigma/2]"
+    lr: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None,
+        description="step size, which keeps its proportion to sigma [default: auto, by which the noise of all steps carries the "
+        "weights 0.03 of their root mean square]",
     )
     rounding: Literal["nearest", "compensated"] | None = Field(  # type: ignore[assignment]
         None,
@@ -57,7 +60,9 @@ class RewardConfig(RunOptions):
         300.0, description="seconds that a call of a reward function may take"
     )
     members: Annotated[int, Field(ge=2)] = Field(32, description="perturbed models a prompt")
-    sigma: Annotated[float, Field(gt=0)] = Field(1e-3, description="how far members are from the model")
+    sigma: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="how far members are from the model [default: 0.02 of the root mean square of what trains]"
+    )
     sigma_schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: to half of sigma over the run")
     max_new_tokens: Positive = Field(64, description="at most so many tokens of an answer")
     temperature: Annotated[float, Field(ge=0)] = Field(
@@ -110,7 +115,7 @@ class RewardConfig(RunOptions):
     @property
     def filled(self) -> RewardConfig:
         """With what the step's options are called elsewhere: eps, queries, and lr where none is given."""
-        lr = self.sigma / 2 if self.lr is None else self.lr
+        lr = AUTO if self.lr is None else self.lr
         return self.model_copy(update={"eps": self.sigma, "queries": self.directions, "lr": lr})
 
     def problems(self) -> Iterator[str]:

@@ -27,6 +27,7 @@ from zotune.rewards import Reward
 from zotune.rewards.functions import as_rewards
 from zotune.rewards.gym import GYM, gym_rows
 from zotune.rewards.prompts import Prompt, PromptEncoder, asked, ends_of
+from zotune.step.rates import sigma_of
 from zotune.tasks import ends
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.splits import Source, draw, find_source, some_of
@@ -104,9 +105,10 @@ def prompt_encoder(model: nn.Module, tokenizer: Any, config: RewardConfig) -> Pr
 
 def resolved_reward(config: RewardConfig, model: nn.Module) -> RewardConfig:
     """The options with what depends on the model filled in."""
-    filled = config.filled
+    trained = [param for param in model.parameters() if param.requires_grad]
+    filled = config.model_copy(update={"sigma": config.sigma or sigma_of(trained, model)}).filled
     dtype = config.dtype or str(base_dtype(model)).removeprefix("torch.")
-    narrow = any(p.dtype.itemsize < 4 for p in model.parameters() if p.requires_grad)
+    narrow = any(param.dtype.itemsize < 4 for param in trained)
     return filled.model_copy(
         update={
             "dtype": dtype,

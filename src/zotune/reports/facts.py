@@ -57,8 +57,23 @@ class Facts:
         return f"{Path(str(self.result.get('model'))).name} on {task}, {self.result.get('method')}, {self.result.get('scheme')}"
 
     @property
+    def rewarded(self) -> bool:
+        """Whether it is a run on rewards."""
+        return "reward_before" in self.result
+
+    @property
     def metric(self) -> str:
         return str(self.result.get("metric", "score"))
+
+    @property
+    def unit(self) -> float:
+        """What a score of 1 is shown as."""
+        return 1.0 if self.rewarded else 100.0
+
+    def value(self, when: str) -> float | None:
+        """The figure of the test rows, "before" or "after"."""
+        found = self.result.get(f"{'reward' if self.rewarded else 'test'}_{when}")
+        return None if found is None else float(found)
 
     def shown(self, value: float | None) -> str:
         return "–" if value is None else figure(self.metric, value, " %")
@@ -69,20 +84,20 @@ class Facts:
         return None if not found or any(score is None for score in found) else found
 
     def interval(self, when: str) -> tuple[float, float] | None:
-        """95 %, in percent. when: "before" or "after"."""
+        """95 %, in percent; of rewards in their own unit. when: "before" or "after"."""
         if (found := self.scores(when)) is None or not all(0 <= score <= 1 for score in found):
             return None
         low, high = interval(found)
-        return 100 * low, 100 * high
+        return self.unit * low, self.unit * high
 
     @cached_property
     def gained(self) -> tuple[float, float, float] | None:
-        """Points of the metric that the run has gained on the test rows, and their 95 % interval, row by row."""
+        """Points of the metric, or reward, that the run has gained on the test rows, and their 95 % interval, row by row."""
         before, after = self.scores("before"), self.scores("after")
         if before is None or after is None:
             return None
         mean, low, high = gain(before, after)
-        return 100 * mean, 100 * low, 100 * high
+        return self.unit * mean, self.unit * low, self.unit * high
 
     @property
     def said(self) -> str:
@@ -90,7 +105,9 @@ class Facts:
         if self.gained is None:
             return ""
         mean, low, high = self.gained
-        span = f"{mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, the same {len(self.predictions):,} rows scored twice)"
+        digits, points = (".3f", "") if self.rewarded else (".1f", " points")
+        rows = f"the same {len(self.predictions):,} rows scored twice"
+        span = f"{mean:+{digits}}{points} (95 % interval {low:+{digits}} to {high:+{digits}}, {rows})"
         if low > 0:
             return f"Better than before: {span}."
         if high < 0:

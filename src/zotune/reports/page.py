@@ -15,7 +15,7 @@ from zotune.bench.pages import template
 from zotune.errors import InputError
 from zotune.estimates.memory import readable
 from zotune.estimates.words import time_of
-from zotune.options import TrainConfig
+from zotune.options import RewardConfig, TrainConfig
 from zotune.reports.facts import Facts
 from zotune.reports.figures import curves
 from zotune.run.card import command
@@ -42,6 +42,7 @@ def make_page(folders: Sequence[Path], target: Path, names: Sequence[str] | None
         version=zotune.__version__,
         runs=[(name, run, _told(run)) for name, run in zip(names, runs, strict=True)],
         curves=drawn,
+        rewarded=all(run.rewarded for run in runs),
         shown=SHOWN,
     )
     target.write_text(text, encoding="utf-8")
@@ -54,8 +55,7 @@ def _told(run: Facts) -> dict[str, Any]:
     spans = {when: run.interval(when) for when in ("before", "after")}
     return {
         "figures": {
-            when: run.shown(r.get(f"test_{when}"))
-            + (f" ({span[0]:.1f} to {span[1]:.1f})" if (span := spans[when]) else "")
+            when: run.shown(run.value(when)) + (f" ({_range(run, span)})" if (span := spans[when]) else "")
             for when in ("before", "after")
         },
         "facts": [(key, value) for key, value in _facts(run) if value not in (None, "", "–")],
@@ -64,11 +64,48 @@ def _told(run: Facts) -> dict[str, Any]:
         "spoilt": run.changed(better=False),
         "matrices": [(when, matrix) for when in ("before", "after") if (matrix := run.confusion(when)) is not None],
         "time": time_of(r.get("wall_seconds") or 0.0),
-        "command": command(TrainConfig.model_construct(**c)),
+        "command": command((RewardConfig if run.rewarded else TrainConfig).model_construct(**c)),
     }
 
 
+def _range(run: Facts, span: tuple[float, float]) -> str:
+    return " to ".join(f"{bound:.3f}" if run.rewarded else f"{bound:.1f}" for bound in span)
+
+
 def _facts(run: Facts) -> list[tuple[str, Any]]:
+    return _of_rewards(run) if run.rewarded else _of_task(run)
+
+
+def _of_rewards(run: Facts) -> list[tuple[str, Any]]:
+    r, c = run.result, run.config
+    counts = [f"{r.get(f'{what}_rows', '–')} to {why}" for what, why in ROWS.items()]
+    functions = [f"{name} {a:.3g} → {b:.3g}" for name, (a, b) in r.get("rewards", {}).items()]
+    drawn = f"temperature {c.get('temperature')}" if c.get("temperature") else "the likeliest token"
+    alike = r.get("steps_that_told_nothing")
+    return [
+        ("model", r.get("model")),
+        ("prompts", f"{r.get('task')}: {', '.join(counts)}"),
+        ("rewards, before → after", ", ".join(functions)),
+        ("method", f"{r.get('method')}, {r.get('members')} members, sigma {r.get('sigma'):.3g}, lr {r.get('lr'):.3g}"),
+        ("trained", f"{r.get('trainable_parameters', 0):,} parameters (scheme {r.get('scheme')}), {r.get('dtype')}"),
+        (
+            "steps",
+            f"{r.get('steps'):,}, {c.get('batch_size')} prompts each; kept: step {r.get('chosen_step')}, best on held-out prompts",
+        ),
+        ("told nothing", f"{alike} steps, whose members all scored alike" if alike else None),
+        ("answers", f"at most {c.get('max_new_tokens')} tokens, {drawn}"),
+        ("tokens an answer", f"{r['length_before']:.1f} before, {r['length_after']:.1f} after"),
+        ("answers cut", f"{100 * r['cut_before']:.0f} % before, {100 * r['cut_after']:.0f} % after"),
+        ("written", f"{r.get('generated_tokens', 0):,} tokens, {r.get('tokens_per_second') or 0:,.0f} a second"),
+        ("decoder", r.get("decoder")),
+        ("time", f"{time_of(r.get('wall_seconds') or 0.0)} on {r.get('device')}"),
+        ("peak memory", readable(r["peak_memory_bytes"]) if r.get("peak_memory_bytes") else None),
+        ("skipped steps", r.get("skipped_steps") or None),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (r.get("versions") or {}).items())),
+    ]  # fmt: skip
+
+
+def _of_task(run: Facts) -> list[tuple[str, Any]]:
     r, c = run.result, run.config
     peak, adam = r.get("peak_memory_bytes"), r.get("adam_memory_bytes")
     counts = [f"{r.get(f'{what}_rows', '–')} to {why}" for what, why in ROWS.items()]
@@ -109,11 +146,14 @@ def _method(run: Facts) -> str:
 
 
 def _bars(run: Facts, spans: dict[str, tuple[float, float] | None]) -> list[dict[str, Any]]:
-    """Before and after as bars from 0 to 100, with the interval; [] where the metric is no percentage."""
+    """Before and after as bars from 0 to 100, with the interval; [] where the metric is neither a percentage nor from 0 to 1."""
     if any(spans[when] is None for when in spans):
         return []
     return [
-        {"name": when, "value": run.result[f"test_{when}"], "low": span[0], "high": span[1]}
+        {
+            "name": when,
+            **{key: 100 / run.unit * x for key, x in (("value", value), ("low", span[0]), ("high", span[1]))},
+        }
         for when, span in spans.items()
-        if span is not None
+        if span is not None and (value := run.value(when)) is not None
     ]

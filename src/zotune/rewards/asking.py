@@ -10,7 +10,7 @@ import math
 import reprlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +40,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Scores:
-    """by_function_Fn: what each function gave, NaN for None. total_n: Σ_f w_f·r_f over those that gave one, NaN where none did."""
+    """by_function_Fn: what each function gave, NaN for None. total_n: Σ_f w_f·r_f over those that gave one, NaN where none did.
+
+    extra_n: columns that functions told of by `log_extra`. metrics: what they told by `log_metric`, call by call.
+    """
 
     by_function_Fn: list[list[float]]
     total_n: list[float]
+    extra_n: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Rewards:
@@ -69,16 +74,19 @@ class Rewards:
     def __call__(self, answers: Sequence[Written], state: Any = None) -> Scores:
         """The rewards of all answers. state: the Trainer's, for functions that ask for `trainer_state`. Raises RewardError."""
         state = SimpleNamespace(global_step=0) if state is None else state
-        by_function_Fn = [self._asked(function, answers, state) for function in self.functions]
-        total_n = []
+        by_function_Fn: list[list[float]] = []
+        total_n: list[float] = []
+        found = Scores(by_function_Fn, total_n)
+        for function in self.functions:
+            by_function_Fn.append(self._asked(function, answers, state, found))
         for rewards in zip(*by_function_Fn, strict=True):
             given = [(w, r) for w, r in zip(self.weights, rewards, strict=True) if not math.isnan(r)]
             total_n.append(sum(w * r for w, r in given) if given else math.nan)
-        return Scores(by_function_Fn, total_n)
+        return found
 
-    def _asked(self, function: Reward, answers: Sequence[Written], state: Any) -> list[float]:
+    def _asked(self, function: Reward, answers: Sequence[Written], state: Any, told: Scores) -> list[float]:
         try:
-            found = self._called(function, answers, state)
+            found = self._called(function, answers, state, told)
         except _Late:
             raise RewardError(
                 f"reward {function.name}: no result after {self.timeout:g} s, of {len(answers)} answers, {_told(answers[0])} the "
@@ -88,9 +96,15 @@ class Rewards:
             raise RewardError(
                 f"reward {function.name}: {_said(error)}, for {self._culprit(function, answers, state)}"
             ) from error
+        for column, values in told.extra_n.items():
+            if len(values) != len(answers):
+                raise RewardError(
+                    f"reward {function.name}: log_extra has {len(values)} values of {column!r} for {len(answers)} completions, "
+                    f"{_told(answers[0])} the first"
+                )
         return _numbers(function.name, found, answers)
 
-    def _called(self, function: Reward, answers: Sequence[Written], state: Any) -> Any:
+    def _called(self, function: Reward, answers: Sequence[Written], state: Any, told: Scores) -> Any:
         ids = [list(answer.ids) for answer in answers]
         given: dict[str, Any] = {
             "prompts": [answer.prompt.prompt for answer in answers],
@@ -98,6 +112,8 @@ class Rewards:
             "completion_ids": ids,
             "completions_ids": ids,
             "trainer_state": state,
+            "log_extra": lambda column, values: told.extra_n.setdefault(str(column), []).extend(values),
+            "log_metric": lambda name, value: told.metrics.setdefault(str(name), []).append(float(value)),
         }
         names = dict.fromkeys(name for answer in answers for name in answer.prompt.columns)
         given |= {name: [a.prompt.columns.get(name) for a in answers] for name in names if name not in given}
@@ -107,7 +123,7 @@ class Rewards:
         """The first answer that the function fails for alone."""
         for answer in answers:
             try:
-                self._called(function, [answer], state)
+                self._called(function, [answer], state, Scores([], []))
             except _Late:
                 break
             except Exception:

@@ -12,7 +12,14 @@ from zotune.errors import InputError
 from zotune.tasks.metrics import exact, text_f1
 from zotune.tasks.rows import missing
 
-GIVEN = ("prompts", "completion_ids", "completions_ids", "trainer_state")  # beside the rows' columns
+GIVEN = (
+    "prompts",
+    "completion_ids",
+    "completions_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)  # beside the rows' columns
 ANSWER = "answer"  # the column that holds what is right, where none is named
 
 

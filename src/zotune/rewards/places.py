@@ -23,8 +23,8 @@ class WritingEngine:
     """An `Engine` that has the answers written at all places of a step at once, and asks `loss` for a number for each.
 
     engine: whose directions and writer it is. write: (requests, members, eps by parameter group) → answers. A batch has "prompts",
-    and "rows", their numbers; `loss` gets it with "answers" and "requests" beside, copy by copy and within a copy row by row,
-    and gives (n,).
+    and "rows", their numbers in the step; `loss` gets it with "answers" and "requests" beside, copy by copy and within a copy row
+    by row, and gives (n,).
     """
 
     def __init__(self, engine: Any, write: Write) -> None:
@@ -38,7 +38,7 @@ class WritingEngine:
 
     def losses(self, loss: Callable[[Any], Any], batch: Mapping[str, Any], places: Places) -> Tensor:
         prompts = batch["prompts"]
-        members, requests = asked_of(prompts, places)
+        members, requests = asked_of(prompts, places, batch["rows"].tolist())
         assert isinstance(places.at, Displacement)
         answers = self.write(requests, members, [coefs_Q[0] for coefs_Q in places.at.coefs_GQ])
         self.forwards += len(places.copies)
@@ -49,6 +49,9 @@ class WritingEngine:
             )
         return found.view(len(places.copies), len(prompts))
 
+    def overlook(self, loss: Any, batch: Any, places: Places) -> None:
+        """Of what others write the update needs nothing."""
+
     def loss(self, closure: Callable[[], Any], at: Displacement | HeldDisplacement) -> Any:
         raise ValueError("a method that compares moves of its own is not for rewards; use es, eggroll or zo-sgd")
 
@@ -56,8 +59,13 @@ class WritingEngine:
         self.engine.replayed()
 
 
-def asked_of(prompts: Sequence[Any], places: Places) -> tuple[list[tuple[int, int]], list[Request]]:
-    """The members (seed, sign) of all places that are displaced, and a request for each row of each place, in the losses' order."""
+def asked_of(
+    prompts: Sequence[Any], places: Places, rows: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[Request]]:
+    """The members (seed, sign) of all places that are displaced, and a request for each row of each place, in the losses' order.
+
+    rows: the prompts' numbers in the step, which what is drawn depends on.
+    """
     seeds_Q = places.at.seeds_Q
     members: dict[tuple[int, int], int] = {}
     requests = []
@@ -65,7 +73,7 @@ def asked_of(prompts: Sequence[Any], places: Places) -> tuple[list[tuple[int, in
         own = -1
         if place.sign:
             own = members.setdefault((int(seeds_Q[place.direction]), place.sign), len(members))
-        requests += [Request(tuple(prompts[row].ids), row, own) for row in range(place.first, place.last)]
+        requests += [Request(tuple(prompts[row].ids), rows[row], own) for row in range(place.first, place.last)]
     return list(members), requests
 
 

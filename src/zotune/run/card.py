@@ -32,7 +32,7 @@ def reward_card(config: RewardConfig, result: Mapping[str, Any], trajectory: boo
 | base model | {config.model} |
 | prompts | {config.data} |
 | rewards | {_cell(", ".join(result["rewards"]))} |
-| method | {config.method}, {config.members} members, sigma {config.sigma}, lr {config.lr}, scheme {config.scheme} |
+| method | {config.method}, {config.members} members, sigma {config.sigma}, lr {result["lr"]:.3g}, scheme {config.scheme} |
 | steps | {steps}; kept: step {result["chosen_step"]} |
 | reward, {result["test_rows"]} held-out prompts | {before} before, {after} after |
 | answers | at most {config.max_new_tokens} tokens, temperature {config.temperature} |

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from zotune.prepare.prepared import Prepared
+from zotune.rewards.asking import Scores, Written
+from zotune.rewards.builtin import ANSWER
+from zotune.rewards.shown import number, said
 from zotune.run.folder import RunFolder, as_json, write_atomically
 from zotune.tasks.evaluation import Outcome
 from zotune.tasks.told import right_of, row_scores, told
@@ -20,19 +23,45 @@ def keep(ready: Prepared, found: Outcome, folder: RunFolder, when: str) -> None:
     """
     examples = ready.splits.test
     scores: Sequence[float | None] = row_scores(ready.task.metric, found, ready.test) or [None] * len(examples)
-    known = _read(folder)
-    known = known if len(known) == len(examples) else [{} for _ in examples]
-    lines = [
+    asked = [
         {
             "prompt": example.prompt
             or ready.tokenizer.decode(list(row.asked or row.candidates[0]), skip_special_tokens=True),
             "right": right_of(ready.task, example),
-            **{time: line[time] for time in ("before", "after") if time in line},
-            when: one | ({} if score is None else {"score": score}),
         }
-        for example, row, line, one, score in zip(
-            examples, ready.test, known, told(ready.task, examples, found), scores, strict=True
-        )
+        for example, row in zip(examples, ready.test, strict=True)
+    ]
+    each = zip(told(ready.task, examples, found), scores, strict=True)
+    _write(folder, when, asked, [one | ({} if score is None else {"score": score}) for one, score in each])
+
+
+def keep_answers(
+    folder: RunFolder, when: str, written: Sequence[Written], scores: Scores, names: Sequence[str]
+) -> None:
+    """The same of a run on rewards: `answer`, its reward as `score`, what each function gave, tokens, and whether it ended."""
+    asked = [
+        {"prompt": said(one.prompt.prompt), "right": one.prompt.columns.get(ANSWER), "where": one.prompt.where}
+        for one in written
+    ]
+    answers = [
+        {
+            "answer": one.text,
+            "score": number(scores.total_n[i]),
+            "rewards": {name: number(own_n[i]) for name, own_n in zip(names, scores.by_function_Fn, strict=True)},
+            "tokens": len(one.ids),
+            "finished": one.finished,
+        }
+        for i, one in enumerate(written)
+    ]
+    _write(folder, when, asked, answers)
+
+
+def _write(folder: RunFolder, when: str, asked: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> None:
+    known = _read(folder)
+    known = known if len(known) == len(asked) else [{} for _ in asked]
+    lines = [
+        row | {time: line[time] for time in ("before", "after") if time in line} | {when: answer}
+        for row, line, answer in zip(asked, known, answers, strict=True)
     ]
     write_atomically(folder / PREDICTIONS, "".join(as_json(line) + "\n" for line in lines))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from zotune.errors import InputError
@@ -15,49 +17,102 @@ from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import check_reporters
 from zotune.run.card import reward_card
 from zotune.run.folder import CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.predictions import keep_answers
 from zotune.run.process import deterministic, tf32
 from zotune.run.result import device_name, save_weights, versions
 from zotune.run.rewarding import PromptTrainer
 from zotune.run.state import MADE_OF, RunState
+from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
 from zotune.run.trajectory import header_of
+from zotune.workers.group import Workers, joined
+from zotune.workers.launcher import launch
 
-RESOLVED = ("lr", "eps", "queries", "dtype", "direction", "estimator", "rounding", "forward_tokens")
+RESOLVED = ("lr", "sigma", "eps", "queries", "dtype", "direction", "estimator", "rounding", "forward_tokens")
 TRANSIENT = {"resume", "overwrite", "dry_run"}
 
 
 def reward(config: RewardConfig, listener: Listener | None = None) -> dict[str, Any]:
-    """Run, or go on with, the run that the options describe. Returns what result.json holds."""
-    listener = listener or Listener()
+    """Run, or go on with, the run that the options describe. Returns what result.json holds.
+
+    Under torchrun all workers return it. The first alone writes the folder and talks to the listener.
+    """
+    with joined(config.worker_timeout) as workers, ExitStack() as held:
+        listener = listener if listener is not None and workers.first else Listener()
+        folder = RunFolder(config.output)
+        workers.together(lambda: refuse_few(config, workers.size))
+        if workers.first:
+            config = goes_on(config, folder)
+        if done := workers.from_first(lambda: _open(config, folder, listener, held)):
+            return done
+        config = config.model_copy(update={"resume": workers.from_first(lambda: config.resume)})
+        held.enter_context(deterministic(config.deterministic))
+        held.enter_context(tf32(config.tf32))
+        ready = _alike(config, folder, listener, workers)
+        place = folder if workers.first else RunFolder(held.enter_context(TemporaryDirectory(prefix="zotune-worker-")))
+        trainer = _trainer(ready, place, listener)  # what it refuses leaves no run behind, and none is deleted for it
+        workers.from_first(lambda: _write_down(ready, folder))
+        with state_of(folder, workers) as state:
+            return _go(trainer, state)
+
+
+def _open(config: RewardConfig, folder: RunFolder, listener: Listener, held: ExitStack) -> dict[str, Any]:
+    """Hold the folder while `held` lasts. Returns what result.json holds, if the run has ended before."""
     check_reporters(config.report_to)
-    folder = RunFolder(config.output)
     recorded = config.model_dump(exclude=TRANSIENT)
     asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
     asked |= {"eval_every": config.evaluates_every, "show_every": config.shows_every}
     folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    with folder.storing(), folder.locked():
-        folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-        folder.tidy()
-        if config.resume and (done := folder.read_json("result.json")):
-            listener.say(f"{folder.path}: this run is finished; nothing to do")
-            folder.finish(config.keep is not None)
-            return done
-        with deterministic(config.deterministic), tf32(config.tf32):
-            ready = prepare_reward(config)
-            listener.say(ready.described())
-            if ready.unread:
-                listener.say(ready.unread)
-            for line in warnings_of(ready):
-                listener.say(line)
-            progress = folder.read_json("progress.json") if config.resume else {}
-            refuse_others(progress.get(MADE_OF), ready.made_of, str(folder.path), config.model)
-            ready.config = config = resolved_reward(config, ready.model)
-            trainer = _trainer(
-                ready, folder, listener
-            )  # what it refuses leaves no run behind, and none is deleted for it
-            if config.overwrite:
-                folder.clear()
-            folder.write_config(config.model_dump(exclude=TRANSIENT))
-            return _go(trainer, RunState.found(folder))
+    held.enter_context(folder.storing())
+    held.enter_context(folder.locked())
+    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
+    folder.tidy()
+    done = folder.read_json("result.json") if config.resume else {}
+    if done:
+        listener.say(f"{folder.path}: this run is finished; nothing to do")
+        folder.finish(config.keep is not None)
+    return done
+
+
+def _alike(config: RewardConfig, folder: RunFolder, listener: Listener, workers: Workers) -> PreparedReward:
+    """What each worker begins with, once all are known to begin with the same."""
+    several = workers.size > 1
+    ready: PreparedReward | None = None
+
+    def begin() -> dict[str, Any]:
+        nonlocal ready
+        ready = _ready(config, folder, listener, workers)
+        return facts(ready) if several else {}
+
+    told = workers.together(begin)
+    assert ready is not None
+    workers.together(lambda: refuse_unlike(told))
+    if several:
+        listener.say(f"{workers.size} workers share the steps; this one writes {folder.path}")
+    return ready
+
+
+def _ready(config: RewardConfig, folder: RunFolder, listener: Listener, workers: Workers) -> PreparedReward:
+    if not workers.first:
+        config = config.model_copy(update={"report_to": []})
+    ready = prepare_reward(config)
+    listener.say(ready.described())
+    if ready.unread:
+        listener.say(ready.unread)
+    for line in warnings_of(ready):
+        listener.say(line)
+    if config.resume and workers.first:
+        refuse_others(folder.read_json("progress.json").get(MADE_OF), ready.made_of, str(folder.path), config.model)
+    ready.config = resolved_reward(config, ready.model)
+    return ready
+
+
+def _write_down(ready: PreparedReward, folder: RunFolder) -> None:
+    """The run's options, once nothing is left to be refused."""
+    if ready.config.overwrite:
+        folder.clear()
+    folder.write_config(ready.config.model_dump(exclude=TRANSIENT))
+    if name := launch():
+        folder.write_json("progress.json", folder.read_json("progress.json") | {LAUNCH: name})
 
 
 def warnings_of(ready: PreparedReward) -> list[str]:
@@ -86,18 +141,27 @@ def _trainer(ready: PreparedReward, folder: RunFolder, listener: Listener) -> Pr
 
 
 def _go(trainer: PromptTrainer, state: RunState) -> dict[str, Any]:
-    ready, optimizer = trainer.ready, trainer.zo_optimizer
+    ready, optimizer, workers = trainer.ready, trainer.zo_optimizer, state.workers
     trainer.run = trainer.recorder.state = state
-    state.header = header_of(ready, optimizer, members=len(optimizer.method.signs))
+    optimizer.sharing.workers = workers if workers.size > 1 else None
+    state.header = workers.from_first(lambda: header_of(ready, optimizer, members=len(optimizer.method.signs)))
     state.progress[MADE_OF] = ready.made_of
+    if optimizer.rate is not None:
+        optimizer.rate.say = trainer.listener.say
     reset_peak(ready.device)
-    if "reward_before" not in state.progress:
-        state.progress["reward_before"] = trainer.score(ready.test, "before")
-        state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
-        reset_peak(ready.device)
-        state.save()
+    workers.from_first(lambda: _before(trainer, ready, state))
     trainer.to_the_end()
-    return _finish(trainer, ready, state)
+    return workers.from_first(lambda: _finish(trainer, ready, state))
+
+
+def _before(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> None:
+    """What the untrained model gets, once in a run."""
+    if "reward_before" in state.progress:
+        return
+    state.progress["reward_before"] = _kept(trainer, ready, state, "before")
+    state.progress["evaluation_peak_bytes"] = peak_bytes(ready.device)
+    reset_peak(ready.device)
+    state.save()
 
 
 def _finish(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> dict[str, Any]:
@@ -105,7 +169,7 @@ def _finish(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> d
     config, folder, reached = ready.config, state.folder, trainer.state
     chosen = int(reached.best_global_step or reached.global_step)
     trainer.load_best(folder / f"{CHECKPOINT}{chosen}")
-    after = trainer.score(ready.test, "after")
+    after = _kept(trainer, ready, state, "after")
     with TrajectoryWriter.resume(folder / "trajectory.zot", reached.global_step) as trajectory:
         trajectory.mark_chosen(chosen)
     result = _result(trainer, ready, state, chosen, after)
@@ -116,6 +180,13 @@ def _finish(trainer: PromptTrainer, ready: PreparedReward, state: RunState) -> d
     folder.write_json("result.json", result)  # last: it says that all the rest is there
     folder.finish(config.keep is not None)
     return result
+
+
+def _kept(trainer: PromptTrainer, ready: PreparedReward, state: RunState, when: str) -> dict[str, float]:
+    """Statistics of the test prompts' answers; these are in predictions.jsonl then."""
+    found, written, scores = trainer.score(ready.test, when)
+    keep_answers(state.folder, when, written, scores, trainer.rewards.names)
+    return found
 
 
 def _result(
@@ -162,7 +233,7 @@ def _result(
         "decoder": trainer.decoder.name,
         "members": config.members,
         "sigma": config.sigma,
-        "lr": config.lr,
+        "lr": config.lr if optimizer.rate is None else optimizer.rate.so_far,
         "dtype": config.dtype,
         "rounding": config.rounding,
         "device": device_name(ready.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -34,7 +34,7 @@ def arguments(ready: PreparedReward, folder: RunFolder) -> RewardTrainingArgumen
         members=config.members,
         sigma=config.sigma,
         sigma_schedule=config.sigma_schedule,
-        learning_rate=config.lr,
+        lr=config.lr,
         reward_weights=config.reward_weights,
         reward_timeout=config.reward_timeout,
         max_completion_length=config.max_new_tokens,
@@ -54,6 +54,7 @@ class RewardRecorder(Recorder):
 
     ready: PreparedReward
     told: dict[int, dict[str, Any]]  # the trainer's own
+    tell: Callable[[], None]  # likewise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, optimizer, **kwargs)
@@ -80,6 +81,7 @@ class RewardRecorder(Recorder):
             file.write("".join(as_json(line) + "\n" for line in lines))
 
     def see(self, last: StepRecord) -> None:
+        self.tell()
         run, step = self.state, last.step + 1
         assert run.trajectory is not None
         record = self._record(last)
@@ -113,17 +115,13 @@ class RewardRecorder(Recorder):
         self._write()
         losses, self.losses = self.losses, []
         took, self.took = self.took, []
-        names = ("reward", "reward_std", "frac_reward_zero_std", "tokens_per_second")
+        names = {"tokens_per_second", *self.told.get(state.global_step, ())} - {"tokens", "seconds"}
         self.line = {
             "step": state.global_step,
             "loss": sum(losses) / len(losses),
             "lr": logs["learning_rate"],
             "sigma": self.ready.config.sigma * args.factor(max(0, state.global_step - 1), state.max_steps),
-            **{
-                name: value
-                for name, value in logs.items()
-                if name in names or name.startswith(("rewards/", "completions/"))
-            },
+            **{name: value for name, value in logs.items() if name in names},
             "forward_passes": logs["forward_passes"],
             "skipped_steps": logs["skipped_steps"],
             "seconds": round(self.state.wall(), 3),
@@ -176,7 +174,7 @@ class PromptTrainer(RunTrainer, RewardTrainer):
         )
         optimizer: Any = self.create_optimizer()
         recorder = RewardRecorder(state, ready, listener, optimizer.method.signs)
-        recorder.told = self.told
+        recorder.told, recorder.tell = self.told, self.tell
         self.records_by(recorder)
         self._what = ""
 
@@ -189,26 +187,26 @@ class PromptTrainer(RunTrainer, RewardTrainer):
 
     def see(self, written: Sequence[Written], scores: Scores, rewards_CB: Tensor) -> None:
         super().see(written, scores, rewards_CB)
-        config, step = self.ready.config, self.zo_optimizer.steps + 1
+        config, step = self.ready.config, self.zo_optimizer.steps
         self.recorder.append(STEPS, [{"step": step, **self.told[step]}])
         if step % config.shows_every == 0 or step == 1:
             shown = samples(step, self.rewards.names, written, scores, config.show)
             self.recorder.append(COMPLETIONS, shown)
             self.listener.answered(step, shown)
 
-    def score(self, prompts: Sequence[Prompt], what: str) -> dict[str, float]:
-        """Statistics of the model's own answers, with progress."""
+    def score(self, prompts: Sequence[Prompt], what: str) -> tuple[dict[str, float], list[Written], Scores]:
+        """Statistics of the model's own answers, these, and what they got, with progress."""
         self.listener.begin(what, len(prompts))
         self._what = what
         try:
-            found, _, _ = self.scored(prompts)
+            return self.scored(prompts)
         finally:
             self._what = ""
             self.listener.end(what)
-        return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        found = self.score(self.ready.validation, "held-out")
+        score = lambda: self.score(self.ready.validation, "held-out")[0]  # noqa: E731
+        found = self.run.workers.from_first(score)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -9,20 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import zotune
 from zotune.errors import InputError
 from zotune.methods import make_method
-from zotune.options import TrainConfig
-from zotune.prepare.prepared import Prepared
+from zotune.options import RunOptions
+from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import start
 from zotune.run.folder import CALIBRATION, FREE, RunFolder
 from zotune.run.state import RunState
 from zotune.workers.group import Workers
 from zotune.workers.launcher import launch
+
+C = TypeVar("C", bound=RunOptions)
 
 LAUNCH = "launch"  # key of progress.json: of the launcher that may start the run's processes again
 PLACES = {
@@ -34,11 +36,11 @@ PLACES = {
 NAMES = {"code": "zotune code", "torch": "torch", "threads": "threads", "base": "base weights", "start": "first values"}
 
 
-def refuse_few(config: TrainConfig, workers: int) -> None:
+def refuse_few(config: RunOptions, workers: int) -> None:
     """Raises InputError where a step has no piece for every worker."""
     if workers == 1:
         return
-    kind = make_method(config.method).kind
+    kind, accumulate = make_method(config.method).kind, getattr(config, "accumulate", 1)
     if kind != "zeroth-order" or config.hybrid is not None:
         what = "--hybrid" if config.hybrid is not None else f"--method {config.method}"
         raise InputError(
@@ -47,9 +49,9 @@ def refuse_few(config: TrainConfig, workers: int) -> None:
     if config.micro_batch is None:
         raise InputError(
             f"--micro-batch: {workers} workers share out a step's rows, so many at a time; give it, at most "
-            f"{max(1, config.batch_size * config.accumulate // workers)}"
+            f"{max(1, config.batch_size * accumulate // workers)}"
         )
-    parts = config.accumulate * -(-config.batch_size // config.micro_batch)
+    parts = accumulate * -(-config.batch_size // config.micro_batch)
     if workers > parts:
         raise InputError(
             f"--micro-batch {config.micro_batch}: a step has {parts} such {'piece' if parts == 1 else 'pieces'} for {workers} "
@@ -57,13 +59,13 @@ def refuse_few(config: TrainConfig, workers: int) -> None:
         )
 
 
-def goes_on(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+def goes_on(config: C, folder: RunFolder) -> C:
     """With --resume where an elastic launcher has started the run's processes again: the folder's run is of the same launch."""
     same = launch() and folder.read_json("progress.json").get(LAUNCH) == launch()
     return config.model_copy(update={"resume": True, "overwrite": False}) if same else config
 
 
-def facts(ready: Prepared) -> dict[str, Any]:
+def facts(ready: Ready) -> dict[str, Any]:
     """What all workers have to have in common."""
     config = ready.config
     own = config.model_dump(exclude=FREE | PLACES | {"forward_tokens"})

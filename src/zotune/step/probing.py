@@ -70,11 +70,12 @@ def losses_at(
         return Places(at, tuple(Copy(p.sign, p.query * pairs + start if p.sign else 0) for p in probes), shares)
 
     if not sharing.whole:
-        return sharing.means(
+        means_CK = sharing.means(
             engine, batches, shares_K, len(probes),
             evaluate=lambda piece: engine.losses(loss, piece.batch, places(piece.first, piece.rows)),
             overlook=lambda piece: engine.overlook(loss, piece.batch, places(piece.first, piece.rows)),
         )  # fmt: skip
+        return -means_CK if method.maximize else means_CK
     found = []
     for batch in batches:
         rows = rows_in(batch) if isinstance(batch, dict) else sum(shares_K)

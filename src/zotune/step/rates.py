@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 RHO = 0.09  # of blind directions: eight cells of tasks and directions, left out one by one 0.084 to 0.103
 RHO_OWN = 0.18  # of directions from the rows' own inputs, which bear twice the rate
+RHO_WRITING = 0.03  # of rewards of what is written, which noise spoils sooner than which of a few labels is likelier
+SIGMA = 0.02  # of s: how far a member of a population on rewards is from the model, where nothing is said
 OUTLIER = 4.0  # times the mean so far: what a step beyond counts as
 RISEN = 1.5  # times the early mean: of runs at or below the best rate w never rose so far
 SPREADS = 2.0  # of the two means beyond that, since few directions tell a mean roughly
@@ -196,6 +198,14 @@ def walk(of: ZeroOrderOptimizer, g_Q: Sequence[float], block: int | None = None)
         if bool(torch.isfinite(c_Q).all()):  # else the block was not moved
             total += size / sum(sizes) * math.fsum(c * c for c in c_Q.tolist())
     return total * (1 - (of.enhancements.sparsity or 0.0))
+
+
+def sigma_of(trained: Sequence[nn.Parameter], model: nn.Module | None = None) -> float:
+    """σ of a population on rewards where none is given: 0.02·s, to three digits. Raises OptionError where there is no scale."""
+    scale = scale_of(trained, model)
+    if not scale:
+        raise OptionError("sigma", "sigma: all weights that train are 0, which tells no scale; give a number")
+    return float(f"{SIGMA * scale:.3g}")
 
 
 def _least(directions: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from zotune.errors import InputError
 from zotune.methods import queries_of
+from zotune.step.choices import AUTO
 from zotune.step.enhancements import Enhancements
 from zotune.trainer.arguments import ZOTrainingArguments
 
@@ -18,15 +19,21 @@ SCHEDULES = ("cosine", "constant")
 class RewardTrainingArguments(ZOTrainingArguments):
     """`ZOTrainingArguments` for rewards: a population of `members` perturbed models a step, each answering all of its prompts.
 
-    `eps` and `queries` follow from `sigma` and `members`; the learning rate is `sigma`/2 where none is given, and keeps that
-    proportion while `sigma` falls. Names that TRL has mean what they mean there.
+    `eps` and `queries` follow from `sigma` and `members`. Where no `sigma` is given it is 0.02·s, s the root mean square of what
+    trains; where no rate is, it is `lr="auto"`: the noise of all steps carries the weights 0.03·s (`zotune.step.rates`). The rate
+    keeps its proportion to `sigma` while this falls. Names that TRL has mean what they mean there.
     """
 
     method: Any = field(
         default="es", metadata={"help": "es (z-score over the members), eggroll, or another zeroth-order one"}
     )
     members: int = field(default=32, metadata={"help": "perturbed models a step"})
-    sigma: float = field(default=1e-3, metadata={"help": "how far they are from the model, in units of the weights"})
+    sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "how far they are from the model, in units of the weights [0.02 of the root mean square of what trains]"
+        },
+    )
     sigma_schedule: str = field(default="cosine", metadata={"help": "cosine (to half of it) or constant"})
     engine: str = field(
         default="lowrank", metadata={"help": "lowrank (low-rank directions), or sequential (dense ones)"}
@@ -34,7 +41,7 @@ class RewardTrainingArguments(ZOTrainingArguments):
     rounding: Any = field(
         default=None, metadata={"help": "nearest or compensated [compensated where weights have 16 bits]"}
     )
-    learning_rate: Any = field(default=None, metadata={"help": "step size [sigma/2]"})
+    learning_rate: Any = field(default=None, metadata={"help": "step size [by lr auto]"})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "prompts a step"})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "of the functions, in their order [1 each]"}
@@ -57,7 +64,7 @@ class RewardTrainingArguments(ZOTrainingArguments):
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
-        if not (self.sigma > 0 and math.isfinite(self.sigma)):
+        if self.sigma is not None and not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise InputError(f"sigma={self.sigma!r}: must be above 0")
         if self.sigma_schedule not in SCHEDULES:
             raise InputError(f"sigma_schedule={self.sigma_schedule!r}: choose from {', '.join(SCHEDULES)}")
@@ -75,7 +82,9 @@ class RewardTrainingArguments(ZOTrainingArguments):
                 "many at a time as slots; give per_device_train_batch_size"
             )
         self.eps, self.queries = self.sigma, None if not isinstance(self.method, str) else queries
-        self.learning_rate = self.sigma / 2 if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is None:
+            self.lr = AUTO if self.lr is None else self.lr
+            self.learning_rate = 0.0  # not asked for
         super().__post_init__()
 
     def factor(self, step: int, steps: int) -> float:

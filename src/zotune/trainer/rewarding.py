@@ -7,9 +7,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from zotune.decode import Answer, Decoder, Request, Settings, decoder_for
 from zotune.decode.plain import left_out
-from zotune.errors import InputError
+from zotune.errors import InputError, WorkerError
 from zotune.models.ids import embedding_rows, pad_id
 from zotune.models.loading import length_limit, load_model, load_tokenizer
 from zotune.rewards.asking import Rewards, Scores, Written
 from zotune.rewards.functions import as_rewards
 from zotune.rewards.places import ANSWERS, REQUESTS, WritingEngine, alike, filled
 from zotune.rewards.prompts import Prompt, PromptEncoder, ends_of
+from zotune.step.rates import RHO_WRITING, sigma_of
 from zotune.tasks import ends
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.rows import BadRows, rows_of
@@ -83,7 +84,12 @@ class RewardTrainer(ZOTrainer):
         if args.rounding is None:
             narrow = any(p.dtype.itemsize < 4 for p in model.parameters() if p.requires_grad)
             args.rounding = "compensated" if narrow else "nearest"
+        if args.sigma is None:
+            args.sigma = args.eps = sigma_of([p for p in model.parameters() if p.requires_grad], model)
+        self.sigma: float = args.sigma
         self.told: dict[int, dict[str, Any]] = {}  # what each step found, by its number (from 1)
+        self._parts: list[Part] = []  # of the step under way, as far as this process has them
+        self._untold = False  # whether a step was taken of which `tell` has not told
         self.told_nothing = 0  # steps whose members all scored alike
         self._nothing_in_a_row = 0
         self._decoder: Decoder | None = None
@@ -103,6 +109,8 @@ class RewardTrainer(ZOTrainer):
         optimizer.method = replace(optimizer.method, maximize=True)
         if optimizer.method.rule.extra_forwards:
             raise InputError("method: compares moves of its own, which rewards are not asked for; use es or eggroll")
+        if optimizer.rate is not None:
+            optimizer.rate.rho = RHO_WRITING
         optimizer.engine = WritingEngine(optimizer.engine, self.write)
         optimizer.blocks = [optimizer.engine]
         return optimizer
@@ -111,7 +119,10 @@ class RewardTrainer(ZOTrainer):
         """The learning rate keeps its proportion to σ."""
         if self.lr_scheduler is None:
             own: Any = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(own, lambda step: self.args.factor(step, num_training_steps))
+            factor = lambda step: self.args.factor(step, num_training_steps)  # noqa: E731
+            self.lr_scheduler = LambdaLR(own, factor)
+            if self.zo_optimizer.rate is not None:
+                self.zo_optimizer.rate.plan(num_training_steps, factor)
         return self.lr_scheduler
 
     @property
@@ -122,7 +133,7 @@ class RewardTrainer(ZOTrainer):
             engine, model = self.zo_optimizer.engine, self.model
             assert model is not None
             rank = self.zo_optimizer.rank if engine.name == "lowrank" else None
-            made, why = decoder_for(model, engine.directions, self.args.sigma, rank, self.args.slots, self.args.decoder)
+            made, why = decoder_for(model, engine.directions, self.sigma, rank, self.args.slots, self.args.decoder)
             for line in (why, left_out(model)):
                 if line:
                     self.say(line)
@@ -144,7 +155,7 @@ class RewardTrainer(ZOTrainer):
         answers: list[Answer] = decoder.generate(
             requests, members, settings=self.settings, seed=self.args.seed, step=step, advance=self.wrote
         )
-        self._found["seconds"] = time.perf_counter() - began
+        self._found["seconds"] = self._found.get("seconds", 0.0) + time.perf_counter() - began
         return answers
 
     def wrote(self, answers: int) -> None:
@@ -154,21 +165,25 @@ class RewardTrainer(ZOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.eval()
-        optimizer, self._found = self.zo_optimizer, {}
+        optimizer, self._found, self._parts, self._untold = self.zo_optimizer, {}, [], True
         factor = self.args.factor(optimizer.steps, self.state.max_steps)
         for group in optimizer.param_groups:
-            group["eps"] = self.args.sigma * factor
+            group["eps"] = self.sigma * factor
         loss = optimizer.step(self.rewards_of, batch=inputs)
+        self.tell()
         return self.tally.add(torch.as_tensor(loss, dtype=torch.float32, device=self.args.device))
 
     def rewards_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """(n,) float64: the reward of each answer, missing ones at their prompt's mean; NaN where logits were no numbers."""
+        """(n,) float64: the reward of each answer, missing ones at their prompt's mean; NaN where logits were no numbers.
+
+        batch: the step's prompts, or a piece of them (`micro_batch`), whose functions are asked where it was written.
+        """
         answers: Sequence[Answer] = batch[ANSWERS]
         prompts: Sequence[Prompt] = batch["prompts"]
         written = self.read(prompts, batch[REQUESTS], answers)
         scores = self.rewards(written, self.state)
         rewards_CB = torch.tensor(scores.total_n, dtype=torch.float64).view(-1, len(prompts))
-        self.see(written, scores, rewards_CB)
+        self._parts.append(Part(int(batch["rows"][0]), len(prompts), written, scores))
         found_n = filled(rewards_CB).flatten()
         found_n[[not answer.finite for answer in answers]] = math.nan
         return found_n
@@ -176,13 +191,34 @@ class RewardTrainer(ZOTrainer):
     def read(self, prompts: Sequence[Prompt], requests: Sequence[Request], answers: Sequence[Answer]) -> list[Written]:
         texts = self.tokenizer.batch_decode([list(answer.tokens) for answer in answers], skip_special_tokens=True)
         return [
-            Written(prompts[request.row], str(text), answer.tokens, answer.finished, request.member)
-            for request, text, answer in zip(requests, texts, answers, strict=True)
+            Written(prompts[i % len(prompts)], str(text), answer.tokens, answer.finished, request.member)
+            for i, (request, text, answer) in enumerate(zip(requests, texts, answers, strict=True))
         ]
+
+    def tell(self) -> None:
+        """What the last step found, of all its pieces and workers, is seen; once, and by all workers at the same time."""
+        if not self._untold:
+            return
+        self._untold = False
+        workers, mine = self.zo_optimizer.sharing.workers, (self._parts, self._found, self.decoder.name)
+        told = [mine] if workers is None else workers.everyone(mine)
+        if len(names := {name: rank for rank, (_, _, name) in enumerate(told)}) > 1:
+            raise WorkerError(
+                f"workers write by {' and '.join(sorted(names))}: their answers are not alike; give all --decoder generate"
+            )
+        if workers is not None and workers.own_rows:
+            parts = [part for theirs, _, _ in told for part in theirs]
+        else:  # of the first step's first piece, which all have written, one
+            found = {part.first: part for theirs, _, _ in told for part in theirs}
+            parts = [found[first] for first in sorted(found)]
+        if seconds := max(found.get("seconds", 0.0) for _, found, _ in told):
+            self._found["seconds"] = seconds
+        self._parts = []
+        self.see(*joined_parts(parts))
 
     def see(self, written: Sequence[Written], scores: Scores, rewards_CB: Tensor) -> None:
         """What the step found, for the log, and a line where steps tell nothing."""
-        step, found = self.zo_optimizer.steps + 1, self._found
+        step, found = self.zo_optimizer.steps, self._found
         self.told[step] = statistics(self.rewards.names, written, scores, rewards_CB) | found
         nothing = self.told[step]["frac_reward_zero_std"] == 1
         self.told_nothing += nothing
@@ -216,7 +252,7 @@ class RewardTrainer(ZOTrainer):
         self.settle()
         requests = [Request(prompt.ids, row) for row, prompt in enumerate(prompts)]
         with torch.no_grad():
-            answers = self._write(requests, (), [self.args.sigma] * len(self.zo_optimizer.param_groups), HELD_OUT)
+            answers = self._write(requests, (), [self.sigma] * len(self.zo_optimizer.param_groups), HELD_OUT)
         written = self.read(prompts, requests, answers)
         scores = self.rewards(written, self.state)
         found = statistics(self.rewards.names, written, scores, torch.tensor([scores.total_n], dtype=torch.float64))
@@ -252,6 +288,38 @@ class RewardTrainer(ZOTrainer):
         """The means over the steps behind the last line, up to this one; of those that are known."""
         last = max((int(line["step"]) for line in self.state.log_history if "loss" in line), default=0)
         return joined([self.told[s] for s in range(last + 1, step + 1) if s in self.told])
+
+
+class Part(NamedTuple):
+    """A piece of a step: rows first … first + rows − 1, answered by all members, one after the other."""
+
+    first: int
+    rows: int
+    written: list[Written]
+    scores: Scores
+
+
+def joined_parts(parts: Sequence[Part]) -> tuple[list[Written], Scores, Tensor]:
+    """The answers of a step, member by member and within one prompt by prompt, their scores, and (C, B) what each got."""
+    copies = len(parts[0].written) // parts[0].rows
+
+    def whole(of: Callable[[Part], Sequence[Any]]) -> list[Any]:
+        return [one for c in range(copies) for part in parts for one in of(part)[c * part.rows : (c + 1) * part.rows]]
+
+    functions = range(len(parts[0].scores.by_function_Fn))
+    by_function_Fn = [whole(lambda part, f=f: part.scores.by_function_Fn[f]) for f in functions]  # type: ignore[misc]
+    extra = dict.fromkeys(name for part in parts for name in part.scores.extra_n)
+    extra_n = {
+        name: whole(lambda part, name=name: part.scores.extra_n.get(name) or [None] * len(part.written))  # type: ignore[misc]
+        for name in extra
+    }
+    metrics = {
+        name: [value for part in parts for value in part.scores.metrics.get(name, ())]
+        for name in dict.fromkeys(name for part in parts for name in part.scores.metrics)
+    }
+    scores = Scores(by_function_Fn, whole(lambda part: part.scores.total_n), extra_n, metrics)
+    rewards_CB = torch.tensor(scores.total_n, dtype=torch.float64).view(copies, -1)
+    return whole(lambda part: part.written), scores, rewards_CB
 
 
 def settings_of(args: RewardTrainingArguments, model: Any, tokenizer: Any, conversational: bool) -> Settings:
@@ -298,7 +366,7 @@ def statistics(names: Sequence[str], written: Sequence[Written], scores: Scores,
         own = own[~own.isnan()]
         found[f"rewards/{name}/mean"] = float(own.mean()) if len(own) else math.nan
         found[f"rewards/{name}/std"] = float(own.std(correction=0)) if len(own) else math.nan
-    return found
+    return {name: sum(values) / len(values) for name, values in scores.metrics.items()} | found
 
 
 def joined(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
