@@ -80,7 +80,15 @@ for module in pkgutil.walk_packages(zotune.__path__, "zotune.", onerror=lambda n
             print(module.name, error.name)
 """
 ALONE = {  # kernels, and what writes or shows the results of a benchmark
-    "triton": {"zotune.noise.cuda", "zotune.noise.drawing", "zotune.engines.kernels", "zotune.updates.fused"},
+    "triton": {
+        "zotune.noise.cuda",
+        "zotune.noise.drawing",
+        "zotune.engines.kernels",
+        "zotune.engines.between",
+        "zotune.engines.fold_kernels",
+        "zotune.updates.fused",
+        "zotune.decode.kernels",
+    },
     "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster"},
     "matplotlib": {"zotune.bench.figures", "zotune.reports.figures", "zotune.reports.page"},
     "itables": {"zotune.bench.report"},

@@ -308,7 +308,7 @@ def test_what_the_first_step_alone_takes_is_not_foretold_of_each(flags, tmp_path
 
     stepping = SimpleNamespace(step=step, forwards_a_step=2, chosen_engine="any")
     monkeypatch.setattr(timing, "optimizer_for", lambda ready: stepping)
-    monkeypatch.setattr(timing, "_now", lambda device: clock[0])
+    monkeypatch.setattr(timing, "now", lambda device: clock[0])
     assert timing.timed(ready)[0] == 1.0
     assert sizes == [1, *[ready.config.batch_size] * 3]
 

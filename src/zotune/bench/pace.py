@@ -82,7 +82,9 @@ def time_all(expanded: Expanded, paces: Paces, folder: Path, until: float, say: 
             materials.make(what, definition, made_folder(folder, what, run.cell, definition))
     asked = folder / "made" / "to-time.json"
     asked.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(asked, json.dumps({key: _untimed(run.cell, run.options) for key, run in runs.items()}))
+    write_atomically(
+        asked, json.dumps({key: _untimed(run.cell, run.options) for key, run in runs.items()}, allow_nan=False)
+    )
     say(f"timing a step of {len(runs)} configurations, each alone on the device")
     from zotune.bench.runner import spawn
 
@@ -120,7 +122,7 @@ def measure(asked: Path, path: Path) -> None:
             known[key] = _timed(options)
         except Exception as error:  # whatever it is, the run itself would meet it too
             known[key] = {"seconds": None, "why": (str(error).splitlines() or [type(error).__name__])[0]}
-        write_atomically(path, json.dumps(known, indent=2) + "\n")
+        write_atomically(path, json.dumps(known, indent=2, allow_nan=False) + "\n")
         gc.collect()  # graphs hold memory, and the next configuration is to have it all
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -83,7 +83,7 @@ def slowest(workers: int, spread: float) -> float:
     """About what the slowest of N takes, in medians of one: e^(σ·Φ⁻¹((N − 3/8)/(N + 1/4))) (Blom 1958).
 
     >>> round(slowest(1, 0.1), 3), round(slowest(64, 0.1), 3)
-    (1.0, 1.264)
+    (1.0, 1.263)
     """
     return math.exp(spread * NormalDist().inv_cdf((workers - 0.375) / (workers + 0.25)))
 

@@ -15,6 +15,7 @@ import contextlib
 import gc
 import math
 import mmap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,7 @@ class StreamedWeights:
         self._in: Any = torch.cuda.Stream(device) if self._on_card else None
         self._out: Any = torch.cuda.Stream(device) if self._on_card else None
         self._pinned: list[int] = []  # addresses of runs of pages
+        weakref.finalize(self, _unlock, self._pinned).atexit = False
         self.marked: list[nn.Parameter] = []  # all of the model's, each of which names these weights (`streams`)
         self._hooks: list[Any] = []
 
@@ -153,9 +155,8 @@ class StreamedWeights:
                 del param.streamed  # type: ignore[attr-defined]
         for param in self.marked:
             del param.streams  # type: ignore[attr-defined]
-        for first in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(first)
-        self.slots, self._pinned, self._hooks = [], [], []
+        _unlock(self._pinned)
+        self.slots, self._hooks = [], []
 
     # A block comes and goes.
 
@@ -283,16 +284,21 @@ class StreamedWeights:
         return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
     def _lock(self) -> None:
-        """Page-lock the host's tensors in place; those that cannot be, files' pages say, as copies in pages of their own.
+        """Page-lock the host's tensors: in place those that have their pages for themselves, others as copies in pages of their own.
 
-        Tensors of a heap share pages, and a page is locked once, so runs of pages are, not tensors.
+        Tensors of a heap share pages. A copy to the card of something else in a page that is locked is one that nobody waits for:
+        torch takes it for pageable, and its memory may be used again before it is read. So no shared page is locked, and
+        none outlives the weights.
         """
         homes = [(block, i) for block in self.blocks for i in range(len(block.host))]
+        for block, i in homes:
+            if not _alone(block.host[i]):
+                block.host[i] = _in_own_pages(block.host[i])
         for first, last, some in _runs_of_pages(homes):
             if _locked(first, last):
                 self._pinned.append(first)
                 continue
-            for block, i in some:
+            for block, i in some:  # files' pages, say
                 block.host[i] = own = _in_own_pages(block.host[i])
                 if not _locked(own.data_ptr(), own.data_ptr() + _bytes(own)):
                     raise InputError(
@@ -300,6 +306,22 @@ class StreamedWeights:
                         "raise the limit (ulimit -l), or take a smaller model"
                     )
                 self._pinned.append(own.data_ptr())
+
+
+HEAP = 33 << 20  # bytes from which an allocation has a mapping of its own, in glibc at most 32 MiB
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether no other tensor has memory in its pages."""
+    return _bytes(tensor) >= HEAP and tensor.untyped_storage().nbytes() == _bytes(tensor)
+
+
+def _unlock(pinned: list[int]) -> None:
+    if pinned:
+        torch.cuda.synchronize()
+    for first in pinned:
+        torch.cuda.cudart().cudaHostUnregister(first)
+    pinned.clear()
 
 
 def _runs_of_pages(homes: Sequence[tuple[Block, int]]) -> Iterator[tuple[int, int, list[tuple[Block, int]]]]:
