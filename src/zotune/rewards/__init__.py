@@ -34,8 +34,8 @@ class Reward:
     """A reward function and the name that it is shown under.
 
     call: TRL's signature, keywords `prompts`, `completions`, `completion_ids` (and `completions_ids`), `trainer_state`,
-    `log_extra`, `log_metric`,
-    every other column of the rows, and whatever may come; gives a number or None (not for this row) for each completion. It may be a coroutine.
+    `log_extra`, `log_metric`, every other column of the rows, and whatever may come; gives a number or None (not for this row) for
+    each completion. It may be a coroutine.
     code: whether a name in a file would have had to import it.
     """
 
