@@ -60,11 +60,12 @@ def by_zotune(model, steps, folder):
 
 def by_trl(model, steps, folder):
     import datasets
+    import torch
     import trl
 
     args = trl.GRPOConfig(
         output_dir=folder, max_steps=steps, reward_weights=WEIGHTS, max_completion_length=32, num_generations=4,
-        per_device_train_batch_size=8, logging_steps=1, report_to=[], save_strategy="no",
+        per_device_train_batch_size=8, logging_steps=1, report_to=[], save_strategy="no", bf16=torch.cuda.is_available(),
     )  # fmt: skip
     rows = datasets.Dataset.from_list(ROWS)
     return trl.GRPOTrainer(model=model, reward_funcs=FUNCTIONS, args=args, train_dataset=rows)
