@@ -284,7 +284,7 @@ class StreamedWeights:
         return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
     def _lock(self) -> None:
-        """Page-lock the host's tensors: in place those that have their pages for themselves, others as copies in pages of their own.
+        """Page-lock the host's tensors: in place where they have pages for themselves, others as copies in pages of their own.
 
         Tensors of a heap share pages. A copy to the card of something else in a page that is locked is one that nobody waits for:
         torch takes it for pageable, and its memory may be used again before it is read. So no shared page is locked, and
