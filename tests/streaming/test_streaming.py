@@ -244,3 +244,37 @@ def test_a_checkpoint_is_read_into_the_host(tmp_path):
     with torch.no_grad():
         assert torch.equal(candidate_losses(go, rows), candidate_losses(other, rows))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in go.state_dict().items())
+
+
+def test_pages_that_others_may_share_are_not_locked(monkeypatch):
+    """A heap's tensors move to pages of their own; what was locked is given back when the weights are gone."""
+    import gc
+    import mmap
+
+    import zotune.streaming as room
+
+    locked, given_back = [], []
+
+    class Runtime:
+        cudaHostUnregister = staticmethod(given_back.append)
+
+    monkeypatch.setattr(room, "_locked", lambda first, last: locked.append((first, last)) or True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+    weights = streaming(model := small())
+    before = {id(t): t.clone() for block in weights.blocks for t in block.host}
+    old = [t for block in weights.blocks for t in block.host]
+    weights._lock()
+    new = [t for block in weights.blocks for t in block.host]
+    for one, other in zip(old, new, strict=True):
+        assert torch.equal(other, before[id(one)])
+        assert other.data_ptr() % mmap.PAGESIZE == 0
+        assert any(first <= other.data_ptr() < last for first, last in locked)
+        assert not any(first <= one.data_ptr() < last for first, last in locked)
+    big = torch.zeros(room.HEAP, dtype=torch.uint8)
+    assert room._alone(big)
+    assert not room._alone(big[:-1])
+    firsts = sorted(weights._pinned)
+    del weights, model, new, old, one, other
+    gc.collect()
+    assert sorted(given_back) == firsts != []
