@@ -15,7 +15,6 @@ from torch import Tensor
 
 from zotune.engines.kernels import INTERPRETED
 
-GATES = ("silu", "gelu_tanh", "gelu", "relu")  # what a gate is put through
 MANY = 1024  # elements a program
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zotune.directions import Displacement, HeldDisplacement, joined
 from zotune.engines.factors import Factored, Factors, sides
-from zotune.engines.parts import fold_kernels_for
+from zotune.engines.parts import kernels_for
 from zotune.engines.writing import Writer
 
 MOST_AT_ONCE = 1024  # rank of an update that is folded in one pass over a parameter
@@ -66,7 +66,7 @@ class FoldingWriter(Writer):
     def apply_each(self, moves: Sequence[Displacement], at_once: int = 1) -> None:
         """`apply` of one after the other, to the bit; on CUDA a tile of a weight takes many before the next tile is read."""
         found, each = (
-            [fold_kernels_for(p) for p in self.factored.params],
+            [kernels_for(p, "fold_kernels") for p in self.factored.params],
             min(at_once, max(1, MOST_AT_ONCE // self.rank)),
         )
         if not found or None in found or self.directions.scattered:
@@ -101,7 +101,7 @@ class FoldingWriter(Writer):
         for param, drawn in self.factored.in_turn(by):
             if not param.numel():  # a process that holds nothing of it
                 continue
-            group, kernels = self.directions.slots[id(param)].group, fold_kernels_for(param)
+            group, kernels = self.directions.slots[id(param)].group, kernels_for(param, "fold_kernels")
             if group not in scaled:
                 scaled[group] = by.on(group, param.device)[1] / math.sqrt(self.rank)
             matrix = param.data.view(param.shape[0], -1)
@@ -115,7 +115,7 @@ class FoldingWriter(Writer):
                 fold(matrix, u_QOR, v_QDR, scaled[group], mine)
         for kind, some in together.items():
             if kind not in self._many:
-                self._many[kind] = fold_kernels_for(some[0].matrix_ND).FoldMany()
+                self._many[kind] = kernels_for(some[0].matrix_ND, "fold_kernels").FoldMany()
             self._many[kind].run(some, scaled[kind[0]])
 
 

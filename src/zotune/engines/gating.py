@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zotune.engines.parts import PartedReads, between_for
+from zotune.engines.parts import PartedReads, kernels_for
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu,
@@ -29,7 +29,9 @@ class Gated:
     gate: str
 
     def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels = between_for(args[0]) if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        kernels = (
+            kernels_for(args[0], "between") if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        )
         if kernels is None or torch.is_grad_enabled():
             return plain(*args, **kwargs)
         a, b = module.gate_proj(args[0]), module.up_proj(args[0])

@@ -341,30 +341,20 @@ class PartedReads(TorchFunctionMode):
 KERNEL_DEVICES = {"cuda"}
 
 
-def kernels_for(x: Tensor) -> Any:
-    """`zotune.engines.kernels` where it serves the tensor: on CUDA, with Triton installed, up to 32 bits; else None."""
-    return _kernels() if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 else None
-
-
-def fold_kernels_for(x: Tensor) -> Any:
-    """`zotune.engines.fold_kernels` where `kernels_for` serves the tensor."""
-    return None if kernels_for(x) is None else import_module("zotune.engines.fold_kernels")
-
-
-def between_for(x: Tensor) -> Any:
-    """`zotune.engines.between` where `kernels_for` serves the tensor."""
-    return None if kernels_for(x) is None else import_module("zotune.engines.between")
+def kernels_for(x: Tensor, file: str = "kernels") -> Any:
+    """A file of `zotune.engines` where its kernels serve the tensor: on CUDA, with Triton installed, up to 32 bits; else None."""
+    return _kernels(file) if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 else None
 
 
 @functools.cache
-def _kernels() -> Any:
-    return import_module("zotune.engines.kernels") if find_spec("triton") else None
+def _kernels(file: str) -> Any:
+    return import_module(f"zotune.engines.{file}") if find_spec("triton") else None
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Causal attention over short rows by one kernel; NotImplemented where torch's own is the way."""
     others = {name: value for name, value in kwargs.items() if name not in ("scale", "enable_gqa")}
-    kernels = between_for(args[0]) if len(args) == 3 and isinstance(args[0], Tensor) else None
+    kernels = kernels_for(args[0], "between") if len(args) == 3 and isinstance(args[0], Tensor) else None
     if kernels is None or others.keys() - {"attn_mask", "dropout_p", "is_causal"}:
         return NotImplemented
     mask, dropout, causal = others.get("attn_mask"), others.get("dropout_p", 0.0), others.get("is_causal", False)

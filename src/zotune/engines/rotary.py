@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.engines.parts import between_for
+from zotune.engines.parts import kernels_for
 
 NAME = "apply_rotary_pos_emb"
 
@@ -28,7 +28,7 @@ class Rotary:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own function gives; by it, wherever the kernel does not serve."""
-        kernels = between_for(args[0]) if len(args) == 4 and isinstance(args[0], Tensor) else None
+        kernels = kernels_for(args[0], "between") if len(args) == 4 and isinstance(args[0], Tensor) else None
         axis = kwargs.get("unsqueeze_dim", 1)
         if (
             kernels is None

@@ -14,21 +14,19 @@ from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prompts import PreparedReward, prepare_reward, resolved_reward, short_of_room
 from zotune.record.trajectory import TrajectoryWriter
-from zotune.run.arguments import check_reporters
 from zotune.run.card import reward_card
 from zotune.run.folder import CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.opening import begun_alike, opened, write_down
 from zotune.run.predictions import keep_answers
 from zotune.run.process import deterministic, tf32
 from zotune.run.result import device_name, save_weights, versions
 from zotune.run.rewarding import PromptTrainer
 from zotune.run.state import MADE_OF, RunState
-from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
+from zotune.run.together import goes_on, refuse_few, state_of
 from zotune.run.trajectory import header_of
 from zotune.workers.group import Workers, joined
-from zotune.workers.launcher import launch
 
 RESOLVED = ("lr", "sigma", "eps", "queries", "dtype", "direction", "estimator", "rounding", "forward_tokens")
-TRANSIENT = {"resume", "overwrite", "dry_run"}
 
 
 def reward(config: RewardConfig, listener: Listener | None = None) -> dict[str, Any]:
@@ -47,48 +45,17 @@ def reward(config: RewardConfig, listener: Listener | None = None) -> dict[str, 
         config = config.model_copy(update={"resume": workers.from_first(lambda: config.resume)})
         held.enter_context(deterministic(config.deterministic))
         held.enter_context(tf32(config.tf32))
-        ready = _alike(config, folder, listener, workers)
+        ready = begun_alike(lambda: _ready(config, folder, listener, workers), folder, listener, workers)
         place = folder if workers.first else RunFolder(held.enter_context(TemporaryDirectory(prefix="zotune-worker-")))
         trainer = _trainer(ready, place, listener)  # what it refuses leaves no run behind, and none is deleted for it
-        workers.from_first(lambda: _write_down(ready, folder))
+        workers.from_first(lambda: write_down(ready.config, folder))
         with state_of(folder, workers) as state:
             return _go(trainer, state)
 
 
 def _open(config: RewardConfig, folder: RunFolder, listener: Listener, held: ExitStack) -> dict[str, Any]:
-    """Hold the folder while `held` lasts. Returns what result.json holds, if the run has ended before."""
-    check_reporters(config.report_to)
-    recorded = config.model_dump(exclude=TRANSIENT)
-    asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
-    asked |= {"eval_every": config.evaluates_every, "show_every": config.shows_every}
-    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    held.enter_context(folder.storing())
-    held.enter_context(folder.locked())
-    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    folder.tidy()
-    done = folder.read_json("result.json") if config.resume else {}
-    if done:
-        listener.say(f"{folder.path}: this run is finished; nothing to do")
-        folder.finish(config.keep is not None)
-    return done
-
-
-def _alike(config: RewardConfig, folder: RunFolder, listener: Listener, workers: Workers) -> PreparedReward:
-    """What each worker begins with, once all are known to begin with the same."""
-    several = workers.size > 1
-    ready: PreparedReward | None = None
-
-    def begin() -> dict[str, Any]:
-        nonlocal ready
-        ready = _ready(config, folder, listener, workers)
-        return facts(ready) if several else {}
-
-    told = workers.together(begin)
-    assert ready is not None
-    workers.together(lambda: refuse_unlike(told))
-    if several:
-        listener.say(f"{workers.size} workers share the steps; this one writes {folder.path}")
-    return ready
+    more = {"eval_every": config.evaluates_every, "show_every": config.shows_every}
+    return opened(config, folder, listener, held, RESOLVED, more)
 
 
 def _ready(config: RewardConfig, folder: RunFolder, listener: Listener, workers: Workers) -> PreparedReward:
@@ -104,15 +71,6 @@ def _ready(config: RewardConfig, folder: RunFolder, listener: Listener, workers:
         refuse_others(folder.read_json("progress.json").get(MADE_OF), ready.made_of, str(folder.path), config.model)
     ready.config = resolved_reward(config, ready.model)
     return ready
-
-
-def _write_down(ready: PreparedReward, folder: RunFolder) -> None:
-    """The run's options, once nothing is left to be refused."""
-    if ready.config.overwrite:
-        folder.clear()
-    folder.write_config(ready.config.model_dump(exclude=TRANSIENT))
-    if name := launch():
-        folder.write_json("progress.json", folder.read_json("progress.json") | {LAUNCH: name})
 
 
 def warnings_of(ready: PreparedReward) -> list[str]:

@@ -15,19 +15,19 @@ from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import Prepared, prepare, resolved, tokens_together
 from zotune.record.trajectory import TrajectoryWriter
-from zotune.run.arguments import check_reporters, optimizer_for
+from zotune.run.arguments import optimizer_for
 from zotune.run.card import trajectory_card
 from zotune.run.folder import CALIBRATION, CARD, CHECKPOINT, RunFolder, write_atomically
+from zotune.run.opening import begun_alike, opened, write_down
 from zotune.run.predictions import keep
 from zotune.run.process import deterministic, stops_the_run, tf32
 from zotune.run.result import result_of, save_model
 from zotune.run.state import MADE_OF, RunState
-from zotune.run.together import LAUNCH, facts, goes_on, refuse_few, refuse_unlike, state_of
+from zotune.run.together import goes_on, refuse_few, state_of
 from zotune.run.trainer import TaskTrainer
 from zotune.run.trajectory import header_of, of_before
 from zotune.tasks.own import described
 from zotune.workers.group import Workers, joined
-from zotune.workers.launcher import launch
 
 # keys that a run fills in; one that its record lacks, since it is older than the key, means what it meant then
 RESOLVED = (
@@ -71,41 +71,15 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
 
 
 def _open(config: TrainConfig, folder: RunFolder, listener: Listener, held: ExitStack) -> dict[str, Any]:
-    """Hold the folder while `held` lasts. Returns what result.json holds, if the run has ended before."""
-    check_reporters(config.report_to)
-    recorded = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-    asked = {k: v for k, v in recorded.items() if k not in RESOLVED or v is not None}
-    if config.eval_every is not None:
-        asked["eval_every"] = config.evaluates_every  # as it is recorded
-    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    held.enter_context(folder.storing())
-    held.enter_context(folder.locked())
-    folder.check(asked, resume=config.resume, overwrite=config.overwrite)
-    folder.tidy()
-    done = folder.read_json("result.json") if config.resume else {}
-    if done:
-        listener.say(f"{folder.path}: this run is finished; nothing to do")
-        folder.finish(config.keep is not None)  # as its process may have been killed before
-    return done
+    more = {} if config.eval_every is None else {"eval_every": config.evaluates_every}  # as it is recorded
+    return opened(config, folder, listener, held, RESOLVED, more)
 
 
 def _alike(config: TrainConfig, folder: RunFolder, listener: Listener, workers: Workers) -> Prepared:
-    """What each worker begins with, once all are known to begin with the same."""
-    several = workers.size > 1
-    ready: Prepared | None = None
-
-    def begin() -> dict[str, Any]:
-        nonlocal ready
-        ready = _ready(config, folder, listener, workers)
-        return facts(ready) if several else {}
-
-    told = workers.together(begin)
-    assert ready is not None
-    workers.together(lambda: refuse_unlike(told))
-    if several:
+    ready = begun_alike(lambda: _ready(config, folder, listener, workers), folder, listener, workers)
+    if workers.size > 1:
         tokens = workers.from_first(lambda: ready.config.forward_tokens)
         ready.config = ready.config.model_copy(update={"forward_tokens": tokens})
-        listener.say(f"{workers.size} workers share the steps; this one writes {folder.path}")
     return ready
 
 
@@ -133,15 +107,9 @@ def _ready(config: TrainConfig, folder: RunFolder, listener: Listener, workers: 
 
 
 def _write_down(ready: Prepared, folder: RunFolder) -> None:
-    """The run's options, once nothing is left to be refused."""
-    config = ready.config
-    if not config.resume:
+    if not ready.config.resume:
         optimizer_for(ready)  # what it refuses leaves no run behind, and none is deleted for it
-    if config.overwrite:
-        folder.clear()
-    folder.write_config(config.model_dump(exclude={"resume", "overwrite", "dry_run"}))
-    if name := launch():
-        folder.write_json("progress.json", folder.read_json("progress.json") | {LAUNCH: name})
+    write_down(ready.config, folder)
 
 
 def _check_resumed(folder: RunFolder, ready: Prepared, listener: Listener) -> None:
