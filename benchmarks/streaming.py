@@ -7,6 +7,8 @@ of a block alone have here, both ways at once where it moves both. arithmetic_s:
 what its slot holds, timed on this card. of_floor = floor_s / step_s. peak_gib: torch's allocator, all of the step, weights
 included. held_gib: of that what stays and the slots. Weights are random: each shape of matrix is drawn once, since time does not
 depend on their values. A case that fails is a row with `error`, and the rest goes on.
+--nf4: the layers' maps are of 4 bits, and only kinds through LoRA run. --files FOLDER: the model is saved there first, unless it
+is, and loaded from there; layers beyond --host-memory stay in the files (kinds through LoRA); read_gb_s: of reading them alone.
 With --unstreamed the same step is timed with all weights on the card, where they fit.
 """
 
@@ -34,8 +36,14 @@ from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.streaming import StreamedWeights, stream
 from zotune.tasks.scoring import candidate_losses
 
-SHAPES = MODELS | {"opt-30b": lambda: opt(7168, 48, 56), "opt-wide": lambda: opt(256, 6, 4, 512)}  # the last for a CPU
-BUDGETS = {"opt-30b": 8.0, "opt-13b": 4.0}  # GiB
+SHAPES = MODELS | {
+    "opt-30b": lambda: opt(7168, 48, 56),
+    "llama-70b": lambda: tf.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+    "opt-wide": lambda: opt(256, 6, 4, 512),  # for a CPU
+}
+BUDGETS = {"opt-30b": 8.0, "opt-13b": 4.0, "llama-70b": 8.0}  # GiB
 GIB = 1 << 30
 
 # options of the optimizer, and whether through LoRA
@@ -66,6 +74,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=25, help="no further case begins after so many")
     parser.add_argument("--unstreamed", action="store_true")
+    parser.add_argument("--nf4", action="store_true")
+    parser.add_argument("--files", type=Path)
+    parser.add_argument("--host-memory", type=float, help="GiB, with --files [8]", default=8.0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     report, began = report_of("streaming.py", args), time.monotonic()
@@ -96,20 +107,28 @@ def main() -> None:
 def of_model(name: str, args: Any, tried: Any) -> dict[str, Any]:
     """Build, stream, measure the bus, and then each kind of step; the row of the model itself is returned."""
     began = time.perf_counter()
-    model = hollow(name, args.dtype)
-    draw(model, args.device)
+    if args.files:
+        model = from_files(name, args)
+    else:
+        model = hollow(name, args.dtype, args.nf4)
+        draw(model, args.device)
     plan = plan_of(model)
     budget = args.budget or BUDGETS.get(name)
     slots = args.slots or (3 if budget is None else plan.slots(int(budget * GIB), GIB // 4))
-    weights = stream(model, plan, args.device, slots)
+    weights = stream(model, plan, args.device, slots, None, int(args.host_memory * GIB) if args.files else None)
     sync(args.device)
     found = {
         "weights_gib": plan.all / GIB, "stays_gib": plan.stays / GIB, "block_gib": plan.room / GIB, "slots": slots,
         "budget_gib": budget, "build_s": time.perf_counter() - began,
     }  # fmt: skip
+    if args.files:
+        found |= {
+            "in_files_gib": sum(block.bytes for block in weights.in_files) / GIB,
+            "read_gb_s": reading(weights) / 1e9,
+        }
     bus = bandwidth(weights)
     print(json.dumps({"model": name} | found | bus), flush=True)
-    full = [kind for kind in args.kinds if not KINDS[kind][1]]
+    full = [kind for kind in args.kinds if not KINDS[kind][1] and not args.nf4 and not args.files]
     for row in cases(name, full, args):
         tried(row, partial(measure, model, weights, row, bus, args))
     adapted: Any = None
@@ -120,7 +139,8 @@ def of_model(name: str, args: Any, tried: Any) -> dict[str, Any]:
         for row in cases(name, lora, args):
             tried(row, partial(measure, adapted, weights, row, bus, args))
         adapted.unload()
-        model.requires_grad_(True)
+        for param in model.parameters():
+            param.requires_grad_(param.is_floating_point())
     weights.end()
     if args.unstreamed:
         model.to(args.device)
@@ -138,13 +158,79 @@ def cases(name: str, kinds: list[str], args: Any) -> list[dict[str, Any]]:
     ]
 
 
-def hollow(name: str, dtype: str) -> Any:
+def hollow(name: str, dtype: str, nf4: bool = False) -> Any:
     """The model with memory that nobody has written yet, on the host."""
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(SHAPES[name](), dtype=getattr(torch, dtype)).eval()
-    model.to_empty(device="cpu")
+    if nf4:
+        for module in [m for block in model.modules() if isinstance(block, nn.ModuleList) for m in block.modules()]:
+            for child_name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(module, child_name, packed(child, getattr(torch, dtype)))
+        model.is_loaded_in_4bit = model.is_quantized = True
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for child_name, tensor in own.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    own[child_name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    rotary(model)
     model.tie_weights()
     return model
+
+
+def packed(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """A map of 4 bits of the same shape, without values yet."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    four = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        quant_type="nf4",
+        compute_dtype=dtype,
+        device="meta",
+    )
+    size = linear.weight.numel()
+    state = QuantState(
+        absmax=torch.empty(size // 64), shape=linear.weight.shape, code=get_4bit_type("nf4", device="cpu"), blocksize=64,
+        quant_type="nf4", dtype=dtype,
+    )  # fmt: skip
+    data = torch.empty(size // 2, 1, dtype=torch.uint8)
+    four.weight = bnb.nn.Params4bit(
+        data, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=four
+    )
+    four.quant_state = state
+    return four
+
+
+def rotary(model: nn.Module) -> None:
+    """Rotary embeddings anew: their frequencies are no weights, and no checkpoint has them."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RotaryEmbedding"):
+                setattr(module, name, type(child)(config=model.config))
+
+
+def from_files(name: str, args: Any) -> Any:
+    if not (args.files / "config.json").exists():
+        model = hollow(name, args.dtype)
+        draw(model, args.device)
+        model.save_pretrained(args.files)
+        del model
+        gc.collect()
+    return tf.AutoModelForCausalLM.from_pretrained(args.files, dtype=getattr(torch, args.dtype)).eval()
+
+
+def reading(weights: StreamedWeights) -> float:
+    """Bytes a second of what is in files, brought to the device with nothing else to do; from the page cache where it fits."""
+    began = time.perf_counter()
+    for block in weights.in_files:
+        block.arrive()
+    weights.settle()
+    sync(weights.device.type)
+    return sum(block.bytes for block in weights.in_files) / (time.perf_counter() - began)
 
 
 @torch.no_grad()
@@ -157,15 +243,21 @@ def draw(model: Any, device: str) -> None:
             continue
         shape = tuple(param.shape)
         if shape not in drawn:
-            drawn[shape] = (torch.randn(shape, dtype=param.dtype, device=device) * 0.02).cpu()
-        param.copy_(drawn[shape])
+            drawn[shape] = (
+                (torch.randn(shape, dtype=param.dtype, device=device) * 0.02).cpu()
+                if param.is_floating_point()
+                else torch.randint(0, 256, shape, dtype=param.dtype, device=device).cpu()
+            )
+        param.data.copy_(drawn[shape])
+        if (state := getattr(param, "quant_state", None)) is not None:
+            state.absmax.fill_(0.05)
 
 
 def bandwidth(weights: StreamedWeights, rounds: int = 6) -> dict[str, float]:
     """Bytes a second of copies of blocks alone, by what is moved: in, out, and both (each way, both at once)."""
-    if weights.device.type != "cuda":
-        return dict.fromkeys(("in", "out", "both"), 10e9)  # a CPU has no bus: a number, so that the rest can be tried
-    blocks = weights.blocks[: max(2, rounds)]
+    blocks = [block for block in weights.blocks if block.places is None][: max(2, rounds)]
+    if weights.device.type != "cuda" or len(blocks) < 2:
+        return dict.fromkeys(("in", "out", "both"), 55e9)  # a CPU has no bus: a number, so that the rest can be tried
     first, last = weights.slots[0], weights.slots[-1]
     for block in weights.blocks:  # nobody is on the device
         if block.slot is not None:
@@ -223,8 +315,9 @@ def measure(
     began = time.perf_counter()
     # what is looked at on a first batch alone is left out: the forward that all directions share is what is measured
     optimizer.engine.trust = True
-    step()
-    step()
+    # a fold's tables know where its weights are, and a block comes to each slot within so many steps
+    for _ in range(1 + len(weights.slots)):
+        step()
     sync(args.device)
     found: dict[str, Any] = {"warm_s": time.perf_counter() - began}
     if args.device == "cuda":

@@ -50,7 +50,7 @@ def test_a_run_is_that_of_weights_that_stay(folder, engine, scheme, monkeypatch)
     monkeypatch.setattr(zotune.prepare.placing, "CARDS", {"cpu"})
     asked = []
     whole = zotune.prepare.placing.stream
-    monkeypatch.setattr(zotune.prepare.placing, "stream", lambda *a: asked.append(whole(*a)))
+    monkeypatch.setattr(zotune.prepare.placing, "stream", lambda *a: asked.append(whole(*a)) or asked[0])
     train(options(folder, "go", engine=engine, scheme=scheme, max_gpu_memory="600MiB"))
     assert asked[0].moved_in > 0
     lines = [[json.loads(x).get("loss") for x in (folder / n / "metrics.jsonl").open()] for n in ("stay", "go")]
@@ -89,3 +89,38 @@ def test_it_is_of_a_card(folder):
 def test_what_is_no_size_is_refused(folder, size):
     with pytest.raises(InputError, match="no size of memory"):
         options(folder, "go", max_gpu_memory=size)
+
+
+@pytest.mark.parametrize(
+    "more", [{"max_host_memory": "1MiB", "dtype": "float32"}, {"quantize": "nf4"}], ids=["files", "nf4"]
+)
+def test_a_run_over_files_or_4_bits_is_that_of_weights_that_stay(folder, more, monkeypatch, capsys):
+    if "quantize" in more:
+        pytest.importorskip("bitsandbytes")
+    stay = {k: v for k, v in more.items() if k != "max_host_memory"}
+    train(options(folder, "stay", engine="lowrank", scheme="lora", **stay))
+    monkeypatch.setattr(zotune.prepare.placing, "CARDS", {"cpu"})
+    asked = []
+    whole = zotune.prepare.placing.stream
+    monkeypatch.setattr(zotune.prepare.placing, "stream", lambda *a: asked.append(whole(*a)) or asked[0])
+    train(options(folder, "go", engine="lowrank", scheme="lora", max_gpu_memory="600MiB", **more))
+    assert asked[0].moved_in > 0
+    assert len(asked[0].in_files) == (4 if "max_host_memory" in more else 0)
+    lines = [[json.loads(x).get("loss") for x in (folder / n / "metrics.jsonl").open()] for n in ("stay", "go")]
+    assert lines[0] == lines[1]
+    assert len({loss for loss in lines[0] if loss is not None}) > 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"max_host_memory": "1MiB"}, "--max-host-memory 1MiB: is of layers that stream; give --max-gpu-memory too"),
+        ({"max_host_memory": "1MiB", "max_gpu_memory": "600MiB", "scheme": "full"}, "these train; use --scheme lora"),
+        ({"max_gpu_memory": "600MiB", "quantize": "int8", "scheme": "lora"}, "layers in int8 do not stream"),
+        ({"max_host_memory": "much", "max_gpu_memory": "600MiB"}, "no size of memory"),
+    ],
+)
+def test_what_does_not_go_with_files_and_bits_is_a_line(folder, more, said, monkeypatch):
+    monkeypatch.setattr(zotune.prepare.placing, "CARDS", {"cpu"})
+    with pytest.raises(InputError, match=said):
+        train(options(folder, "go", **more))

@@ -26,8 +26,8 @@ SERVED: tuple[type, ...] = (SequentialEngine, DualEngine, LowRankEngine)
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """What of a model streams: matrices of its blocks that no engine draws for a whole forward at once."""
-    return plan(model, lambda param: param.dim() < 2 or is_small(param))
+    """What of a model streams: matrices of its blocks that no engine draws for a whole forward at once, and packed ones."""
+    return plan(model, lambda param: param.dim() < 2 or (param.is_floating_point() and is_small(param)))
 
 
 class _Room:

@@ -230,7 +230,7 @@ def size_of(text: str) -> int:
 class Budget(Options):
     max_gpu_memory: str | None = None
 
-    @field_validator("max_gpu_memory", mode="before")
+    @field_validator("max_gpu_memory", "max_host_memory", mode="before", check_fields=False)
     @classmethod
     def _is_a_size(cls, value: Any) -> Any:
         if value is not None and not size_of(str(value)):
@@ -263,6 +263,11 @@ class TrainConfig(Budget, RunOptions, DataOptions):
     max_gpu_memory: str | None = Field(
         None,
         description="such as 6GiB: what of a CUDA card the run may take; layers stream from host memory, so models may be larger",
+    )
+    max_host_memory: str | None = Field(
+        None,
+        description="with --max-gpu-memory: such as 16GiB; of what streams, layers beyond stay in the checkpoint's files, which "
+        "are read at each forward: what trains is beside them (--scheme lora, prefix or prompt)",
     )
 
     _by_default: dict[str, Any] = PrivateAttr(default_factory=dict)

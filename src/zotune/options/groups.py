@@ -27,7 +27,7 @@ APART: dict[str, tuple[str, ...]] = {  # of those some that are looked for toget
     ),
     "Speed, memory and rounding": (
         "engine", "rank", "forward_tokens", "fold_every", "rounding", "tf32", "deterministic", "dtype", "device",
-        "quantize", "max_gpu_memory",
+        "quantize", "max_gpu_memory", "max_host_memory",
     ),
     "Evaluation, logs and checkpoints": (
         "eval_size", "eval_every", "early_stop", "log_every", "save_every", "keep", "sync_every", "report_to",

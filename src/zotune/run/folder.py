@@ -37,6 +37,7 @@ FREE = {
     "report_to",
     "device",
     "max_gpu_memory",
+    "max_host_memory",
     "save_every",
     "keep",
     "sync_every",

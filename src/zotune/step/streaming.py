@@ -18,8 +18,15 @@ def streams(of: ZeroOrderOptimizer) -> None:
     A captured graph would fix which slot holds which block, and with blocks this large a launch costs nothing beside its work.
     Raises InputError for what does not stream.
     """
-    if streamed([p for group in of.param_groups for p in group["params"]]) is None:
+    trains = [p for group in of.param_groups for p in group["params"]]
+    weights = streamed(trains)
+    if weights is None:
         return
+    if {id(p) for p in trains} & {id(p) for block in weights.in_files for p in block.params}:
+        raise InputError(
+            "--max-host-memory: layers that stay in their files are read alone, and these train; use --scheme lora, prefix or "
+            "prompt, or give as much memory as the layers take"
+        )
     if why := not_served(of):
         raise InputError(
             f"--max-gpu-memory: {why}; what streams: --engine lowrank, dual or sequential, with a method whose update is "

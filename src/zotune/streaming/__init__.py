@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import mmap
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,38 +23,42 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import InputError
+from zotune.streaming.files import Place, Reader, places
+from zotune.streaming.packed import to_device
+from zotune.streaming.plans import GIB, SLOTS, Plan, aligned, bytes_of, plan
 
-ALIGNED = 256  # bytes: where a parameter begins in its slot
-SLOTS = 3  # one computes, one comes, one goes
-GIB = 1 << 30
+__all__ = ["GIB", "SLOTS", "Block", "Plan", "StreamedWeights", "homes", "plan", "stream", "streamed"]
 
 
 @dataclass(eq=False)
 class Block:
     """One module of the repeated ones: its parameters that stream, their values on the host, what they are still to take.
 
-    waiting: updates, in order; each is applied to the block's parameters when the block next arrives.
+    params, host: parameters, and scales of packed ones. waiting: updates, in order; each is applied to the block's parameters
+    when the block next arrives.
     """
 
     of: StreamedWeights
     name: str
-    params: list[nn.Parameter]
+    params: list[Any]
     host: list[Tensor]
     offsets: list[int] = field(default_factory=list)
     size: int = 0
     waiting: list[Callable[[], Any]] = field(default_factory=list)
+    places: list[Place] | None = None  # in a file, of what stays there
     slot: Slot | None = None
+    open: bool = False  # while somebody loads values into it
     changed: bool = False  # on the device since it was last copied back
     home: Any = None  # the event of the last copy back
 
     def __post_init__(self) -> None:
         for tensor in self.host:
             self.offsets.append(self.size)
-            self.size += -(-_bytes(tensor) // ALIGNED) * ALIGNED
+            self.size += aligned(bytes_of(tensor))
 
     @property
     def bytes(self) -> int:
-        return sum(map(_bytes, self.host))
+        return sum(map(bytes_of, self.host))
 
     def arrive(self) -> None:
         """The block's values are in its parameters, with all updates, from now until another block arrives."""
@@ -69,28 +72,30 @@ class Slot:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.block: Block | None = None
         self.ready: Any = None  # the event of the copy in
+        self.coming: Any = None  # the same, of what a thread reads from a file first
         self.gone: Any = None  # of the last copy back out of it
         self.turn = 0  # when a block last came
 
     def views(self, block: Block) -> list[Tensor]:
         """A block's tensors in this memory."""
         pairs = zip(block.host, block.offsets, strict=True)
-        return [self.memory[at : at + _bytes(t)].view(t.dtype).view(t.shape) for t, at in pairs]
+        return [self.memory[at : at + bytes_of(t)].view(t.dtype).view(t.shape) for t, at in pairs]
 
 
 class StreamedWeights:
     """The blocks of one model, in the order of their forwards, and the slots that they share.
 
-    blocks: see `stream`. moved_in, moved_out: bytes over the bus so far.
+    blocks, host_memory: see `stream`. moved_in, moved_out: bytes over the bus so far.
     """
 
-    def __init__(self, device: torch.device, slots: int) -> None:
-        self.device, self.count = device, slots
+    def __init__(self, device: torch.device, slots: int, host_memory: int | None = None) -> None:
+        self.device, self.count, self.host_memory = device, slots, host_memory
         self.blocks: list[Block] = []
         self.slots: list[Slot] = []
         self.moved_in = self.moved_out = 0
         self._turn = 0
         self._standing = False
+        self._reader: Reader | None = None
         self._on_card = device.type == "cuda"
         self._in: Any = torch.cuda.Stream(device) if self._on_card else None
         self._out: Any = torch.cuda.Stream(device) if self._on_card else None
@@ -107,19 +112,25 @@ class StreamedWeights:
     def slot_bytes(self) -> int:
         return sum(slot.memory.numel() for slot in self.slots)
 
-    def add(self, name: str, module: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    @property
+    def in_files(self) -> list[Block]:
+        return [block for block in self.blocks if block.places is not None]
+
+    def add(self, name: str, module: nn.Module, params: Sequence[Any]) -> None:
         """Before `begin`: the next block. Its parameters are on the host; their memory becomes the block's home, page-locked."""
         block = Block(self, name, list(params), [p.data.contiguous() for p in params])
         self.blocks.append(block)
         for param in params:
             param.data = block.host[-1].new_empty(0)  # nobody else holds what was copied to be page-locked
-            param.streamed = block  # type: ignore[attr-defined]
+            param.streamed = block
         by_name = {id(p): i for i, p in enumerate(params)}
         where = {n: by_name[id(p)] for n, p in module.named_parameters(remove_duplicate=False) if id(p) in by_name}
         self._hooks += [
             module.register_forward_pre_hook(lambda *_: self.arrive(block)),
             module.register_state_dict_post_hook(_Saved(block, where)),
-            module.register_load_state_dict_pre_hook(lambda *_: self._open(block)),
+            module.register_load_state_dict_pre_hook(
+                lambda _, state, prefix, *__: self._open(block, where, state, prefix)
+            ),
             module.register_load_state_dict_post_hook(lambda *_: self._shut(block)),
         ]
 
@@ -129,30 +140,54 @@ class StreamedWeights:
             if not hasattr(param, "streams"):
                 param.streams = self  # type: ignore[attr-defined]
                 self.marked.append(param)
-            if not hasattr(param, "streamed"):
-                param.data = param.data.to(self.device)
+            to_device(param, self.device)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
 
     def begin(self) -> None:
-        """All blocks are there: page-lock them where they are, and make the slots."""
+        """All blocks are there: page-lock them where they are, but for those that stay in their files, and make the slots."""
+        size = max(block.size for block in self.blocks)
+        if self.host_memory is not None:
+            self._leave_in_files(self.host_memory, size)
         if self._on_card:
             self._lock()
-        size = max(block.size for block in self.blocks)
         self.slots = [Slot(size, self.device) for _ in range(min(self.count, len(self.blocks)))]
         for block in self.blocks:
             self._point(block, self.slots[0])
 
+    def _leave_in_files(self, room: int, size: int) -> None:
+        """As many blocks as the host's memory has no room for, evenly among the others, so that reading never pauses."""
+        if self.host_bytes <= room:
+            return
+        fit, left = 0, room - 2 * size  # beside the two that are being read
+        while fit < len(self.blocks) and left >= self.blocks[fit].size:
+            left -= self.blocks[fit].size
+            fit += 1
+        more, count = len(self.blocks) - fit, len(self.blocks)
+        staying = [block for i, block in enumerate(self.blocks) if (i + 1) * more // count > i * more // count]
+        for block in staying:
+            found = places(block.host)
+            if None in found:
+                raise InputError(
+                    f"--max-host-memory: weights of {block.name} are not as a file has them: they were loaded in another dtype "
+                    "than the checkpoint's, quantised while they were loaded, or not from safetensors; save the model as it is to "
+                    "be trained (save_pretrained) and take that, or leave the option out"
+                )
+            block.places = [place for place in found if place is not None]
+        self._reader = Reader(size, self.device, self._in)
+
     def end(self) -> None:
         """The model as it was before: every parameter is on the host, where its values are, and nothing streams."""
         self.settle()
+        if self._reader is not None:
+            self._reader.close()
         for hook in self._hooks:
             hook.remove()
         for block in self.blocks:
             for param, host in zip(block.params, block.host, strict=True):
                 param.data = host
-                del param.streamed  # type: ignore[attr-defined]
+                del param.streamed
         for param in self.marked:
             del param.streams  # type: ignore[attr-defined]
         _unlock(self._pinned)
@@ -175,6 +210,7 @@ class StreamedWeights:
             keep = {id(block), *map(id, ahead)}
             for coming in ahead:
                 self._come(coming, keep)
+            self._landed(block.slot)
             if self._on_card:
                 torch.cuda.current_stream(self.device).wait_event(block.slot.ready)
             if block.waiting:
@@ -188,23 +224,31 @@ class StreamedWeights:
             return
         free = [s for s in self.slots if s.block is None or id(s.block) not in keep]
         slot = min(free, key=lambda s: -1 if s.block is None else s.turn)
+        self._landed(slot)
         if slot.block is not None:
             self._go(slot.block)
         slot.block, block.slot, slot.turn = block, slot, self._turn
         self._point(block, slot)
         # all that the device was given so far, which may read what is in the slot; and the copies home of it, and of this block
-        before = [self._now(), slot.gone, block.home]
+        before = [event for event in (self._now(), slot.gone, block.home) if event is not None]
+        self.moved_in += 0 if self._standing else block.bytes
+        if block.places is not None and self._reader is not None and not self._standing:
+            slot.coming = self._reader.bring(block.places, block.offsets, slot.memory, before)
+            return
         with self._stream(self._in):
-            if self._in is not None:
-                for event in before:
-                    if event is not None:
-                        self._in.wait_event(event)
+            for event in before:
+                self._in.wait_event(event)
             for view, host in zip(slot.views(block), block.host, strict=True):
                 if not self._standing:
                     view.copy_(host, non_blocking=True)
             if self._in is not None:
                 slot.ready = self._in.record_event()
-        self.moved_in += 0 if self._standing else block.bytes
+
+    def _landed(self, slot: Slot) -> None:
+        """What was asked of the reader for this slot is on its way over the bus."""
+        if slot.coming is not None:
+            coming, slot.coming = slot.coming, None
+            slot.ready = coming.result()
 
     def _go(self, block: Block) -> None:
         """Its slot is somebody else's from now on."""
@@ -236,6 +280,8 @@ class StreamedWeights:
         with _quietly():
             for block in self.blocks:
                 self._copy_back(block)
+        for slot in self.slots:
+            self._landed(slot)
         if self._out is not None:
             self._out.synchronize()
 
@@ -255,19 +301,35 @@ class StreamedWeights:
 
     def refresh(self) -> None:
         """The host's values were replaced (a checkpoint was read into `state_dict`'s tensors): those on the device are old."""
+        self._only_read()
+        for slot in self.slots:
+            self._landed(slot)
         for block in self.blocks:
             block.changed, block.slot = False, None
             block.waiting.clear()
         for slot in self.slots:
             slot.block = None
 
-    def _open(self, block: Block) -> None:
-        """Somebody writes into the block's parameters: they are the host's meanwhile."""
+    def _only_read(self) -> None:
+        if self.in_files:
+            raise InputError(
+                "--max-host-memory: weights that stay in their files cannot be replaced by others; leave it out"
+            )
+
+    def _open(self, block: Block, where: Mapping[str, int], state: Mapping[str, Any], prefix: str) -> None:
+        """Somebody writes into the block's parameters, not an adapter's alone: they are the host's meanwhile."""
+        if not any(prefix + name in state for name in where):
+            return
+        self._only_read()
         self.settle()
+        block.open = True
         for param, host in zip(block.params, block.host, strict=True):
             param.data = host
 
     def _shut(self, block: Block) -> None:
+        if not block.open:
+            return
+        block.open = False
         if block.slot is not None:
             block.slot.block = None
         block.slot, block.changed = None, False
@@ -290,7 +352,7 @@ class StreamedWeights:
         torch takes it for pageable, and its memory may be used again before it is read. So no shared page is locked, and
         none outlives the weights.
         """
-        homes = [(block, i) for block in self.blocks for i in range(len(block.host))]
+        homes = [(block, i) for block in self.blocks if block.places is None for i in range(len(block.host))]
         for block, i in homes:
             if not _alone(block.host[i]):
                 block.host[i] = _in_own_pages(block.host[i])
@@ -300,7 +362,7 @@ class StreamedWeights:
                 continue
             for block, i in some:  # files' pages, say
                 block.host[i] = own = _in_own_pages(block.host[i])
-                if not _locked(own.data_ptr(), own.data_ptr() + _bytes(own)):
+                if not _locked(own.data_ptr(), own.data_ptr() + bytes_of(own)):
                     raise InputError(
                         f"--max-gpu-memory: {self.host_bytes / GIB:.1f} GiB of host memory cannot be page-locked; "
                         "raise the limit (ulimit -l), or take a smaller model"
@@ -313,7 +375,7 @@ HEAP = 33 << 20  # bytes from which an allocation has a mapping of its own, in g
 
 def _alone(tensor: Tensor) -> bool:
     """Whether no other tensor has memory in its pages."""
-    return _bytes(tensor) >= HEAP and tensor.untyped_storage().nbytes() == _bytes(tensor)
+    return bytes_of(tensor) >= HEAP and tensor.untyped_storage().nbytes() == bytes_of(tensor)
 
 
 def _unlock(pinned: list[int]) -> None:
@@ -327,9 +389,11 @@ def _unlock(pinned: list[int]) -> None:
 def _runs_of_pages(homes: Sequence[tuple[Block, int]]) -> Iterator[tuple[int, int, list[tuple[Block, int]]]]:
     """First and last address (exclusive) of runs of pages, and whose tensors are in them."""
     page, found = mmap.PAGESIZE, []
+    if not homes:
+        return
     for block, i in homes:
         at = block.host[i].data_ptr()
-        found.append((at // page * page, -(-(at + _bytes(block.host[i])) // page) * page, (block, i)))
+        found.append((at // page * page, -(-(at + bytes_of(block.host[i])) // page) * page, (block, i)))
     found.sort(key=lambda run: run[0])
     first, last, some = found[0][0], found[0][1], [found[0][2]]
     for begin, end, one in found[1:]:
@@ -343,7 +407,7 @@ def _runs_of_pages(homes: Sequence[tuple[Block, int]]) -> Iterator[tuple[int, in
 
 
 def _in_own_pages(tensor: Tensor) -> Tensor:
-    memory = torch.frombuffer(mmap.mmap(-1, _bytes(tensor)), dtype=torch.uint8)
+    memory = torch.frombuffer(mmap.mmap(-1, bytes_of(tensor)), dtype=torch.uint8)
     return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
@@ -375,10 +439,6 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def streamed(params: Sequence[nn.Parameter]) -> StreamedWeights | None:
     """The streamed weights of the model that these parameters are of; None where nothing of it streams."""
     return next((param.streams for param in params if hasattr(param, "streams")), None)
@@ -393,87 +453,22 @@ def homes(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-# A model's plan.
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What streams of a model, in bytes. blocks: (name, module, its parameters that stream). room: of a slot, the largest block's.
-
-    stays: of all else, which is on the device for good.
-    """
-
-    blocks: list[tuple[str, nn.Module, list[nn.Parameter]]]
-    room: int
-    stays: int
-
-    @property
-    def streams(self) -> int:
-        return sum(_bytes(p) for _, _, params in self.blocks for p in params)
-
-    @property
-    def all(self) -> int:
-        return self.streams + self.stays
-
-    def slots(self, budget: int, reserve: int) -> int:
-        """How many slots a budget of so many bytes has room for, beside a reserve for activations. Raises InputError."""
-        count = min(SLOTS, len(self.blocks), (budget - self.stays - reserve) // self.room)
-        if count < min(2, len(self.blocks)):
-            least = self.stays + 2 * self.room + reserve
-            raise InputError(
-                f"--max-gpu-memory {budget / GIB:.2f}GiB: too little: two blocks take {2 * self.room / GIB:.2f} GiB, what stays "
-                f"on the card (embedding, head, vectors) {self.stays / GIB:.2f}, activations {reserve / GIB:.2f}; give "
-                f"{math.ceil(least / GIB * 100) / 100:.2f}GiB at least"
-            )
-        return int(count)
-
-
-def plan(model: nn.Module, stays: Callable[[nn.Parameter], bool]) -> Plan:
-    """The model's repeated blocks: the members of its `nn.ModuleList`s, the outermost, that hold most of its parameters.
-
-    stays: which parameters of a block do not stream: small ones, which engines draw for a whole forward at once. A parameter that
-    stands outside the blocks too, or in two of them (tied), stays. Raises InputError where nothing streams.
-    """
-    inside: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other, _ in inside):
-            inside += [(f"{name}.{i}", one) for i, one in enumerate(module)]
-    times: dict[int, int] = {}
-    for _, param in _all(model):
-        times[id(param)] = times.get(id(param), 0) + 1
-    blocks, size = [], 0
-    for name, module in inside:
-        params = [p for _, p in _all(module) if times[id(p)] == 1 and p.is_contiguous() and not stays(p)]
-        if params:
-            blocks.append((name, module, params))
-            size += sum(map(_bytes, params))
-    if not blocks:
-        raise InputError(
-            f"--max-gpu-memory: {type(model).__name__} has no repeated layers (members of an nn.ModuleList with matrices) to "
-            "stream; leave the option out"
-        )
-    room = max(sum(-(-_bytes(p) // ALIGNED) * ALIGNED for p in params) for _, _, params in blocks)
-    kept = sum(map(_bytes, model.parameters())) + sum(map(_bytes, model.buffers())) - size
-    return Plan(blocks, room, kept)
-
-
-def _all(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(remove_duplicate=False)
-
-
 def stream(
     model: nn.Module,
     found: Plan,
     device: torch.device | str,
     slots: int,
     fill: Callable[[nn.Parameter], None] | None = None,
+    host_memory: int | None = None,
 ) -> StreamedWeights:
     """Let the planned blocks of a model on the host stream to the device, where everything else goes now.
 
+    host_memory: bytes of the host's that they may take; blocks beyond stay in the files that the model was loaded from, and are
+    read at each forward: of safetensors in the dtype that the model has, and on Linux. What is in files does not train.
     fill: gives a parameter of a model on the meta device its memory on the host first. The model's parameters stay the same
     objects; an optimizer has to be made after it.
     """
-    weights = StreamedWeights(torch.device(device), slots)
+    weights = StreamedWeights(torch.device(device), slots, host_memory)
     with _quietly():
         for name, module, params in found.blocks:
             if fill is not None:
