@@ -13,8 +13,10 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo/prepare.py --output demo
 	$(BIN)/zotune train --config examples/demo/demo.yaml --overwrite
 
+# worksteal: a module's tests stay together, so that what they share is made once, and neither process ends long before the other.
+# Containers often forbid Python to keep what it compiled: all modules would be compiled again in every process that tests start.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Counts: ZOTUNE_SOAK_KILLS, _CALLS_EVERY, _CALLS_FROM, _RACES, _FUZZ, _SEED, _AT_ONCE (docs/reliability.md).
 soak: $(VENV)/installed-dev

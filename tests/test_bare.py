@@ -65,7 +65,7 @@ SKIPPED = {  # whole modules, and one backend of the last
 
 def test_all_tests_are_collected_and_a_selection_passes(bare):
     chosen = "test_known_answers.py or test_scratch.py or test_updates.py or cost.py"
-    code, said = bare("-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-k", chosen)
+    code, said = bare("-m", "pytest", "-p", "no:cacheprovider", "--assert=plain", "-q", "-rs", "-k", chosen)
     assert code == 0, said[-4000:]
     assert set(re.findall(r"^SKIPPED \[\d+\] tests/(\S+\.py)", said, re.M)) == SKIPPED
 

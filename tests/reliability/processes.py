@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def _main(argv: list[str], said: str, arm: Any) -> None:
     os.dup2(terminal, 2)
     from zotune.cli.app import run
 
+    gc.freeze()  # what the server imported stays: the collector, which each run calls, passes over it
     armed = arm() if arm is not None else None
     code: int | None = 70
     try:

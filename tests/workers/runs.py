@@ -6,6 +6,7 @@ torchrun --nproc-per-node N runs.py FOLDER      FOLDER has model, other (a model
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -111,5 +112,6 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # imports stay: the collector, which each run calls, passes over them
     place = Path(sys.argv[1])
     (place / f"{os.environ['RANK']}.json").write_text(json.dumps(main(place)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def trained(folder: Path, rows: int, **options: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # imports stay: the collector, which each run calls, passes over them
     place = Path(sys.argv[1])
     found = {name: trained(place / name.replace(" ", "-"), 4, **options) for name, options in KINDS.items()}
     (place / f"{os.environ['RANK']}.json").write_text(json.dumps(found))

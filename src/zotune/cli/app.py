@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -240,13 +241,19 @@ def _env() -> None:
     environment()
 
 
+@functools.cache
+def _commands() -> Any:
+    """Made once: typer reads the signatures of all commands, and a process may run many."""
+    return typer.main.get_command(app)
+
+
 def run(argv: list[str] | None = None) -> int:
     """The exit code of the command line."""
     asked = sys.argv[1:] if argv is None else argv
     try:
         # without arguments the help is an error's message, which belongs on stderr
         with contextlib.nullcontext() if asked else contextlib.redirect_stdout(sys.stderr):
-            code = app(args=asked, standalone_mode=False)
+            code = _commands()(args=asked, standalone_mode=False)
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: its message is the help
             print(error.format_message(), file=sys.stderr)
