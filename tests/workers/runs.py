@@ -19,6 +19,7 @@ import torch
 
 import zotune
 from zotune.prepare.listener import Listener
+from zotune.run import together
 from zotune.step import pieces
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.workers.group import exit_code
@@ -37,6 +38,14 @@ PLAIN: dict[str, dict[str, Any]] = {
     "sgd": {"lr_schedule": "linear"},
     "rows": {"scheme": "lora", "groups": "batch", "queries": 2, "micro_batch": 2},
     "adam": {"method": "zo-adam", "lr": 1e-3, "accumulate": 2, "weight_decay": 0.1, "batch_size": 3, "micro_batch": 2},
+}
+
+
+# Runs that stop, and go on where the second worker sees no checkpoint.
+UNSEEN: dict[str, dict[str, Any]] = {
+    "unseen": {"method": "zo-adam", "lr": 1e-3, "accumulate": 2},
+    "unseen folds": {"scheme": "lora", "fold_every": 3, "eval_every": 3, "lr_schedule": "linear"},
+    "unseen rows": {"method": "own-inputs", "queries": 2},
 }
 
 
@@ -96,6 +105,11 @@ def run(folder: Path, name: str, rank: int, mine: dict[str, Any], when: Any = No
 def main(folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     found = {name: run(folder, name, rank, {}, **options) for name, options in PLAIN.items()}
+    for name, options in UNSEEN.items():
+        run(folder, name, rank, {}, at_step(3, terminate), **options)
+        sees, together.seen = together.seen, lambda checkpoint: rank == 0
+        found[name] = run(folder, name, rank, {}, resume=True, **options)
+        together.seen = sees
     found["stopped"] = run(folder, "stopped", rank, {}, at_step(3, terminate))
     found["options"] = run(folder, "wrong-options", rank, {"lr": 0.5})
     found["data"] = run(folder, "wrong-data", rank, {"data": str(folder / "fewer")})

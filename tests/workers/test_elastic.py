@@ -41,9 +41,9 @@ def taken(port: int) -> bool:
 
 
 def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Popen[str]:
-    """A torchrun of one worker, one of 1 to 3."""
+    """A torchrun of one worker, one of 1 to 4."""
     how = [
-        "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
+        "--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=localhost:{port}", "--monitor-interval=0.1",
         "--rdzv-conf=last_call_timeout=10,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
@@ -66,8 +66,8 @@ def reached(folder: Path) -> int:
 
 
 @pytest.fixture
-def launched(tmp_path):
-    """Three agents of a run, and what a whole run of one process leaves."""
+def launched(tmp_path, request):
+    """Agents of a run, three or as many as the test says, and what a whole run of one process leaves."""
     model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data", train=20, validation=6, test=6)
     options: dict[str, Any] = LONG | {"lr": float(LONG["lr"])}
     zotune.train(output=str(tmp_path / "whole"), **(runs.options_of(tmp_path) | options))
@@ -78,7 +78,9 @@ def launched(tmp_path):
         not taken(port) and time.monotonic() < until
     ):  # whoever comes first has torchrun's store, and has to be the one that stays
         time.sleep(0.05)
-    agents += [agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in (1, 2)]
+    agents += [
+        agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in range(1, getattr(request, "param", 3))
+    ]
     yield agents, tmp_path / "run", outcome(tmp_path / "whole")
     for one in agents:
         one.terminate()
@@ -106,6 +108,7 @@ def ended(agents: list[subprocess.Popen[str]], folder: Path, each: Callable[[], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launched", [2, 3, 4], indirect=True)
 def test_a_run_whose_workers_are_killed_at_random_ends_in_the_bits_of_a_whole_one(launched):
     agents, folder, whole = launched
     draw, kills, last = random.Random(0), 0, 0
