@@ -117,6 +117,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["few"] = run(folder, "wrong-few", rank, {}, micro_batch=4)
     found["whole"] = run(folder, "wrong-whole", rank, {}, micro_batch=None)
     found["first order"] = run(folder, "wrong-first-order", rank, {}, method="fo-sgd", micro_batch=None)
+    found["streams"] = run(folder, "wrong-streams", rank, {}, max_gpu_memory="6GiB")
     found["taken"] = run(folder, "sgd", rank, {})
     found["memory"] = run(folder, "memory", rank, {}, at_step(2, no_memory))
     pieces.EVERY = 2

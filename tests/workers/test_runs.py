@@ -77,6 +77,7 @@ WRONG = {
     "few": (2, "a step has 1 such piece for 2 workers"),
     "whole": (2, "--micro-batch: 2 workers share out a step's rows"),
     "first order": (2, "--method fo-sgd: 2 workers share out the places of zeroth-order steps"),
+    "streams": (2, "--max-gpu-memory: 2 workers compare all weights"),
     "taken": (2, "holds a run"),
 }
 

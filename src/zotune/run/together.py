@@ -50,6 +50,10 @@ def refuse_few(config: RunOptions, workers: int) -> None:
         raise InputError(
             f"{what}: {workers} workers share out the places of zeroth-order steps; run one process, without torchrun"
         )
+    if getattr(config, "max_gpu_memory", None) is not None:
+        raise InputError(
+            f"--max-gpu-memory: {workers} workers compare all weights, and of layers that stream some are there; leave it out"
+        )
     if config.micro_batch is None:
         raise InputError(
             f"--micro-batch: {workers} workers share out a step's rows, so many at a time; give it, at most "
