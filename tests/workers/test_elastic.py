@@ -48,8 +48,15 @@ def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Pope
         "--rdzv-conf=last_call_timeout=10,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "zotune", "train", *flags]
+    return started(command, said)
+
+
+def started(command: Any, said: Path) -> subprocess.Popen[str]:
+    shared_by_none = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+    }  # else torch lets an agent that comes later wait for ever
     with open(said, "w") as file:
-        return subprocess.Popen(command, env=environment(), stdout=file, stderr=file, text=True)
+        return subprocess.Popen(command, env=environment(**shared_by_none), stdout=file, stderr=file, text=True)
 
 
 def workers_of(agents: list[subprocess.Popen[str]]) -> list[int]:
@@ -135,4 +142,21 @@ def test_those_that_are_left_go_on_without_a_machine_that_is_gone(launched):
     kill(*workers_of(agents[2:]), agents[2].pid)  # the first agent has torchrun's own store
     ended(agents[:2], folder)
     assert "2 workers share the steps" in told(folder)
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [2], indirect=True)
+def test_a_machine_that_comes_while_the_run_goes_on_joins_it(launched):
+    agents, folder, whole = launched
+    while (reached(folder) < 3 or "2 workers share the steps" not in told(folder)) and agents[0].poll() is None:
+        time.sleep(0.02)
+    held = workers_of(agents)[0]
+    os.kill(held, signal.SIGSTOP)  # the run would be over before a third is there
+    agents.append(started(agents[0].args, folder.parent / "2.said"))
+    while "closing signal SIGTERM" not in told(folder) and agents[0].poll() is None:  # its coming ends the group of two
+        time.sleep(0.1)
+    os.kill(held, signal.SIGCONT)
+    ended(agents, folder)
+    assert "3 workers share the steps" in told(folder)
     assert_same(folder, whole)

@@ -6,6 +6,7 @@ process of its own, as torchrun would have, and says how that ended. The process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 LOOKS = 0.2  # seconds between looks for what the others say
 PATIENCE = 30.0  # seconds for the other processes of a run that has ended in one of them
+LEAVES = 10.0  # seconds until all have heard that there is no further run
 SAID = 2000  # characters of what a worker's process has said
 
 
@@ -47,8 +50,10 @@ class Crew:
         return Together(self, self.runs, own, log)
 
     def end(self, code: int) -> None:
-        """There is no further run. code: of the first worker's command."""
-        self.store.set("end", str(code))
+        """There is no further run. code: of the first worker's command. The others hear of it before its store may go with it."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set("end", str(code))
+            self.store.wait([f"left/{rank}" for rank in range(1, self.size)], timedelta(seconds=LEAVES))
 
     def told(self, key: str) -> str | None:
         """What stands in the store, if it does. Raises WorkerError where the launcher's store is gone."""
@@ -157,6 +162,8 @@ def _follow(here: Crew) -> None:
                 here.store.set(
                     f"ended/{here.runs}/{here.rank}", json.dumps({"code": code, "said": said}, allow_nan=False)
                 )
+    with contextlib.suppress(RuntimeError):
+        here.store.set(f"left/{here.rank}", "")
     raise Elsewhere("the first worker says how it ended", 128 + asked[0] if asked else int(ended or 0))
 
 
