@@ -57,7 +57,7 @@ def bare(tmp_path_factory):
 
 
 SKIPPED = {  # whole modules, and one backend of the last
-    *(f"bench/test_{name}.py" for name in ("chosen", "pace", "positions", "report", "runner", "search")),
+    *(f"bench/test_{name}.py" for name in ("chosen", "pace", "positions", "report", "runner", "search", "shared")),
     "test_compare.py", "decode/test_decode_kernels.py", "engines/test_between.py", "engines/test_adapters.py",
     "engines/test_kernels.py", "test_fused.py", "models/test_quantized.py", "noise/test_known_answers.py",
 }  # fmt: skip
@@ -89,7 +89,7 @@ ALONE = {  # kernels, and what writes or shows the results of a benchmark
         "zotune.updates.fused",
         "zotune.decode.kernels",
     },
-    "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster"},
+    "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster", "zotune.bench.shared"},
     "matplotlib": {"zotune.bench.figures", "zotune.reports.figures", "zotune.reports.page"},
     "itables": {"zotune.bench.report"},
 }

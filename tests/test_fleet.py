@@ -103,6 +103,22 @@ def test_directions_for_each_row_send_a_number_a_row_and_place(config, tmp_path)
     )  # two pieces of four rows, eight places
 
 
+def test_layers_that_stream_bind_a_worker_where_its_bus_is_slower_than_its_products(config, tmp_path, capsys):
+    from zotune.estimates.streaming import BUS
+
+    more = ["--batch-size", "64", "--workers", "8", "--micro-batch", "4", "--output", str(tmp_path / "told.json")]
+    assert estimated(config, *more) == 0
+    whole = json.loads((tmp_path / "told.json").read_text())
+    wide = CONFIG | {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 8}
+    config.write_text(json.dumps(wide))
+    assert estimated(config, *more, "--max-gpu-memory", "1GiB") == 0
+    said, told = capsys.readouterr().out, json.loads((tmp_path / "told.json").read_text())
+    matrices = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 8192) * 4  # of its layers, float32
+    assert told["compute"] == pytest.approx(2 * matrices / BUS, rel=1e-6)  # two pieces, each a crossing
+    assert told["compute"] > whole["compute"]
+    assert re.search(r"its memory +1.00 GiB of a card", said)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

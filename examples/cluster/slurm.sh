@@ -14,6 +14,8 @@ set -euo pipefail
 config=$1 output=$2
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else torch 2.13 lets a torchrun that comes later wait for ever
+
 # one torchrun a machine, a worker a card; the first machine is where they meet, and has to stay
 exec srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 10 \

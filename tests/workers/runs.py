@@ -20,6 +20,7 @@ import torch
 
 import zotune
 from zotune.prepare.listener import Listener
+from zotune.run import together
 from zotune.step import pieces
 from zotune.step.optimizer import ZeroOrderOptimizer
 from zotune.workers.group import exit_code
@@ -38,6 +39,14 @@ PLAIN: dict[str, dict[str, Any]] = {
     "sgd": {"lr_schedule": "linear"},
     "rows": {"scheme": "lora", "groups": "batch", "queries": 2, "micro_batch": 2},
     "adam": {"method": "zo-adam", "lr": 1e-3, "accumulate": 2, "weight_decay": 0.1, "batch_size": 3, "micro_batch": 2},
+}
+
+
+# Runs that stop, and go on where the second worker sees no checkpoint.
+UNSEEN: dict[str, dict[str, Any]] = {
+    "unseen": {"method": "zo-adam", "lr": 1e-3, "accumulate": 2},
+    "unseen folds": {"scheme": "lora", "fold_every": 3, "eval_every": 3, "lr_schedule": "linear"},
+    "unseen rows": {"method": "own-inputs", "queries": 2},
 }
 
 
@@ -97,6 +106,11 @@ def run(folder: Path, name: str, rank: int, mine: dict[str, Any], when: Any = No
 def main(folder: Path) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     found = {name: run(folder, name, rank, {}, **options) for name, options in PLAIN.items()}
+    for name, options in UNSEEN.items():
+        run(folder, name, rank, {}, at_step(3, terminate), **options)
+        sees, together.seen = together.seen, lambda checkpoint: rank == 0
+        found[name] = run(folder, name, rank, {}, resume=True, **options)
+        together.seen = sees
     found["stopped"] = run(folder, "stopped", rank, {}, at_step(3, terminate))
     found["options"] = run(folder, "wrong-options", rank, {"lr": 0.5})
     found["data"] = run(folder, "wrong-data", rank, {"data": str(folder / "fewer")})
@@ -104,6 +118,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["few"] = run(folder, "wrong-few", rank, {}, micro_batch=4)
     found["whole"] = run(folder, "wrong-whole", rank, {}, micro_batch=None)
     found["first order"] = run(folder, "wrong-first-order", rank, {}, method="fo-sgd", micro_batch=None)
+    found["streams"] = run(folder, "wrong-streams", rank, {}, max_gpu_memory="6GiB")
     found["taken"] = run(folder, "sgd", rank, {})
     found["memory"] = run(folder, "memory", rank, {}, at_step(2, no_memory))
     pieces.EVERY = 2

@@ -41,15 +41,22 @@ def taken(port: int) -> bool:
 
 
 def agent(port: int, name: str, flags: list[str], said: Path) -> subprocess.Popen[str]:
-    """A torchrun of one worker, one of 1 to 3."""
+    """A torchrun of one worker, one of 1 to 4."""
     how = [
-        "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
+        "--nnodes=1:4", "--nproc-per-node=1", "--max-restarts=20", f"--rdzv-id={name}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=localhost:{port}", "--monitor-interval=0.1",
         "--rdzv-conf=last_call_timeout=10,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "zotune", "train", *flags]
+    return started(command, said)
+
+
+def started(command: Any, said: Path) -> subprocess.Popen[str]:
+    shared_by_none = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+    }  # else torch lets an agent that comes later wait for ever
     with open(said, "w") as file:
-        return subprocess.Popen(command, env=environment(), stdout=file, stderr=file, text=True)
+        return subprocess.Popen(command, env=environment(**shared_by_none), stdout=file, stderr=file, text=True)
 
 
 def workers_of(agents: list[subprocess.Popen[str]]) -> list[int]:
@@ -66,8 +73,8 @@ def reached(folder: Path) -> int:
 
 
 @pytest.fixture
-def launched(tmp_path):
-    """Three agents of a run, and what a whole run of one process leaves."""
+def launched(tmp_path, request):
+    """Agents of a run, three or as many as the test says, and what a whole run of one process leaves."""
     model, data = tiny.save_model(tmp_path / "model"), tiny.save_data(tmp_path / "data", train=20, validation=6, test=6)
     options: dict[str, Any] = LONG | {"lr": float(LONG["lr"])}
     zotune.train(output=str(tmp_path / "whole"), **(runs.options_of(tmp_path) | options))
@@ -78,7 +85,9 @@ def launched(tmp_path):
         not taken(port) and time.monotonic() < until
     ):  # whoever comes first has torchrun's store, and has to be the one that stays
         time.sleep(0.05)
-    agents += [agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in (1, 2)]
+    agents += [
+        agent(port, tmp_path.name, flags, tmp_path / f"{i}.said") for i in range(1, getattr(request, "param", 3))
+    ]
     yield agents, tmp_path / "run", outcome(tmp_path / "whole")
     for one in agents:
         one.terminate()
@@ -106,6 +115,7 @@ def ended(agents: list[subprocess.Popen[str]], folder: Path, each: Callable[[], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launched", [2, 3, 4], indirect=True)
 def test_a_run_whose_workers_are_killed_at_random_ends_in_the_bits_of_a_whole_one(launched):
     agents, folder, whole = launched
     draw, kills, last = random.Random(0), 0, 0
@@ -132,4 +142,21 @@ def test_those_that_are_left_go_on_without_a_machine_that_is_gone(launched):
     kill(*workers_of(agents[2:]), agents[2].pid)  # the first agent has torchrun's own store
     ended(agents[:2], folder)
     assert "2 workers share the steps" in told(folder)
+    assert_same(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [2], indirect=True)
+def test_a_machine_that_comes_while_the_run_goes_on_joins_it(launched):
+    agents, folder, whole = launched
+    while (reached(folder) < 3 or "2 workers share the steps" not in told(folder)) and agents[0].poll() is None:
+        time.sleep(0.02)
+    held = workers_of(agents)[0]
+    os.kill(held, signal.SIGSTOP)  # the run would be over before a third is there
+    agents.append(started(agents[0].args, folder.parent / "2.said"))
+    while "closing signal SIGTERM" not in told(folder) and agents[0].poll() is None:  # its coming ends the group of two
+        time.sleep(0.1)
+    os.kill(held, signal.SIGCONT)
+    ended(agents, folder)
+    assert "3 workers share the steps" in told(folder)
     assert_same(folder, whole)

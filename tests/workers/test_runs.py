@@ -56,6 +56,20 @@ def test_all_stop_at_the_step_at_which_one_was_asked_to_and_one_process_goes_on(
     assert_same(folder / "stopped", of_one_process(folder))
 
 
+@pytest.mark.parametrize("name", ["unseen", "unseen folds"])
+def test_a_worker_that_sees_no_checkpoint_replays_the_trajectory_onto_the_base(folder, told, name):
+    assert [one[name]["code"] for one in told] == [0, 0], told
+    assert "going on after step 4 of 6" in told[0][name]["said"]
+    assert_same(folder / name, of_one_process(folder, **runs.UNSEEN[name]))
+
+
+def test_a_method_whose_steps_need_their_rows_wants_a_checkpoint_that_all_see(told):
+    assert [one["unseen rows"]["code"] for one in told] == [2, 2]
+    assert (
+        "checkpoint-4: not seen by this worker; --resume needs --output on a disk" in told[1]["unseen rows"]["message"]
+    )
+
+
 WRONG = {
     "options": (2, "worker 1 differs from worker 0: other --lr 0.5 for 0.01"),
     "data": (2, "worker 1 differs from worker 0: other data (rows"),
@@ -63,6 +77,7 @@ WRONG = {
     "few": (2, "a step has 1 such piece for 2 workers"),
     "whole": (2, "--micro-batch: 2 workers share out a step's rows"),
     "first order": (2, "--method fo-sgd: 2 workers share out the places of zeroth-order steps"),
+    "streams": (2, "--max-gpu-memory: 2 workers compare all weights"),
     "taken": (2, "holds a run"),
 }
 

@@ -6,6 +6,7 @@ plan.py      runs with their keys, what is done, what the rest will take
 choice.py    which lr and eps: validation decides
 store.py     results in SQLite
 runner.py    a process a run
+shared.py    a run that the workers of a launcher take together
 warm.py      processes that begin with the libraries loaded
 search.py    lr and eps by grid or Optuna
 probe.py     memory and time of a step, measured

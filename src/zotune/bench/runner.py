@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 from filelock import FileLock, Timeout
@@ -27,6 +27,9 @@ from zotune.bench.plan import Forecast, Plan, Run, code_version, made_folder
 from zotune.bench.store import Record, Store, now
 from zotune.errors import InputError
 from zotune.run.folder import write_atomically
+
+if TYPE_CHECKING:
+    from zotune.bench.shared import Crew
 
 GRACE_SECONDS = 60.0  # between SIGTERM, which saves, and SIGKILL
 POLL_SECONDS = 0.1
@@ -137,8 +140,9 @@ def execute(
     watcher: Watcher,
     waiting: Waiting | None = None,
     program: Sequence[str] = ZOTUNE,
+    crew: Crew | None = None,
 ) -> State:
-    """Run what is to do, each run by `program` and its arguments.
+    """Run what is to do, each run by `program` and its arguments. crew: the workers that take each run together.
 
     A failed run is recorded and stops no other; when the time of `waiting` is up, what runs saves and stops.
     Raises Stopped on Ctrl-C and SIGTERM, when all is saved.
@@ -150,7 +154,9 @@ def execute(
     log = plan.folder / "logs" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with signals() as asked, warm.Server(log, lambda: asked) as server:
-        start = functools.partial(_start, plan=plan, store=store, jobs=jobs, gpus=gpus, program=program, server=server)
+        start = functools.partial(
+            _start, plan=plan, store=store, jobs=jobs, gpus=gpus, program=program, server=server, crew=crew
+        )
         try:
             while not asked and not (waiting.late and active):
                 while free and (run := waiting.take()) is not None:
@@ -223,20 +229,45 @@ def _find_again(run: Run) -> None:
 
 
 def _start(
-    run: Run, *, plan: Plan, store: Store, slot: int, jobs: int, gpus: int, program: Sequence[str], server: warm.Server
+    run: Run,
+    *,
+    plan: Plan,
+    store: Store,
+    slot: int,
+    jobs: int,
+    gpus: int,
+    program: Sequence[str],
+    server: warm.Server,
+    crew: Crew | None,
 ) -> _Process:
     log = begin(run, plan, store)
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    if gpus > 1 or jobs > 1:
+    if crew is not None:
+        environment |= crew.environment  # by which each process takes a card of its own
+    elif gpus > 1 or jobs > 1:
         environment["CUDA_VISIBLE_DEVICES"] = _device(slot, gpus)
     arguments, kills = [*run.arguments, *where(run, run.folder)], kernel_kills()
-    process: Process | None = None
     on_card = gpus and run.options.get("device") != "cpu"
-    if program == ZOTUNE and (run.cell.kind == "train" or on_card):  # on a CPU a probe measures a process of its own
-        process = server.start(arguments, log, environment)
-    process = process or spawn([*program, *arguments], log, environment)
+    forks = run.cell.kind == "train" or on_card  # on a CPU a probe measures a process of its own
+    process = started(arguments, log, environment, server if forks else None, program)
+    if crew is not None:
+        process = crew.begin(arguments, process, log)
     return _Process(run=run, process=process, slot=slot, log=log, kills_before=kills)
+
+
+def started(
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    server: warm.Server | None,
+    program: Sequence[str] = ZOTUNE,
+) -> Process:
+    """`program` with these arguments: a fork of the server where that serves, else a process that is begun anew."""
+    process: Process | None = None
+    if program == ZOTUNE and server is not None:
+        process = server.start(arguments, log, environment)
+    return process or spawn([*program, *arguments], log, environment)
 
 
 def where(run: Run, folder: Path) -> list[str]:

@@ -42,7 +42,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-SHARED = ("train", "reward")  # commands that the processes of a launcher take together
+SHARED = ("train", "reward", "bench")  # commands that the processes of a launcher take together; of bench, run
 
 
 @app.callback()
@@ -55,10 +55,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    if (count := launcher.asked_for()) > 1 and context.invoked_subcommand not in SHARED:
-        raise InputError(
-            f"zotune {context.invoked_subcommand}: is one process's work, torchrun has started {count}; run it without torchrun"
-        )
+    launcher.refuse_shared(context.invoked_subcommand, SHARED)
 
 
 COMMANDS: dict[str, type[config.Options]] = {}  # those whose flags are a model of options

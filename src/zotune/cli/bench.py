@@ -14,6 +14,7 @@ import typer
 
 from zotune import quiet
 from zotune.errors import InputError, nearest
+from zotune.workers import launcher
 
 if TYPE_CHECKING:
     from zotune.bench.plan import Plan, Run
@@ -28,7 +29,8 @@ EXECUTORS = ("local", "ray")
 
 
 @app.callback()
-def _before() -> None:
+def _before(context: typer.Context) -> None:
+    launcher.refuse_shared(f"bench {context.invoked_subcommand}", ("bench run",))
     quiet.libraries()
 
 
@@ -91,52 +93,57 @@ def run(
     from zotune.bench.pace import Paces, time_all
     from zotune.bench.plan import foresee, make_plan
     from zotune.bench.runner import Waiting, execute, sole_runner
+    from zotune.bench.shared import crew_of, refuse_unshared
     from zotune.bench.store import Store
     from zotune.bench.suite import expand, load_suite, together
 
-    given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
-    folder = Path(output).expanduser()
-    check_folder(folder)
-    paces = Paces(folder)
-    loaded = [load_suite(suite, given) for suite in suites]
-    expanded = together([expand(suite, paces) for suite in loaded])
-    until = began + 60 * time_limit if time_limit is not None else float("inf")
-    if paces.missing and not dry_run:
-        with sole_runner(folder):
-            in_time = time_all(expanded, paces, folder, until, lambda line: print(line, file=sys.stderr))
-        if not in_time:
-            print("the time is up before all paces are known: the same command goes on")
-            return
+    with crew_of(jobs, executor) as crew:
+        given = parse_changes(changes or []) | ({"data_dir": data_dir} if data_dir else {})
+        folder = Path(output).expanduser()
+        check_folder(folder)
         paces = Paces(folder)
+        loaded = [load_suite(suite, given) for suite in suites]
         expanded = together([expand(suite, paces) for suite in loaded])
-    if dry_run and not (folder / DATABASE).is_file():
-        plan = make_plan(expanded, folder)
-        foresee(plan)
-        show_plan(plan)
-        return
-    gpus = count_gpus()
-    with sole_runner(folder):
-        store = Store(folder)
-        plan = make_plan(expanded, folder, store, retry=retry, any_version=any_version)
-        forecast = foresee(plan, store)
-        show_plan(plan)
-        if dry_run:
+        if crew is not None:
+            refuse_unshared(expanded.cells, crew.size)
+        until = began + 60 * time_limit if time_limit is not None else float("inf")
+        if paces.missing and not dry_run:
+            with sole_runner(folder):
+                in_time = time_all(expanded, paces, folder, until, lambda line: print(line, file=sys.stderr))
+            if not in_time:
+                print("the time is up before all paces are known: the same command goes on")
+                return
+            paces = Paces(folder)
+            expanded = together([expand(suite, paces) for suite in loaded])
+        if dry_run and not (folder / DATABASE).is_file():
+            plan = make_plan(expanded, folder)
+            foresee(plan)
+            show_plan(plan)
             return
-        if not plan.to_do:
-            show_done(plan, output)
-            return
-        seconds = None if time_limit is None else until - time.monotonic()
-        waiting = Waiting(plan, store, forecast, seconds)
-        with Live(plan) as live:
-            if executor == "ray":
-                from zotune.bench.cluster import execute_on_ray
+        gpus = count_gpus()
+        with sole_runner(folder):
+            store = Store(folder)
+            plan = make_plan(expanded, folder, store, retry=retry, any_version=any_version)
+            forecast = foresee(plan, store)
+            show_plan(plan)
+            if dry_run:
+                return
+            if not plan.to_do:
+                show_done(plan, output)
+                return
+            seconds = None if time_limit is None else until - time.monotonic()
+            waiting = Waiting(plan, store, forecast, seconds)
+            with Live(plan) as live:
+                if executor == "ray":
+                    from zotune.bench.cluster import execute_on_ray
 
-                state = execute_on_ray(plan, store, address=ray_address, jobs=jobs, watcher=live, waiting=waiting)
-            else:
-                state = execute(plan, store, jobs=jobs or max(1, gpus), gpus=gpus, watcher=live, waiting=waiting)
-        show_end(state, output)
-    if unexpected(state):
-        raise typer.Exit(1)
+                    state = execute_on_ray(plan, store, address=ray_address, jobs=jobs, watcher=live, waiting=waiting)
+                else:
+                    jobs = 1 if crew is not None else jobs or max(1, gpus)
+                    state = execute(plan, store, jobs=jobs, gpus=gpus, watcher=live, waiting=waiting, crew=crew)
+            show_end(state, output)
+        if unexpected(state):
+            raise typer.Exit(1)
 
 
 @app.command("report", help="Make DIR/report/: a page, tables and figures of the results in DIR, or in several.")

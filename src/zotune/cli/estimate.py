@@ -48,16 +48,7 @@ def estimate(options: EstimateConfig) -> None:
         return
     if options.micro_batch or options.groups != "1":
         raise InputError("--micro-batch, --groups: of a step that several share; say how many by --workers")
-    if options.max_gpu_memory is not None:
-        from zotune.engines.streamed import plan_of
-        from zotune.estimates.meta import build, with_scheme
-        from zotune.estimates.streaming import said
-        from zotune.models.loading import DTYPES
-
-        kind = DTYPES[options.dtype] if options.dtype else (getattr(config, "dtype", None) or DTYPES["float32"])
-        model, _ = with_scheme(build(copy.deepcopy(config), kind), options.scheme)
-        writes = any(param.requires_grad for _, _, params in plan_of(model).blocks for param in params)
-        print(f"--max-gpu-memory {options.max_gpu_memory}: {said(plan_of(model), options.gpu_bytes, writes)}")
+    _crossing(options, config)
     chosen: dict[str, Any] = {"method": options.method, "scheme": options.scheme}
     if options.checkpointing and needs.kind != "first-order":
         able = " and ".join(name for name in METHODS if needs_of(name).kind == "first-order")
@@ -107,6 +98,23 @@ def estimate(options: EstimateConfig) -> None:
         write_atomically(path, json.dumps([vars(row) for row in rows], indent=2, allow_nan=False) + "\n")
 
 
+def _crossing(options: EstimateConfig, config: Any) -> float:
+    """Seconds in which layers that stream pass over the bus for one forward of all places, which is said; 0 where none stream."""
+    if options.max_gpu_memory is None:
+        return 0.0
+    from zotune.engines.streamed import plan_of
+    from zotune.estimates.meta import build, with_scheme
+    from zotune.estimates.streaming import bus_seconds, said
+    from zotune.models.loading import DTYPES
+
+    kind = DTYPES[options.dtype] if options.dtype else (getattr(config, "dtype", None) or DTYPES["float32"])
+    model, _ = with_scheme(build(copy.deepcopy(config), kind), options.scheme)
+    plan = plan_of(model)
+    writes = any(param.requires_grad for _, _, params in plan.blocks for param in params)
+    print(f"--max-gpu-memory {options.max_gpu_memory}: {said(plan, options.gpu_bytes, writes)}")
+    return bus_seconds(plan, writes)
+
+
 def _rewards(options: EstimateConfig, config: Any, rates: Any, room: int | None, seq_len: int, path: Any) -> None:
     """Of a step of `zotune reward`."""
     from rich.console import Console
@@ -153,17 +161,25 @@ def _workers(options: EstimateConfig, config: Any, rates: Any, room: int | None,
     fleet = Fleet()
     dtype = options.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     by_row = options.groups == "batch"
+    crossing = _crossing(options, config)
+    room = None if crossing else room  # a card holds what it is told to
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = shared(
             config, workers=options.workers, micro_batch=options.micro_batch, method=options.method, queries=options.queries,
             batch_size=options.batch_size, by_row=by_row, rates=rates, fleet=fleet, room=room, dtype=dtype, scheme=options.scheme,
             seq_len=seq_len, answer_tokens=options.answer_tokens, tf32=options.tf32, engine="lowrank" if by_row else "auto",
+            crossing=crossing,
         )  # fmt: skip
     piece = options.micro_batch or -(-options.batch_size // options.workers)
     console, table = Console(), Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("a worker", f"{made.pieces} of the {-(-options.batch_size // piece)} pieces of {piece} rows a step")
-    table.add_row("its memory", readable(made.peak) + (f", {made.cards} cards" if made.cards > 1 else ""))
+    table.add_row(
+        "its memory",
+        f"{readable(options.gpu_bytes)} of a card"
+        if crossing
+        else readable(made.peak) + (f", {made.cards} cards" if made.cards > 1 else ""),
+    )
     table.add_row("sends", f"{made.message:,} bytes a step; gradients would be {readable(made.gradients)}")
     table.add_row("computes", _short(made.compute) + (", evenly over its cards" if made.cards > 1 else ""))
     table.add_row(
@@ -182,6 +198,8 @@ def _workers(options: EstimateConfig, config: Any, rates: Any, room: int | None,
         highlight=False,
         soft_wrap=True,
     )
+    if crossing:
+        print("layers stream in one process so far: `zotune train` refuses --max-gpu-memory of several workers")
     if path is not None:
         write_atomically(path, json.dumps(vars(made) | {"speed": made.speed}, indent=2, allow_nan=False) + "\n")
 

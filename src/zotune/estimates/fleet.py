@@ -13,10 +13,9 @@ from zotune.errors import InputError
 from zotune.estimates.estimate import estimate
 from zotune.estimates.needs import needs_of
 from zotune.estimates.rates import Rates
+from zotune.estimates.streaming import BUS
 from zotune.models.loading import DTYPES
 from zotune.workers.message import HEAD_BYTES, PLACE_BYTES, ROW_BYTES
-
-BUS = 55e9  # bytes/s from the host's memory to a card: an H200's, measured (docs/scaling.md)
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,13 @@ def shared(
     rates: Rates,
     fleet: Fleet | None = None,
     room: int | None = None,
+    crossing: float = 0.0,
     **common: Any,
 ) -> Shared:
     """Of a step of B rows in pieces of M [one a worker], dealt to N workers in turn. by_row: directions for each row.
 
-    room: bytes of one card. Time by `estimate`, whose terms a piece's are. Raises InputError for more workers than pieces.
+    room: bytes of one card. crossing: seconds in which the layers that stream pass over its bus for one piece. Time by `estimate`,
+    whose terms a piece's are. Raises InputError for more workers than pieces.
     """
     fleet = fleet or Fleet()
     piece = micro_batch or -(-batch_size // workers)
@@ -132,7 +133,7 @@ def shared(
     made = estimate(config, method=method, queries=queries, batch_size=piece, dtype=dtype, rates=rates, **common)
     alone = estimate(config, method=method, queries=queries, batch_size=batch_size, dtype=dtype, rates=rates, **common)
     cards = max(1, -(-made.peak // room)) if room else 1
-    own, each = -(-pieces // workers), (made.step_seconds or 0.0) / cards
+    own, each = -(-pieces // workers), max((made.step_seconds or 0.0) / cards, crossing)
     message = message_bytes(needs.places, own * piece if by_row else None)
     exchange = exchange_seconds(workers, message, fleet)
     compute = own * each
@@ -141,6 +142,6 @@ def shared(
     lost = lost_to_failures(workers, own, whole, fleet)
     gradients = 2 * (workers - 1) * made.trainable * DTYPES[dtype].itemsize // workers
     return Shared(
-        workers, own, message, compute, exchange, waiting, lost, whole / (1 - lost), (alone.step_seconds or 0.0) / cards,
-        made.peak, cards, made.weights / BUS, gradients,
+        workers, own, message, compute, exchange, waiting, lost, whole / (1 - lost),
+        max((alone.step_seconds or 0.0) / cards, crossing), made.peak, cards, made.weights / BUS, gradients,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def reward(config: RewardConfig, listener: Listener | None = None) -> dict[str, 
         place = folder if workers.first else RunFolder(held.enter_context(TemporaryDirectory(prefix="zotune-worker-")))
         trainer = _trainer(ready, place, listener)  # what it refuses leaves no run behind, and none is deleted for it
         workers.from_first(lambda: write_down(ready.config, folder))
-        with state_of(folder, workers) as state:
+        with state_of(folder, workers, config) as state:
             return _go(trainer, state)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zotune.record.trajectory import Header, Records, TrajectoryWriter
+from zotune.record.trajectory import Header, Record, Records, TrajectoryWriter
 from zotune.run.folder import RunFolder
 from zotune.workers.group import Workers
 
@@ -20,7 +21,8 @@ class RunState:
 
     progress: what progress.json holds; `save` writes it. checkpoint: what the run goes on from. header: of its trajectory, None
     where a step is no list of scalars (back-propagation). recorded: steps that were taken before a kill, to be applied again.
-    asked: the signal that this process was sent. workers: that take the run together. peak: bytes, of the steps alone.
+    rebuilt: the steps before the checkpoint, where its weights are not to be had and follow from these. asked: the signal that this
+    process was sent. workers: that take the run together. peak: bytes, of the steps alone.
     """
 
     folder: RunFolder
@@ -29,6 +31,7 @@ class RunState:
     header: Header | None = None
     trajectory: TrajectoryWriter | None = None
     recorded: Records | None = None
+    rebuilt: Sequence[Record] | None = None
     asked: int | None = None
     workers: Workers = field(default_factory=lambda: Workers(0, 1))
     peak: int = 0

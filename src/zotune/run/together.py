@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,12 +22,15 @@ from zotune.prepare.ready import Ready
 from zotune.record.fingerprints import start
 from zotune.run.folder import CALIBRATION, FREE, RunFolder
 from zotune.run.state import RunState
+from zotune.run.trainer import readable_state
+from zotune.run.trajectory import readable, retraceable
 from zotune.workers.group import Workers
 from zotune.workers.launcher import launch
 
 C = TypeVar("C", bound=RunOptions)
 
 LAUNCH = "launch"  # key of progress.json: of the launcher that may start the run's processes again
+OPTIMIZER = "optimizer.pt"  # of a checkpoint, as the Trainer names it
 PLACES = {
     "model",
     "gguf_file",
@@ -45,6 +49,10 @@ def refuse_few(config: RunOptions, workers: int) -> None:
         what = "--hybrid" if config.hybrid is not None else f"--method {config.method}"
         raise InputError(
             f"{what}: {workers} workers share out the places of zeroth-order steps; run one process, without torchrun"
+        )
+    if getattr(config, "max_gpu_memory", None) is not None:
+        raise InputError(
+            f"--max-gpu-memory: {workers} workers compare all weights, and of layers that stream some are there; leave it out"
         )
     if config.micro_batch is None:
         raise InputError(
@@ -112,40 +120,73 @@ def refuse_unlike(told: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def state_of(folder: RunFolder, workers: Workers) -> Iterator[RunState]:
+def state_of(folder: RunFolder, workers: Workers, config: RunOptions) -> Iterator[RunState]:
     """The state of the run in the folder, or of one that begins.
 
     A worker that writes none has a record of its own, in a folder that goes with it. Where a run goes on, all do from the first
-    worker's checkpoint, which each has to see, and from its trajectory, which is sent.
+    worker's checkpoint, and from its trajectory, which is sent. Who does not see the checkpoint gets all of it but weights, which
+    follow from the trajectory and the base.
     """
-    if workers.first:
-        state = RunState.found(folder, workers)
-        workers.from_first(lambda: _goes_on_from(state))
-        workers.together(lambda: None)
-        yield state
-        return
-    with tempfile.TemporaryDirectory(prefix="zotune-worker-") as place:
-        state = RunState(RunFolder(place), {"resumed_at": [], "wall_seconds": 0.0}, workers=workers)
+    with ExitStack() as held:
+        if workers.first:
+            state = RunState.found(folder, workers)
+        else:
+            own = RunFolder(held.enter_context(tempfile.TemporaryDirectory(prefix="zotune-worker-")))
+            state = RunState(own, {"resumed_at": [], "wall_seconds": 0.0}, workers=workers)
         checkpoint, trajectory = workers.from_first(lambda: _goes_on_from(state))
-        workers.together(lambda: _take(state, checkpoint, trajectory))
+        sees = workers.together(lambda: checkpoint is None or seen(checkpoint))
+        rest = {} if all(sees) else workers.from_first(lambda: _but_weights(state.checkpoint))
+        workers.together(lambda: None if workers.first else _take(state, checkpoint, trajectory, rest, config))
         yield state
 
 
-def _goes_on_from(state: RunState) -> tuple[str | None, bytes | None]:
-    """The checkpoint's path, and the trajectory."""
+def seen(checkpoint: Path) -> bool:
+    """Whether this worker can read the first one's checkpoint."""
+    return checkpoint.is_dir()
+
+
+def _goes_on_from(state: RunState) -> tuple[Path | None, bytes | None]:
+    """The checkpoint, and the trajectory."""
     file = state.folder / "trajectory.zot"
-    checkpoint = None if state.checkpoint is None else str(state.checkpoint.absolute())
+    checkpoint = None if state.checkpoint is None else state.checkpoint.absolute()
     return checkpoint, file.read_bytes() if file.exists() else None
 
 
-def _take(state: RunState, checkpoint: str | None, trajectory: bytes | None) -> None:
+def _but_weights(checkpoint: Path | None) -> dict[str, bytes]:
+    """A checkpoint's files but those that grow with the model: weights, and what the rule keeps of each."""
+    assert checkpoint is not None
+    files = {
+        path.name: path for path in checkpoint.iterdir() if path.is_file() and path.suffix in (".json", ".pt", ".pth")
+    }
+    found = {name: path.read_bytes() for name, path in files.items() if name != OPTIMIZER}
+    with readable_state(str(checkpoint)):
+        kept = torch.load(files[OPTIMIZER], map_location="cpu", weights_only=True) | {"state": {}}
+    into = io.BytesIO()
+    torch.save(kept, into)
+    return found | {OPTIMIZER: into.getvalue()}
+
+
+def _take(
+    state: RunState, checkpoint: Path | None, trajectory: bytes | None, rest: Mapping[str, bytes], config: RunOptions
+) -> None:
     if trajectory is not None:
         (state.folder / "trajectory.zot").write_bytes(trajectory)
     if checkpoint is None:
         return
-    state.checkpoint = Path(checkpoint)
-    if not state.checkpoint.is_dir():
+    if seen(checkpoint):
+        state.checkpoint = checkpoint
+        norms = checkpoint.parent / CALIBRATION
+        if norms.is_dir():
+            shutil.copytree(norms, state.folder / CALIBRATION)
+        return
+    state.checkpoint = state.folder / checkpoint.name
+    state.checkpoint.mkdir()
+    for name, data in rest.items():
+        (state.checkpoint / name).write_bytes(data)
+    step = state.folder.checkpoints()[0][0]
+    written = (
+        readable(state.folder / "trajectory.zot", step) if trajectory is not None and retraceable(config) else None
+    )
+    if written is None:
         raise InputError(f"{checkpoint}: not seen by this worker; --resume needs --output on a disk that all share")
-    norms = state.checkpoint.parent / CALIBRATION
-    if norms.is_dir():
-        shutil.copytree(norms, state.folder / CALIBRATION)
+    state.rebuilt = [written.records[i] for i in range(step)]

@@ -66,7 +66,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> dict[str, An
         ready = _alike(config, folder, listener, workers)
         workers.from_first(lambda: _write_down(ready, folder))
         listener.prepared(ready)
-        with state_of(folder, workers) as state:
+        with state_of(folder, workers, config) as state:
             return _go(ready, state, listener)
 
 

@@ -19,6 +19,7 @@ from zotune.models.loading import load_weights
 from zotune.prepare.listener import Listener
 from zotune.prepare.prepared import LENGTHS, Prepared
 from zotune.prepare.ready import Ready
+from zotune.record.replay import apply
 from zotune.run.arguments import arguments
 from zotune.run.folder import CHECKPOINT, as_json
 from zotune.run.process import Interrupted, signals, stops_the_run
@@ -89,12 +90,17 @@ class RunTrainer(ZOTrainer):
             self.load_best_from(checkpoint)
 
     def load_weights(self, checkpoint: Path) -> bool:
-        return load_weights(self.model, checkpoint)
+        if self.run.rebuilt is None:
+            return load_weights(self.model, checkpoint)
+        apply(self.zo_optimizer, self.run.rebuilt)
+        return True
 
     def load_state(self, checkpoint: str, load: Callable[[], None]) -> None:
         """All of it: the folder has said that the options are the run's own."""
+        own = {} if self.run.rebuilt is None else dict(self.zo_optimizer.state)
         with readable_state(checkpoint):
             load()
+        self.zo_optimizer.state.update(own)
 
     def load_draws(self, checkpoint: str, load: Callable[[], None]) -> None:
         with readable_state(checkpoint):

@@ -80,8 +80,7 @@ def open_trajectory(state: RunState, config: RunOptions, step: int) -> None:
     base: dict[str, Any] = state.header.base
     written = readable(path, step) if step or path.exists() else None
     same = written is not None and written.header.encode() == state.header.encode()
-    same = same and config.mask != "wanda"  # its masks cost forward passes, which are counted as they are made
-    same = same and not make_method(config.method).needs_rows  # which are not in the file
+    same = same and retraceable(config)
     if step and written and written.header.base.get("sha256") != base["sha256"]:
         raise InputError(f"--model {config.model}: its weights are not those that the run began with")
     if step == 0 and not same:
@@ -93,6 +92,12 @@ def open_trajectory(state: RunState, config: RunOptions, step: int) -> None:
     state.recorded = written.records if same else None
     reached = max(step, len(state.recorded or ()))
     state.trajectory = TrajectoryWriter.resume(path, reached, sync_every=sync_every)
+
+
+def retraceable(config: RunOptions) -> bool:
+    """Whether a run's steps can be applied again from its trajectory alone."""
+    # masks of wanda cost forward passes, which are counted as they are made; rows are not in the file
+    return config.mask != "wanda" and not make_method(config.method).needs_rows
 
 
 def of_before(path: Path, config: TrainConfig, listener: Listener) -> bool:

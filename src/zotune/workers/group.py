@@ -160,24 +160,32 @@ def join(seconds: float = WAITS, own_rows: bool = False) -> Workers | None:
     if dist.is_initialized():
         size = dist.get_world_size()
         return Workers(dist.get_rank(), size, dist.new_group(backend="gloo"), own_rows) if size > 1 else None
-    size = asked_for()
-    if size == 1:
+    if (size := asked_for()) == 1:
         return None
+    with meeting(seconds) as (store, rank):
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    return Workers(rank, size, own_rows=own_rows)
+
+
+@contextmanager
+def meeting(seconds: float = WAITS) -> Iterator[tuple[Any, int]]:
+    """A store that the launcher's processes share and no group before them has written to, once all are there; and this one's rank.
+
+    What goes wrong within is of the meeting, and a line: InputError, WorkerError.
+    """
+    size = asked_for()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE={size}: {', '.join(missing)} not set; start workers by torchrun")
     rank, where = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    wait = timedelta(seconds=seconds)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=wait))
-        store = dist.PrefixStore(_met(store, rank, size, seconds), store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
+        yield dist.PrefixStore(_met(store, rank, size, seconds), store), rank
     except (RuntimeError, ValueError) as error:  # torch's own kinds are RuntimeErrors
         said = str(error).splitlines()[0]
         if "EADDRINUSE" in said or "in use" in said:
             raise InputError(f"MASTER_PORT {where}: the port is in use; give torchrun another --master-port") from None
         raise WorkerError(f"MASTER_ADDR {where}: {size} workers did not meet ({said[:120]})") from None
-    return Workers(rank, size, own_rows=own_rows)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from zotune.errors import InputError
 
@@ -31,3 +32,11 @@ def launch() -> str:
 def is_first() -> bool:
     """Whether this is the process that talks: the only one, or that of rank 0."""
     return asked_for() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def refuse_shared(command: str | None, shared: Collection[str]) -> None:
+    """Raises InputError for a command that the processes of a launcher do not take together, as they do those of `shared`."""
+    if (count := asked_for()) > 1 and command not in shared:
+        raise InputError(
+            f"zotune {command}: is one process's work, torchrun has started {count}; run it without torchrun"
+        )
