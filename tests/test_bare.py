@@ -88,6 +88,7 @@ ALONE = {  # kernels, and what writes or shows the results of a benchmark
         "zotune.engines.fold_kernels",
         "zotune.updates.fused",
         "zotune.decode.kernels",
+        "zotune.decode.products",
     },
     "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster"},
     "matplotlib": {"zotune.bench.figures", "zotune.reports.figures", "zotune.reports.page"},

@@ -19,20 +19,26 @@ MANY = 1024  # elements a program
 
 
 @triton.jit
+def through_gate(a, GATE: tl.constexpr):
+    """gate(a) of float32."""
+    if GATE == "silu":
+        a = a * tl.sigmoid(a)
+    elif GATE == "gelu":
+        a = a * 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+    elif GATE == "gelu_tanh":  # tanh(z) = 2·sigmoid(2z) − 1
+        a = a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
+    else:
+        a = tl.where(a < 0.0, 0.0, a)  # NaN stays
+    return a
+
+
+@triton.jit
 def _gated_kernel(y, a, b, n, GATE: tl.constexpr, MANY: tl.constexpr):
     """y ← gate(a)·b, rounded once."""
     at_M = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
     a_M = tl.load(a + at_M, mask=at_M < n, other=0.0).to(tl.float32)
     b_M = tl.load(b + at_M, mask=at_M < n, other=0.0).to(tl.float32)
-    if GATE == "silu":
-        a_M = a_M * tl.sigmoid(a_M)
-    elif GATE == "gelu":
-        a_M = a_M * 0.5 * (1.0 + tl.erf(a_M * 0.7071067811865476))
-    elif GATE == "gelu_tanh":  # tanh(z) = 2·sigmoid(2z) − 1
-        a_M = a_M * tl.sigmoid(1.5957691216057308 * (a_M + 0.044715 * a_M * a_M * a_M))
-    else:
-        a_M = tl.where(a_M < 0.0, 0.0, a_M)  # NaN stays
-    tl.store(y + at_M, (a_M * b_M).to(y.dtype.element_ty), mask=at_M < n)
+    tl.store(y + at_M, (through_gate(a_M, GATE) * b_M).to(y.dtype.element_ty), mask=at_M < n)
 
 
 def gated(a: Tensor, b: Tensor, gate: str) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import PartsOf
@@ -147,6 +147,10 @@ class PartedReads(TorchFunctionMode):
     @abstractmethod
     def rows(self, ids: Tensor, weight: Tensor) -> Any:
         """(n, …, D): a look-up by each part in its own weight."""
+
+    def gated(self, x: Tensor, a: nn.Module, b: nn.Module, gate: str) -> Tensor | None:
+        """gate(a(x))·b(x) of two linear maps (`gating.GATES`), where it is known how in one launch."""
+        return None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
