@@ -101,6 +101,17 @@ def test_a_slot_that_is_not_displaced_has_the_plain_product():
     near(found, x.double() @ m.w.double().t(), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("wide", [70, 1030])
+def test_a_look_up_has_each_slot_s_own_table(wide, rank, dtype):
+    _, (m,), which, scale = a_step(7, wide, (33,), rank, dtype)
+    ids = torch.tensor([0, 32, 5, 5, 31, 1, 2], device=DEVICE)
+    found = products.rows(ids, m.w, m.u, m.v, which, scale)
+    term = torch.einsum("sr,sdr->sd", m.u.double()[which.long(), ids], m.v.double()[which.long()])
+    near(found, m.w.double()[ids] + scale.double()[:, None] * term, dtype)
+
+
 @pytest.mark.parametrize(
     "changed", [{"rank": 5}, {"dtype": torch.float64}, {"outs": (1,)}, {"slots": 2, "wide": 1}], ids=str
 )  # fmt: skip
@@ -130,5 +141,10 @@ def test_the_compiled_kernels_give_their_formula(slots, rank, dtype):
             if bias is None and len(outs) == 2:
                 gated = products.gated_product(x, some, "silu", which, scale)
                 near(gated, GATES["silu"](wanted[0]) * wanted[1], dtype)
+    x, some, which, scale = a_step(slots, 576, (500,), rank, dtype)
+    ids, (m,) = torch.arange(slots, device=DEVICE) * 17 % 500, some
+    term = torch.einsum("sr,sdr->sd", m.u.double()[which.long(), ids], m.v.double()[which.long()])
+    wanted_rows = m.w.double()[ids] + scale.double()[:, None] * term
+    near(products.rows(ids, m.w, m.u, m.v, which, scale), wanted_rows, dtype)
     x, some, which, scale = a_step(slots, 576, (500,), rank, dtype, "all", transposed=True)
     near(products.products(x, some, which, scale)[0], exact(x, some[0], which, scale), dtype)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zotune.engines.between import through_gate
-from zotune.engines.kernels import INTERPRETED
+from zotune.engines.kernels import INTERPRETED, cdiv, power_of_2
 
 
 class Map(NamedTuple):
@@ -153,7 +153,7 @@ def serves(x_SD: Tensor, *maps: Map) -> bool:
 def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[str, int]:
     """Of a program: slots, outputs and inputs at once, and how it runs. size: bytes of an element. maps: of one program."""
     for many, wide in TILES:
-        if triton.cdiv(slots, many) * sum(triton.cdiv(out, wide) for out in outs) >= PROCESSORS:
+        if cdiv(slots, many) * sum(cdiv(out, wide) for out in outs) >= PROCESSORS:
             break
     # few rows wait for memory alone, and ask for much of it at once; many have registers for little
     inputs, stages, warps = (128, 6 - maps, 4) if many == 16 else (128, 3, 8) if many == 32 else (64, 3, 8)
@@ -173,7 +173,7 @@ def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor
         bias, each = (y, 0) if m.bias is None else (m.bias, 0 if m.bias.dim() == 1 else m.bias.stride(0))
         given += [y, m.w, m.v, m.u, bias, len(m.w), each]
     tiles = _tiles(slots, [len(m.w) for m in maps], x_SD.element_size())
-    _products_kernel[(triton.cdiv(slots, tiles["BS"]), sum(triton.cdiv(len(m.w), tiles["BN"]) for m in maps))](
+    _products_kernel[(cdiv(slots, tiles["BS"]), sum(cdiv(len(m.w), tiles["BN"]) for m in maps))](
         x_SD, which_S, scale_S, slots, wide, x_SD.stride(0), *first.w.stride(), *given, R=first.u.shape[2],
         HAS_BIAS=first.bias is not None, EXACT=x_SD.dtype == torch.float32, WIDE=INTERPRETED, **tiles,
     )  # fmt: skip
@@ -186,8 +186,32 @@ def gated_product(x_SD: Tensor, maps: Sequence[Map], gate: str, which_S: Tensor,
     out = len(a.w)
     y = torch.empty(slots, out, dtype=x_SD.dtype, device=x_SD.device)
     tiles = _tiles(slots, [out], x_SD.element_size(), maps=2)
-    _gated_products_kernel[(triton.cdiv(slots, tiles["BS"]), triton.cdiv(out, tiles["BN"]))](
+    _gated_products_kernel[(cdiv(slots, tiles["BS"]), cdiv(out, tiles["BN"]))](
         y, x_SD, which_S, scale_S, slots, wide, out, x_SD.stride(0), *a.w.stride(), a.w, a.v, a.u, b.w, b.v, b.u, GATE=gate,
         R=a.u.shape[2], EXACT=x_SD.dtype == torch.float32, WIDE=INTERPRETED, **tiles,
     )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _rows_kernel(y, ids, w, u, v, which, scale, N, D, R: tl.constexpr, BD: tl.constexpr):
+    """y (S, D) ← a row of W (N, D) + scale·U·Vᵀ, rounded once; u: (Q, N, R), v: (Q, D, R)."""
+    slot = tl.program_id(0).to(tl.int64)
+    d_B = tl.program_id(1) * BD + tl.arange(0, BD)
+    row, of, own = tl.load(ids + slot).to(tl.int64), tl.load(which + slot).to(tl.int64), tl.load(scale + slot)
+    y_B = tl.load(w + row * D + d_B, mask=d_B < D, other=0.0).to(tl.float32)
+    for r in tl.static_range(R):
+        share = tl.load(u + (of * N + row) * R + r).to(tl.float32) * own
+        y_B += share * tl.load(v + (of * D + d_B) * R + r, mask=d_B < D, other=0.0).to(tl.float32)
+    tl.store(y + slot * D + d_B, y_B.to(y.dtype.element_ty), mask=d_B < D)
+
+
+def rows(ids_S: Tensor, w_ND: Tensor, u_QNR: Tensor, v_QDR: Tensor, which_S: Tensor, scale_S: Tensor) -> Tensor:
+    """(S, D): of each slot's table W + scale·U·Vᵀ the row of its id, in float32, rounded once. All are contiguous."""
+    (slots,), (out, wide) = ids_S.shape, w_ND.shape
+    y = torch.empty(slots, wide, dtype=w_ND.dtype, device=w_ND.device)
+    span = min(1024, power_of_2(wide))
+    _rows_kernel[(slots, cdiv(wide, span))](
+        y, ids_S, w_ND, u_QNR, v_QDR, which_S, scale_S, out, wide, R=u_QNR.shape[2], BD=span
+    )
     return y

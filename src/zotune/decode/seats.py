@@ -133,7 +133,22 @@ class SeatReads(LowRankReads):
         self._given = weakref.ref(x), x._version, given
         return given.pop(id(weight))[1]
 
+    def rows(self, ids: Tensor, weight: Any) -> Any:
+        if ids.numel() != len(self.parts) or not ids.is_contiguous() or not weight.data.is_contiguous():
+            return super().rows(ids, weight)
+        if weight.dim() != 2 or kernels_for(weight) is None:
+            return super().rows(ids, weight)
+        from zotune.decode import products
+
+        scale_S = self._scale(self.engine.directions.slots[id(weight)].group, torch.float32, ids.device)
+        y_SD = products.rows(ids.view(-1), weight.data, *self.factors_of(weight), self._seated_S, scale_S)
+        return y_SD.view(*ids.shape, -1)
+
     def gated(self, x: Tensor, a: nn.Module, b: nn.Module, gate: str) -> Tensor | None:
+        with torch._C.DisableTorchFunction():
+            return self._gated(x, a, b, gate)
+
+    def _gated(self, x: Tensor, a: nn.Module, b: nn.Module, gate: str) -> Tensor | None:
         if not self._single(x) or not all(_is_plain(module) for module in (a, b)):
             return None
         from zotune.decode import products

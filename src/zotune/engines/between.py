@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.engines.kernels import INTERPRETED
+from zotune.engines.kernels import INTERPRETED, cdiv, power_of_2
 
 MANY = 1024  # elements a program
 
@@ -44,7 +44,7 @@ def _gated_kernel(y, a, b, n, GATE: tl.constexpr, MANY: tl.constexpr):
 def gated(a: Tensor, b: Tensor, gate: str) -> Tensor:
     """gate(a)·b, computed in float32 and rounded once; a and b contiguous, of one shape and dtype."""
     y = torch.empty_like(a)
-    _gated_kernel[(triton.cdiv(a.numel(), MANY),)](y, a, b, a.numel(), GATE=gate, MANY=MANY)
+    _gated_kernel[(cdiv(a.numel(), MANY),)](y, a, b, a.numel(), GATE=gate, MANY=MANY)
     return y
 
 
@@ -86,10 +86,10 @@ def rotary(q_BHTD: Tensor, k_BKTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> 
     q, k = (x.new_empty(rows, tokens, x.shape[1], width).transpose(1, 2) for x in (q_BHTD, k_BKTD))
     many = 32 if rows * tokens >= 4096 else 8
     half = width // 2
-    _rotary_kernel[(triton.cdiv(rows * tokens, many), heads + others)](
+    _rotary_kernel[(cdiv(rows * tokens, many), heads + others)](
         q, k, q_BHTD, k_BKTD, cos_BTD, sin_BTD, rows * tokens, tokens, heads, others, half, *q_BHTD.stride()[:3],
         *k_BKTD.stride()[:3], cos_BTD.stride(0) if len(cos_BTD) > 1 else 0, cos_BTD.stride(1),
-        sin_BTD.stride(0) if len(sin_BTD) > 1 else 0, sin_BTD.stride(1), BN=many, BD=triton.next_power_of_2(half),
+        sin_BTD.stride(0) if len(sin_BTD) > 1 else 0, sin_BTD.stride(1), BN=many, BD=power_of_2(half),
         num_warps=4 if many * half >= 512 else 1,
     )  # fmt: skip
     return q, k
@@ -138,11 +138,11 @@ def short_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float
     """
     rows, heads, tokens, width = q_BHTD.shape
     out = q_BHTD.new_empty(rows, tokens, heads, width).transpose(1, 2)
-    tall = max(16, triton.next_power_of_2(tokens))
+    tall = max(16, power_of_2(tokens))
     _short_kernel[(rows * heads,)](
         out, q_BHTD, k_BKTD, v_BKTD, float(1 / math.sqrt(width) if scale is None else scale), tokens, width, heads,
         heads // k_BKTD.shape[1], *q_BHTD.stride()[:3], *k_BKTD.stride()[:3], *v_BKTD.stride()[:3], WIDE=INTERPRETED,
-        EXACT=q_BHTD.dtype == torch.float32, BT=tall, BD=max(16, triton.next_power_of_2(width)),
+        EXACT=q_BHTD.dtype == torch.float32, BT=tall, BD=max(16, power_of_2(width)),
         num_warps=4 if tall >= 64 else 2 if tall == 32 else 1,
     )  # fmt: skip
     return out
