@@ -65,3 +65,4 @@ def test_directions_cost_no_launch_of_a_layer(members, products, monkeypatch):
     two, one = (of_a_step(layers, members, monkeypatch) for layers in (2, 1))
     others = {"_rms_norm_kernel": 2, "add.Tensor": 2, "_rotary_kernel": 1, "_attend_kernel": 1}
     assert two - one == Counter(products | others)
+    assert (one - (two - one)).total() == 12  # beside all layers

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zotune.decode.members import Population
+from zotune.decode.seats import MemberWeights
+from zotune.directions import Directions
+from zotune.engines import parts
 from zotune.engines.gating import GATES
 
 products = pytest.importorskip("zotune.decode.products", reason="triton is missing")
@@ -123,6 +127,34 @@ def test_other_maps_are_left_to_others(changed):
     assert not products.serves(x.bfloat16(), *maps)
     x, maps, *_ = a_step(**given | changed)
     assert not products.serves(x, *maps) or changed.get("dtype") == torch.float64  # which `kernels_for` leaves out
+
+
+def test_a_product_made_with_another_is_given_once_and_beside_its_own_bias(monkeypatch):
+    monkeypatch.setattr(parts, "KERNEL_DEVICES", {DEVICE})
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(20, 12), "b": torch.nn.Linear(20, 12)}).to(DEVICE)
+    a, b = model["a"], model["b"]
+    weights = MemberWeights(Population(Directions([list(model.named_parameters())]), 0.1, 1), 2)
+    weights.draw([(1, 1), (2, -1)])
+    reads, x, launched = weights.reads([0, 1, -1]), drawn(3, 1, 20), []
+    plain = products.products
+    monkeypatch.setattr(
+        products, "products", lambda x, maps, *rest: (launched.append(len(maps)), plain(x, maps, *rest))[1]
+    )
+
+    def wanted(weight, bias):
+        return torch.stack([x[i] @ reads.copy(weight, i).t() + reads.stacks[id(bias)][i] for i in range(3)]).double()
+
+    with torch.no_grad(), reads:
+        a(two := drawn(3, 2, 20))  # a prompt shows who takes one x
+        b(two)
+        found = [a(x), b(x).clone()]
+        b(x).zero_()
+        found += [b(x), a(x), torch.nn.functional.linear(x, b.weight, a.bias)]
+    right = [wanted(a.weight, a.bias), wanted(b.weight, b.bias)]
+    for y, exactly in zip(found, [*right, *right[::-1], wanted(b.weight, a.bias)], strict=True):
+        near(y, exactly, torch.float32)
+    assert launched == [2, 1, 1, 2, 1]
 
 
 @pytest.mark.gpu

@@ -145,9 +145,11 @@ def serves(x_SD: Tensor, *maps: Map) -> bool:
     """Whether the kernels are for these maps of x (S, D), whose last dimension is contiguous, and faster than others."""
     slots, wide = x_SD.shape
     small = all(slots * wide * len(m.w) <= LARGEST and m.u.shape[2] <= MOST_RANK for m in maps)
-    alike = all(m.w.dtype == x_SD.dtype and min(m.w.shape) > 1 for m in maps)
+    added = [x_SD if m.bias is None else m.bias for m in maps]
+    alike = all(t.dtype == x_SD.dtype and t.stride(-1) == 1 for t in (x_SD, *added))
+    alike = alike and all(m.w.dtype == x_SD.dtype and min(m.w.shape) > 1 for m in maps)
     laid = all(m.w.is_contiguous() or m.w.t().is_contiguous() for m in maps)
-    return small and alike and laid and x_SD.stride(1) == 1 and len({m.w.stride() for m in maps}) == 1
+    return small and alike and laid and len({m.w.stride() for m in maps}) == 1
 
 
 def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[str, int]:
