@@ -58,8 +58,9 @@ def bare(tmp_path_factory):
 
 SKIPPED = {  # whole modules, and one backend of the last
     *(f"bench/test_{name}.py" for name in ("chosen", "pace", "positions", "report", "runner", "search", "shared")),
-    "test_compare.py", "decode/test_decode_kernels.py", "engines/test_between.py", "engines/test_adapters.py",
-    "engines/test_kernels.py", "test_fused.py", "models/test_quantized.py", "noise/test_known_answers.py",
+    "test_compare.py", "engines/test_between.py", "engines/test_adapters.py", "engines/test_kernels.py", "test_fused.py",
+    *(f"decode/test_{name}.py" for name in ("decode_kernels", "products", "launches")),
+    "models/test_quantized.py", "noise/test_known_answers.py",
 }  # fmt: skip
 
 
@@ -88,6 +89,7 @@ ALONE = {  # kernels, and what writes or shows the results of a benchmark
         "zotune.engines.fold_kernels",
         "zotune.updates.fused",
         "zotune.decode.kernels",
+        "zotune.decode.products",
     },
     "sqlalchemy": {"zotune.bench.store", "zotune.bench.runner", "zotune.bench.cluster", "zotune.bench.shared"},
     "matplotlib": {"zotune.bench.figures", "zotune.reports.figures", "zotune.reports.page"},

@@ -97,7 +97,9 @@ SERVED = ["llama", "qwen2", "mistral-window", "gemma3-window", "gemma2-window", 
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [*((name, None) for name in SERVED), pytest.param("llama", 1, marks=pytest.mark.slow)]
+    ("name", "rank"),
+    [*((name, None) for name in SERVED)]
+    + [pytest.param(name, rank, marks=pytest.mark.slow) for name, rank in [("llama", 1), ("qwen2", 2), ("gpt2", 1)]],
 )
 def test_a_loop_by_kernels_writes_what_one_without_does(name, rank, monkeypatch):
     model = model_of(name).to(DEVICE)

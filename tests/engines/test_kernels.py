@@ -30,7 +30,11 @@ def test_one_read_of_x_serves_every_weight_that_takes_it(readers, which, rows, w
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias_of", [None, "all", "each"])
-@pytest.mark.parametrize(("which", "rows", "out", "rank"), [([1, 0, 1, 2], 5, 300, 1), ([0, 0], 33, 999, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("which", "rows", "out", "rank"),
+    [([1, 0, 1, 2], 5, 300, 1), ([0, 0], 33, 999, 3), ([1, 0, 2], 1, 1500, 2)],
+    ids=str,
+)
 def test_what_a_product_is_added_to_is_the_low_rank_term_and_the_bias(which, rows, out, rank, bias_of, dtype):
     from zotune.engines.kernels import low_rank_outer
 

@@ -13,9 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.engines.kernels import INTERPRETED
+from zotune.engines.kernels import INTERPRETED, cdiv, power_of_2
 
 MANY = 1024  # elements a program
+
+
+@triton.jit
+def through_gate(a, GATE: tl.constexpr):
+    """gate(a) of float32."""
+    if GATE == "silu":
+        a = a * tl.sigmoid(a)
+    elif GATE == "gelu":
+        a = a * 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+    elif GATE == "gelu_tanh":  # tanh(z) = 2·sigmoid(2z) − 1
+        a = a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
+    else:
+        a = tl.where(a < 0.0, 0.0, a)  # NaN stays
+    return a
 
 
 @triton.jit
@@ -24,21 +38,13 @@ def _gated_kernel(y, a, b, n, GATE: tl.constexpr, MANY: tl.constexpr):
     at_M = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
     a_M = tl.load(a + at_M, mask=at_M < n, other=0.0).to(tl.float32)
     b_M = tl.load(b + at_M, mask=at_M < n, other=0.0).to(tl.float32)
-    if GATE == "silu":
-        a_M = a_M * tl.sigmoid(a_M)
-    elif GATE == "gelu":
-        a_M = a_M * 0.5 * (1.0 + tl.erf(a_M * 0.7071067811865476))
-    elif GATE == "gelu_tanh":  # tanh(z) = 2·sigmoid(2z) − 1
-        a_M = a_M * tl.sigmoid(1.5957691216057308 * (a_M + 0.044715 * a_M * a_M * a_M))
-    else:
-        a_M = tl.where(a_M < 0.0, 0.0, a_M)  # NaN stays
-    tl.store(y + at_M, (a_M * b_M).to(y.dtype.element_ty), mask=at_M < n)
+    tl.store(y + at_M, (through_gate(a_M, GATE) * b_M).to(y.dtype.element_ty), mask=at_M < n)
 
 
 def gated(a: Tensor, b: Tensor, gate: str) -> Tensor:
     """gate(a)·b, computed in float32 and rounded once; a and b contiguous, of one shape and dtype."""
     y = torch.empty_like(a)
-    _gated_kernel[(triton.cdiv(a.numel(), MANY),)](y, a, b, a.numel(), GATE=gate, MANY=MANY)
+    _gated_kernel[(cdiv(a.numel(), MANY),)](y, a, b, a.numel(), GATE=gate, MANY=MANY)
     return y
 
 
@@ -80,10 +86,10 @@ def rotary(q_BHTD: Tensor, k_BKTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> 
     q, k = (x.new_empty(rows, tokens, x.shape[1], width).transpose(1, 2) for x in (q_BHTD, k_BKTD))
     many = 32 if rows * tokens >= 4096 else 8
     half = width // 2
-    _rotary_kernel[(triton.cdiv(rows * tokens, many), heads + others)](
+    _rotary_kernel[(cdiv(rows * tokens, many), heads + others)](
         q, k, q_BHTD, k_BKTD, cos_BTD, sin_BTD, rows * tokens, tokens, heads, others, half, *q_BHTD.stride()[:3],
         *k_BKTD.stride()[:3], cos_BTD.stride(0) if len(cos_BTD) > 1 else 0, cos_BTD.stride(1),
-        sin_BTD.stride(0) if len(sin_BTD) > 1 else 0, sin_BTD.stride(1), BN=many, BD=triton.next_power_of_2(half),
+        sin_BTD.stride(0) if len(sin_BTD) > 1 else 0, sin_BTD.stride(1), BN=many, BD=power_of_2(half),
         num_warps=4 if many * half >= 512 else 1,
     )  # fmt: skip
     return q, k
@@ -132,11 +138,11 @@ def short_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float
     """
     rows, heads, tokens, width = q_BHTD.shape
     out = q_BHTD.new_empty(rows, tokens, heads, width).transpose(1, 2)
-    tall = max(16, triton.next_power_of_2(tokens))
+    tall = max(16, power_of_2(tokens))
     _short_kernel[(rows * heads,)](
         out, q_BHTD, k_BKTD, v_BKTD, float(1 / math.sqrt(width) if scale is None else scale), tokens, width, heads,
         heads // k_BKTD.shape[1], *q_BHTD.stride()[:3], *k_BKTD.stride()[:3], *v_BKTD.stride()[:3], WIDE=INTERPRETED,
-        EXACT=q_BHTD.dtype == torch.float32, BT=tall, BD=max(16, triton.next_power_of_2(width)),
+        EXACT=q_BHTD.dtype == torch.float32, BT=tall, BD=max(16, power_of_2(width)),
         num_warps=4 if tall >= 64 else 2 if tall == 32 else 1,
     )  # fmt: skip
     return out

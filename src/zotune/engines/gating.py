@@ -29,15 +29,17 @@ class Gated:
     gate: str
 
     def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels = (
-            kernels_for(args[0], "between") if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
-        )
-        if kernels is None or torch.is_grad_enabled():
+        x = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        if x is None or torch.is_grad_enabled() or (kernels := kernels_for(x, "between")) is None:
             return plain(*args, **kwargs)
-        a, b = module.gate_proj(args[0]), module.up_proj(args[0])
+        if mode is not None and (y := mode.gated(x, module.gate_proj, module.up_proj, self.gate)) is not None:
+            return module.down_proj(y)
+        a, b = module.gate_proj(x), module.up_proj(x)
         if type(a) is not Tensor or type(b) is not Tensor or a.shape != b.shape or a.dtype != b.dtype:
             return module.down_proj(GATES[self.gate](a) * b)
-        return module.down_proj(kernels.gated(a.contiguous(), b.contiguous(), self.gate))
+        with torch._C.DisableTorchFunction():
+            y = kernels.gated(a.contiguous(), b.contiguous(), self.gate)
+        return module.down_proj(y)
 
 
 class _Product(nn.Module):

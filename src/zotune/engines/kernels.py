@@ -20,6 +20,16 @@ from zotune.engines.parts import Values
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # there a product of bfloat16 is one of their bits
 
 
+# Triton's own take microseconds a call, of which a forward without a graph makes hundreds.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next one, n itself if it is."""
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def _inner_kernel(
     t, x, a0, a1, a2, which, scale, P, M, D, stride_p, stride_m,
@@ -120,7 +130,7 @@ def add_shift(y_PMN: Tensor, shift_PN: Tensor) -> None:
     """y += shift in place, computed in float32 and rounded once. A vector (N,) serves all parts."""
     parts, rows, wide = y_PMN.shape
     many = _rows_at_once(parts, rows)
-    _shift_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(wide, 256))](
+    _shift_kernel[(parts, cdiv(rows, many), cdiv(wide, 256))](
         y_PMN, shift_PN, rows, wide, y_PMN.stride(0), y_PMN.stride(1), 0 if shift_PN.dim() == 1 else shift_PN.stride(0),
         BM=many, BN=256,
     )  # fmt: skip
@@ -146,9 +156,9 @@ LONGEST_NORM = 16384  # elements of a row that one program holds
 def layer_norm(x_PMN: Tensor, scale_PN: Tensor, shift_PN: Tensor | None, eps: float) -> Tensor:
     """Layer norm with each part's own scale and shift, computed in float32 and rounded once. x is contiguous, N ≤ LONGEST_NORM."""
     parts, rows, wide = x_PMN.shape
-    y, padded = torch.empty_like(x_PMN), triton.next_power_of_2(wide)
+    y, padded = torch.empty_like(x_PMN), power_of_2(wide)
     many = max(1, 2048 // padded)
-    _layer_norm_kernel[(parts, triton.cdiv(rows, many))](
+    _layer_norm_kernel[(parts, cdiv(rows, many))](
         y, x_PMN, scale_PN, shift_PN, rows, wide, eps, scale_PN.stride(0), 0 if shift_PN is None else shift_PN.stride(0),
         HAS_SHIFT=shift_PN is not None, BM=many, BN=padded, num_warps=4 if padded <= 4096 else 8,
     )  # fmt: skip
@@ -158,9 +168,9 @@ def layer_norm(x_PMN: Tensor, scale_PN: Tensor, shift_PN: Tensor | None, eps: fl
 def rms_norm(x_PMN: Tensor, scale_PN: Tensor, eps: float, offset: float) -> Tensor:
     """RMS norm with each part's own scale, computed in float32 and rounded once. x is contiguous, N ≤ LONGEST_NORM."""
     parts, rows, wide = x_PMN.shape
-    y, padded = torch.empty_like(x_PMN), triton.next_power_of_2(wide)
+    y, padded = torch.empty_like(x_PMN), power_of_2(wide)
     many = max(1, 2048 // padded)
-    _rms_norm_kernel[(parts, triton.cdiv(rows, many))](
+    _rms_norm_kernel[(parts, cdiv(rows, many))](
         y, x_PMN, scale_PN, rows, wide, float(eps), float(offset), scale_PN.stride(0),
         BM=many, BN=padded, num_warps=4 if padded <= 4096 else 8,
     )  # fmt: skip
@@ -178,7 +188,7 @@ def low_rank_inner(x_PMD: Tensor, in_SQDR: Sequence[Tensor], which_P: Tensor, sc
     rank, count = in_SQDR[0].shape[2], len(in_SQDR)
     t = torch.empty(count, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
     at_once, span, warps = INNER_FEW if parts * rows < FEW_ROWS else INNER_MANY
-    _inner_kernel[(parts, triton.cdiv(rows, at_once))](
+    _inner_kernel[(parts, cdiv(rows, at_once))](
         t, x_PMD, in_SQDR[0], in_SQDR[min(1, count - 1)], in_SQDR[min(2, count - 1)], which_P, scale_P, parts, rows, wide,
         x_PMD.stride(0), x_PMD.stride(1), S=count, R=rank, BM=at_once, BD=span, num_warps=warps,
     )  # fmt: skip
@@ -191,10 +201,10 @@ def low_rank_outer(
     """(P, M, N): t·Bᵀ + bias, what a product with the shared weight is added to. A bias (N,) serves all parts."""
     (parts, rows, rank), out = t_PMR.shape, out_QNR.shape[1]
     y = torch.empty(parts, rows, out, dtype=dtype, device=t_PMR.device)
-    many = _rows_at_once(parts, rows)
-    _outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 256))](
+    many, span = (_rows_at_once(parts, rows), 256) if rows > 1 else (1, 1024)
+    _outer_kernel[(parts, cdiv(rows, many), cdiv(out, span))](
         y, t_PMR, out_QNR, which_P, bias_PN, rows, out, 0 if bias_PN is None or bias_PN.dim() == 1 else bias_PN.stride(0),
-        HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=256,
+        HAS_BIAS=bias_PN is not None, R=rank, BM=many, BN=span,
     )  # fmt: skip
     return y
 
@@ -288,12 +298,12 @@ MOST_SLICES = 4
 def adapter_inner(x_PMD: Tensor, a: Values) -> Tensor:
     """(S, P, M, R) float32, whose sum over S is x·A_pᵀ. x's last dimension, and A's but for the parts, are contiguous."""
     (parts, rows, wide), rank = x_PMD.shape, a.w.shape[1]
-    many, tall = _rows_at_once(parts, rows), max(16, triton.next_power_of_2(rank))
-    programs, steps = parts * triton.cdiv(rows, many), triton.cdiv(wide, ADAPTER_WIDE)
+    many, tall = _rows_at_once(parts, rows), max(16, power_of_2(rank))
+    programs, steps = parts * cdiv(rows, many), cdiv(wide, ADAPTER_WIDE)
     slices = min(MOST_SLICES, steps, max(1, FILLED // programs))
-    each = triton.cdiv(steps, slices) * ADAPTER_WIDE
+    each = cdiv(steps, slices) * ADAPTER_WIDE
     t = torch.empty(slices, parts, rows, rank, dtype=torch.float32, device=x_PMD.device)
-    _adapter_inner_kernel[(parts, triton.cdiv(rows, many), slices)](
+    _adapter_inner_kernel[(parts, cdiv(rows, many), slices)](
         t, x_PMD, a.w, a.u, a.v, a.which, a.scale, parts, rows, wide, each, x_PMD.stride(0), x_PMD.stride(1),
         a.w.stride(0), R=rank, F=_rank(a), EXACT=x_PMD.dtype == torch.float32,
         SPLIT=a.w.dtype != x_PMD.dtype or a.u is not None, WIDE=INTERPRETED, BM=many, BR=tall, BD=ADAPTER_WIDE, num_warps=4,
@@ -305,9 +315,9 @@ def adapter_outer(y_PMN: Tensor, t_SPMR: Tensor, b: Values, scaling: float) -> N
     """y += scaling·Σ_s t_s·B_pᵀ in place, computed in float32 and rounded once. y is contiguous, and B but for the parts."""
     (slices, parts, rows, rank), out = t_SPMR.shape, y_PMN.shape[2]
     many = _rows_at_once(parts, rows)
-    _adapter_outer_kernel[(parts, triton.cdiv(rows, many), triton.cdiv(out, 128))](
+    _adapter_outer_kernel[(parts, cdiv(rows, many), cdiv(out, 128))](
         y_PMN, t_SPMR, b.w, b.u, b.v, b.which, b.scale, float(scaling), parts, rows, out, b.w.stride(0),
-        R=rank, F=_rank(b), S=slices, BM=many, BN=128, BR=max(16, triton.next_power_of_2(rank)), num_warps=4,
+        R=rank, F=_rank(b), S=slices, BM=many, BN=128, BR=max(16, power_of_2(rank)), num_warps=4,
     )  # fmt: skip
 
 

@@ -29,7 +29,11 @@ class RmsNorm:
     def forward(self, mode: PartedReads | None, module: Any, plain: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):  # with a gate, say: it may do more than a norm
             return plain(*args, **kwargs)
-        x = args[0]
+        with torch._C.DisableTorchFunction():  # a mode that follows reads has nothing to see here, and takes its time
+            y = self._by_kernel(mode, module, args[0])
+        return plain(args[0]) if y is None else y
+
+    def _by_kernel(self, mode: PartedReads | None, module: Any, x: Tensor) -> Tensor | None:
         kernels, still = kernels_for(x), mode is None  # no direction displaces it
         scale_PN = module.weight.data[None] if mode is None else mode.stack_of(module.weight)
         if mode is not None and scale_PN is None and not mode.is_parted(module.weight):
@@ -37,7 +41,7 @@ class RmsNorm:
         served = kernels is not None and scale_PN is not None
         served = served and (mode is None or still or (mode.parts.equal and mode.is_batch(x)))
         if not served or not x.is_contiguous() or x.dtype != module.weight.dtype or x.shape[-1] > kernels.LONGEST_NORM:
-            return plain(x)
+            return None
         x_PMN = x.view(1, -1, x.shape[-1]) if mode is None or still else mode.parts.by_part(x).flatten(1, -2)
         return kernels.rms_norm(x_PMN, scale_PN, self.eps, self.offset).view(x.shape)
 

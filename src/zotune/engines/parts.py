@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zotune.directions import PartsOf
@@ -148,13 +148,20 @@ class PartedReads(TorchFunctionMode):
     def rows(self, ids: Tensor, weight: Tensor) -> Any:
         """(n, …, D): a look-up by each part in its own weight."""
 
+    def gated(self, x: Tensor, a: nn.Module, b: nn.Module, gate: str) -> Tensor | None:
+        """gate(a(x))·b(x) of two linear maps (`gating.GATES`), where it is known how in one launch."""
+        return None
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(map(self._touches, args)) and not (kwargs and any(map(self._touches, kwargs.values()))):
-            result = _attention(args, kwargs) if func is F.scaled_dot_product_attention else NotImplemented
-            result = attended(func, args, kwargs) if result is NotImplemented else result
+        if not self._touched(args) and not (kwargs and self._touched(kwargs.values())):
+            if func is F.scaled_dot_product_attention:
+                result = _attention(args, kwargs)
+                result = attended(func, args, kwargs) if result is NotImplemented else result
+            else:
+                result = func(*args, **kwargs)
             if self.watching and isinstance(result, Tensor) and result.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(result.dtype).eps)
             return result
@@ -176,8 +183,13 @@ class PartedReads(TorchFunctionMode):
     def is_parted(self, value: Any) -> bool:
         return id(value) in self._params or id(value) in self._values
 
-    def _touches(self, arg: Any) -> bool:
-        return self.is_parted(arg) or (type(arg) in (list, tuple) and any(map(self.is_parted, arg)))
+    def _touched(self, args: Iterable[Any]) -> bool:
+        """Asked of every function that a model calls, of which most touch nothing."""
+        params, made = self._params, self._values
+        for arg in args:
+            if id(arg) in params or id(arg) in made or (type(arg) in (list, tuple) and any(map(self.is_parted, arg))):
+                return True
+        return False
 
     def is_batch(self, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.dim() == 0 or self.is_parted(value):

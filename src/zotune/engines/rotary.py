@@ -28,17 +28,16 @@ class Rotary:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own function gives; by it, wherever the kernel does not serve."""
+        with torch._C.DisableTorchFunction():  # a mode that follows reads has nothing to see here, and takes its time
+            turned = self._by_kernel(args, kwargs)
+        return self.plain(*args, **kwargs) if turned is None else turned
+
+    def _by_kernel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         kernels = kernels_for(args[0], "between") if len(args) == 4 and isinstance(args[0], Tensor) else None
-        axis = kwargs.get("unsqueeze_dim", 1)
-        if (
-            kernels is None
-            or torch.is_grad_enabled()
-            or axis != 1
-            or kwargs.keys() - {"unsqueeze_dim"}
-            or not _serves(*args)
-        ):
-            return self.plain(*args, **kwargs)
-        return kernels.rotary(*args)
+        if kernels is None or torch.is_grad_enabled() or kwargs.keys() - {"unsqueeze_dim"}:
+            return None
+        fits = kwargs.get("unsqueeze_dim", 1) == 1 and _serves(*args)
+        return kernels.rotary(*args) if fits else None
 
 
 def _serves(q: Any, k: Any, cos: Any, sin: Any) -> bool:
