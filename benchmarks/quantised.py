@@ -9,7 +9,7 @@ steps; peak_gib torch's allocator over them and reserved_gib what it holds, in w
 model takes, build_peak_gib the most while it was made.
 
 A row of noise is one base: --noise-rows rows of 64 tokens (prose for a model from a folder, else random), LoRA with B drawn at a
-spread of 0.01, 4 directions, d = L(θ + εz) − L(θ − εz) of each row in bfloat16, and the same d of the base's own numbers in float32.
+spread of 0.01, 4 directions, d = L(θ + εz) − L(θ − εz) of each row in bfloat16, and the same d of the base's numbers in float32.
 `noise` is the root mean square of the difference of the two, `signal` that of the second.
 """
 
@@ -121,10 +121,13 @@ def build(shape: str, quantize: str | None, device: str) -> Any:
         hollow = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     drawn: dict[tuple[int, ...], torch.Tensor] = {}
     state = {}
+    torch.manual_seed(0)
     for name, param in hollow.named_parameters():
         if (like := tuple(param.shape)) not in drawn:
             values = torch.randn(like, dtype=torch.bfloat16, device=device) * 0.02 if param.dim() > 1 else None
-            drawn[like] = (torch.full(like, float("norm" in name)) if values is None else values).to("cpu", torch.bfloat16)
+            drawn[like] = (torch.full(like, float("norm" in name)) if values is None else values).to(
+                "cpu", torch.bfloat16
+            )
         state[name] = drawn[like]
     more = {} if quantize is None else {"quantization_config": quantization(quantize)}
     model = type(hollow).from_pretrained(

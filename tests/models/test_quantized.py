@@ -62,6 +62,15 @@ def ids_of(rows: int = 3, tokens: int = 6) -> torch.Tensor:
     return torch.randint(5, 30, (rows, tokens), generator=torch.Generator().manual_seed(rows))
 
 
+def values_of(weight) -> torch.Tensor:
+    """What a packed weight stands for."""
+    if (state := getattr(weight, "quant_state", None)) is None:
+        return weight.dequantize()
+    import bitsandbytes
+
+    return bitsandbytes.functional.dequantize_4bit(weight.data, state)
+
+
 # What the quantised model is.
 
 
@@ -74,13 +83,7 @@ def test_a_product_is_that_of_the_weights_as_they_were_rounded(material, bits):
     for name, module in model.named_modules():
         if not name.endswith("_proj"):
             continue
-        weight = module.weight
-        if bits == "nf4":
-            import bitsandbytes
-
-            rounded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        else:
-            rounded = weight.dequantize()
+        rounded = values_of(module.weight)
         plain = whole.get_submodule(name).weight.detach()
         off = max(off, float((rounded - plain).abs().max() / plain.abs().max()))
         with torch.no_grad():
@@ -188,6 +191,79 @@ def test_a_classifier_s_head_stays_whole_and_trains(material, name, bits):
     assert logits(adapted, ids_of()).shape == (3, 3)
 
 
+# Steps: those of the same model in whole weights of the values that the packed ones stand for.
+
+STEPS = {
+    "dual": {"engine": "dual"},
+    "lowrank": {"engine": "lowrank", "rank": 2},
+    "population": {"method": "leave-one-out", "groups": "batch", "queries": 3, "forward_tokens": 40},
+    "folded population": {"method": "leave-one-out", "groups": "batch", "queries": 2, "fold_every": 2},
+    "auto rate": {"engine": "lowrank", "lr": "auto", "total_steps": 10},
+    "auto rate, population": {
+        "method": "leave-one-out",
+        "groups": "batch",
+        "queries": 2,
+        "lr": "auto",
+        "total_steps": 10,
+    },
+}
+
+
+def unpacked(folder: Path, bits: str) -> torch.nn.Module:
+    """In float32, of the numbers that the quantised model's weights are read as."""
+    packed, whole = load_model(str(folder), quantize=bits, dtype="float32"), load_model(str(folder), dtype="float32")
+    for name, module in packed.named_modules():
+        if not name.endswith("_proj"):
+            continue
+        with torch.no_grad():
+            whole.get_submodule(name).weight.copy_(values_of(module.weight))
+    return whole
+
+
+def steps_taken(
+    model: torch.nn.Module, scheme: str, options: dict
+) -> tuple[list, list[torch.Tensor], list[torch.Tensor]]:
+    """The records of four steps, what trains before them and after."""
+    torch.manual_seed(5)
+    adapted = get_scheme(scheme).prepare(model).eval()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    optimizer = ZeroOrderOptimizer(adapted, **({"lr": 1e-2, "eps": 1e-1} | options))
+    records: list = []
+    optimizer.watch = records.append
+    labels = torch.tensor([7, 11, 13])
+
+    def loss(batch):
+        logits = adapted(input_ids=batch["input_ids"], use_cache=False).logits[:, -1]
+        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+    for _ in range(4):
+        optimizer.step(loss, batch={"input_ids": ids_of(), "labels": labels})
+    optimizer.flush()
+    assert getattr(optimizer.engine, "usable", True), optimizer.engine.why
+    return records, start, [p.detach() for p in trained]
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("scheme", ["lora", "prefix"])
+@pytest.mark.parametrize("bits", NAMES)
+def test_steps_over_a_packed_base_are_those_over_its_values(material, bits, scheme, options):
+    """Losses, projected gradients, the rate that was found and the adapter after four steps; products differ in their last bits."""
+    found, start, ours = steps_taken(
+        load_model(str(material / "llama"), quantize=bits, dtype="float32"), scheme, options
+    )
+    expected, _, theirs = steps_taken(unpacked(material / "llama", bits), scheme, options)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.seeds_Q, a.skipped, a.shares) == (b.seeds_Q, b.skipped, b.shares)
+        assert a.losses_P == pytest.approx(b.losses_P, rel=1e-5)
+        assert a.g_GQ[0] == pytest.approx(b.g_GQ[0], abs=2e-4)
+        assert any(abs(g) > 2e-3 for g in a.g_GQ[0])
+        assert a.lr_G == pytest.approx(b.lr_G, rel=1e-2)
+    for before, value, other in zip(start, ours, theirs, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+        assert not torch.equal(value, before)
+
+
 # A run.
 
 
@@ -242,6 +318,17 @@ def test_an_adapter_on_a_quantised_base_trains_resumes_loads_scores_and_replays(
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == weights
     assert run(["eval", *base, *data, *steps, "--output", str(tmp_path / "value.json")]) == 0
     assert json.loads((tmp_path / "value.json").read_text())["value"] == pytest.approx(result["test_after"])
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("lora", "nf4"), ("prefix", "int8")])
+def test_a_population_finds_its_rate_over_a_quantised_base_and_is_replayed(material, tmp_path, scheme, bits):
+    more = {"method": "leave-one-out", "groups": "batch", "queries": 2, "lr": "auto", "steps": 2}
+    args = flags(material, "llama", scheme=scheme, quantize=bits, **more)
+    assert run(["train", *args, "--output", str(tmp_path / "run")]) == 0
+    steps = ["--model", str(material / "llama"), "--trajectory", str(tmp_path / "run" / "trajectory.zot")]
+    assert run(["replay", *steps, "--device", "cpu", "--output", str(tmp_path / "again")]) == 0
+    ours, again = (tmp_path / name / "adapter_model.safetensors" for name in ("run/model", "again"))
+    assert ours.read_bytes() == again.read_bytes()
 
 
 def test_a_classifier_on_a_quantised_base_is_loaded_with_its_head(material, tmp_path):

@@ -218,17 +218,32 @@ def scale_of(trained: Sequence[nn.Parameter], model: nn.Module | None = None) ->
     """s: the root mean square of what trains, of all elements but those of tensors that are zeros throughout; to four digits.
 
     A matrix that begins at zero is a factor of what is added to a model's weights (LoRA's B), and the other factor's size does not
-    tell what noise in it does to them: then s is of all the model's weights, as far as they are no integers.
+    tell what noise in it does to them: then s is of all the model's weights, of packed ones by the values that they stand for.
     """
     stays = [param for param in trained if not hasattr(param, "streamed")]  # a factor is small
     factor = any(param.dim() > 1 and not param.detach().any() for param in stays)
     if factor and model is not None:
-        trained = [param for param in model.parameters() if type(param.data) is Tensor and param.is_floating_point()]
+        trained = [param for param in model.parameters() if type(param.data) is Tensor or _is_packed(param)]
     total, count = 0.0, 0
     for param in trained:
         if (block := getattr(param, "streamed", None)) is not None:
             block.arrive()
-        squares = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64)) ** 2
-        if squares:
-            total, count = total + squares, count + param.numel()
+        values = _unpacked(param).detach()
+        if values.is_floating_point() and (
+            squares := float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+        ):
+            total, count = total + squares, count + values.numel()
     return float(f"{math.sqrt(total / count):.4g}") if count else 0.0
+
+
+def _is_packed(param: nn.Parameter) -> bool:
+    return type(param.data).__module__.startswith("torchao.")
+
+
+def _unpacked(param: nn.Parameter) -> Tensor:
+    """The values that a weight of torchao or bitsandbytes stands for; any other as it is."""
+    if (state := getattr(param, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(param.data, state)
+    return param.dequantize() if _is_packed(param) else param
