@@ -12,6 +12,7 @@ from test_streaming import DEVICES, batch, small, taken
 from zotune.engines.streamed import plan_of
 from zotune.errors import InputError
 from zotune.models.schemes import get_scheme
+from zotune.step.rates import scale_of
 from zotune.streaming import StreamedWeights, stream
 from zotune.streaming.files import Place, places
 from zotune.tasks.scoring import candidate_losses
@@ -156,3 +157,13 @@ def test_steps_over_layers_of_4_bits_are_those_of_ones_that_stay(device):
     (_, ours), (_, theirs) = taken(go, LORA, device=device), taken(stay, LORA, device=device)
     assert ours == theirs
     assert weights.moved_in > weights.host_bytes > 4 * 4 * 512 * 512 // 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_scale_of_a_rate_is_of_the_values_of_layers_of_4_bits_that_stream(device):
+    stay, go = adapted(quantised()).to(device), adapted(quantised())
+    stream(go, plan_of(go), device, 2)
+    ours, theirs = (scale_of([p for p in model.parameters() if p.requires_grad], model) for model in (go, stay))
+    assert ours == theirs
+    whole = [p for p in stay.parameters() if p.is_floating_point()]
+    assert ours != pytest.approx(scale_of(whole), rel=0.1)
