@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,attr-defined"
-"""A decode step's products, on CUDA: all maps of one x in one launch, shared weights, each slot's low-rank terms, biases, a gate.
+"""A decode step's products, on CUDA: of all maps of one x, shared weights, each slot's low-rank terms, biases, a gate.
 
-They are small: what takes their time is launches, and what one of these writes for the next. A program that has rows of x in its
-hands for the shared product takes their inner products with the slots' own factors on the way. Where a direction has many rows
-(`engines/kernels.py`), shared products are the library's.
+They are small: what takes their time is launches, and what one of these writes for the next. Several small maps are one launch: a
+program that has rows of x in its hands for the shared product takes their inner products with the slots' own factors on the way.
+Of others the shared product is the library's, which cuts a long sum among processors, and the terms of all of them are one launch.
+Where a direction has many rows (`engines/kernels.py`), the terms are what the library's product adds to.
 """
 
 # S slots, D inputs, N outputs, R rank, Q directions (slot s has direction which[s]).
@@ -133,23 +134,59 @@ def _gated_products_kernel(
     tl.store(y + (row_B * N)[:, None] + n_B[None, :], y_BB.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _terms_kernel(
+    x, which, scale, D, x_s,
+    y0, v0, u0, bias0, N0, bias0_s, y1, v1, u1, bias1, N1, bias1_s, y2, v2, u2, bias2, N2, bias2_s,
+    R: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A slot's tile of one of up to three maps of x: y (S, N) += scale·(x·V)·Uᵀ + bias, in float32, rounded once."""
+    slot, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    y, v, u, bias, N, bias_s = y0, v0, u0, bias0, N0, bias0_s
+    if tile >= tl.cdiv(N0, BN):
+        tile -= tl.cdiv(N0, BN)
+        y, v, u, bias, N, bias_s = y1, v1, u1, bias1, N1, bias1_s
+        if tile >= tl.cdiv(N1, BN):
+            tile -= tl.cdiv(N1, BN)
+            y, v, u, bias, N, bias_s = y2, v2, u2, bias2, N2, bias2_s
+    n_B, d_B = tile * BN + tl.arange(0, BN), tl.arange(0, BD)
+    of, own = tl.load(which + slot).to(tl.int64), tl.load(scale + slot)
+    total_B = tl.load(y + slot * N + n_B, mask=n_B < N, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        total_B += tl.load(bias + slot * bias_s + n_B, mask=n_B < N, other=0.0).to(tl.float32)
+    for r in tl.static_range(R):
+        u_B = tl.load(u + (of * N + n_B) * R + r, mask=n_B < N, other=0.0).to(tl.float32)
+        inner_B = tl.zeros((BD,), tl.float32)
+        for first in range(0, D, BD):
+            x_B = tl.load(x + slot * x_s + first + d_B, mask=first + d_B < D, other=0.0).to(tl.float32)
+            v_B = tl.load(v + (of * D + first + d_B) * R + r, mask=first + d_B < D, other=0.0).to(tl.float32)
+            inner_B += x_B * v_B
+        total_B += (tl.sum(inner_B, axis=0) * own) * u_B
+    tl.store(y + slot * N + n_B, total_B.to(y.dtype.element_ty), mask=n_B < N)
+
+
 MOST_RANK = 4  # each further one reads x again
-# Multiplications of one map up to which it is served: a program for each processor of a card and little more. Beyond, the library's
-# product is faster by more than the low-rank term's own passes cost.
-LARGEST = 1 << 31
+# What the kernels of whole products are faster for, by their times and the library's on an H200 (docs/log.md, 2026-12-01): elements
+# of all maps of one x, and slots where two of them meet in a gate.
+LARGEST = 1 << 21
+MOST_GATED = 64
 PROCESSORS = 132
 TILES = (64, 64), (32, 64), (16, 64), (16, 32)  # slots and outputs of a program, from many of them to few
 
 
 def serves(x_SD: Tensor, *maps: Map) -> bool:
-    """Whether the kernels are for these maps of x (S, D), whose last dimension is contiguous, and faster than others."""
-    slots, wide = x_SD.shape
-    small = all(slots * wide * len(m.w) <= LARGEST and m.u.shape[2] <= MOST_RANK for m in maps)
+    """Whether the kernels take these maps of x (S, D), whose last dimension is contiguous."""
+    small = all(m.u.shape[2] <= MOST_RANK for m in maps)
     added = [x_SD if m.bias is None else m.bias for m in maps]
     alike = all(t.dtype == x_SD.dtype and t.stride(-1) == 1 for t in (x_SD, *added))
     alike = alike and all(m.w.dtype == x_SD.dtype and min(m.w.shape) > 1 for m in maps)
     laid = all(m.w.is_contiguous() or m.w.t().is_contiguous() for m in maps)
     return small and alike and laid and len({m.w.stride() for m in maps}) == 1
+
+
+def in_one(maps: Sequence[Map]) -> bool:
+    """Whether one launch for all of these maps is faster than the library's products and a launch for their terms."""
+    return len(maps) > 1 and sum(m.w.numel() for m in maps) <= LARGEST
 
 
 def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[str, int]:
@@ -163,11 +200,13 @@ def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[st
 
 
 def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor) -> list[Tensor]:
-    """(S, N) of each of one to three maps of x, all with a bias or none: x·Wᵀ + scale·(x·V)·Uᵀ + bias.
+    """(S, N) of each of one to three maps of x, all with a bias or none: x·Wᵀ + scale·(x·V)·Uᵀ + bias. See `serves`.
 
-    Sums and inner products are float32's; what is given back is rounded once. See `serves`.
+    Sums and inner products are float32's; what is given back is rounded once, behind a product of the library's twice.
     """
     (slots, wide), first = x_SD.shape, maps[0]
+    if not in_one(maps):
+        return _with_terms(x_SD, maps, which_S, scale_S)
     found = [torch.empty(slots, len(m.w), dtype=x_SD.dtype, device=x_SD.device) for m in maps]
     given: list[object] = []
     for i in range(3):
@@ -178,6 +217,22 @@ def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor
     _products_kernel[(cdiv(slots, tiles["BS"]), sum(cdiv(len(m.w), tiles["BN"]) for m in maps))](
         x_SD, which_S, scale_S, slots, wide, x_SD.stride(0), *first.w.stride(), *given, R=first.u.shape[2],
         HAS_BIAS=first.bias is not None, EXACT=x_SD.dtype == torch.float32, WIDE=INTERPRETED, **tiles,
+    )  # fmt: skip
+    return found
+
+
+def _with_terms(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor) -> list[Tensor]:
+    (slots, wide), first = x_SD.shape, maps[0]
+    found = [torch.mm(x_SD, m.w.t()) for m in maps]
+    given: list[object] = []
+    for i in range(3):
+        y, m = found[min(i, len(maps) - 1)], maps[min(i, len(maps) - 1)]
+        bias, each = (y, 0) if m.bias is None else (m.bias, 0 if m.bias.dim() == 1 else m.bias.stride(0))
+        given += [y, m.v, m.u, bias, len(m.w), each]
+    across, span = 256 if max(len(m.w) for m in maps) <= 2048 else 1024, min(2048, power_of_2(wide))
+    _terms_kernel[(slots, sum(cdiv(len(m.w), across) for m in maps))](
+        x_SD, which_S, scale_S, wide, x_SD.stride(0), *given, R=first.u.shape[2], HAS_BIAS=first.bias is not None, BN=across,
+        BD=span,
     )  # fmt: skip
     return found
 

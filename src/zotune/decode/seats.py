@@ -162,7 +162,7 @@ class SeatReads(LowRankReads):
         if group != slots[id(weights[1])].group or maps[0].w.shape != maps[1].w.shape:
             return None
         x_SD = x.view(len(x), -1)
-        if not products.serves(x_SD, *maps):
+        if not products.serves(x_SD, *maps) or not products.in_one(maps) or len(x_SD) > products.MOST_GATED:
             return None
         scale_S = self._scale(group, torch.float32, x.device)
         return products.gated_product(x_SD, maps, gate, self._seated_S, scale_S).view(*x.shape[:-1], -1)
