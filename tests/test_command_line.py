@@ -260,6 +260,18 @@ def test_a_locked_folder_is_refused(flags, tmp_path, capsys):
         assert "another zotune is running" in refused(capsys, "train", *flags, "--output", str(tmp_path / "run"))
 
 
+def test_a_run_that_is_refused_late_leaves_no_folder(flags, tmp_path, capsys, monkeypatch):
+    from zotune.models import quantized
+
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    nf4 = ["--quantize", "nf4", "--scheme", "lora"]
+    assert "needs bitsandbytes" in refused(capsys, "train", *flags, *nf4, "--output", str(tmp_path / "runs" / "a"))
+    assert not (tmp_path / "runs" / "a").exists()
+    (tmp_path / "mine").mkdir()
+    assert "needs bitsandbytes" in refused(capsys, "train", *flags, *nf4, "--output", str(tmp_path / "mine"))
+    assert (tmp_path / "mine").is_dir()  # which somebody else has made
+
+
 def test_a_dry_run_takes_no_step_that_is_reckoned_to_be_long(flags, tmp_path, capsys, monkeypatch):
     from zotune.run import timing
     from zotune.step.optimizer import ZeroOrderOptimizer

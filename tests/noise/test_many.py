@@ -101,3 +101,26 @@ def test_a_compensated_sum_loses_nothing_and_reads_its_factor_from_memory_too(ba
     error = (ours.double() + rest.double() - wanted).abs()
     assert (error <= 4 * (eps**2 + 2**-23) * wanted.abs() + 1e-6).all()
     assert bool(rest.any()) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
+def test_many_compensated_sums_are_those_of_each(backend, dtype, direction, monkeypatch):
+    """To the bit; a group whose coefficients are 0 and factor 1 stays as it is."""
+    monkeypatch.setattr(noise, "backend_for", lambda device: backend.module)
+    draw = torch.Generator().manual_seed(0)
+    ws, lost = (
+        [(torch.randn(n, generator=draw) * size).to(dtype).to(backend.device) for n in (777, 5, 1300, 64)]
+        for size in (1.0, 1e-3)
+    )
+    coefs, factors = [[0.25, -0.5, 0.125], [0.0, 0.0, 0.0]], [0.75, 1.0]
+    each = [(w.clone(), r.clone()) for w, r in zip(ws, lost, strict=True)]
+    together = [(w.clone(), r.clone()) for w, r in zip(ws, lost, strict=True)]
+    for i, (w, r) in enumerate(each):
+        noise.add_noise_compensated(w, r, *backend.pairs([5, 6, 7], coefs[i % 2]), 7 + i, direction, factors[i % 2])
+    some = noise.ManyCompensated([noise.Item(w, r, 7 + i, i % 2) for i, (w, r) in enumerate(together)], direction)
+    seeds, _ = backend.pairs([5, 6, 7], coefs[0])
+    some.add(seeds, torch.tensor(coefs, device=backend.device), torch.tensor(factors, device=backend.device))
+    for i, (a, b) in enumerate(zip(each, together, strict=True)):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert torch.equal(b[0], ws[i]) == (i % 2 == 1)

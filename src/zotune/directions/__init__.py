@@ -172,6 +172,7 @@ class Directions:
     ) -> None:
         self.distribution = distribution
         self.groups = len(groups)
+        self._compensated: dict[Any, noise.ManyCompensated] = {}
         self._together: dict[tuple[int, ...], noise.Many] = {}
         self.update: tuple[Any, Any] | None = (
             None  # the last of `zotune.updates.fused` over these parameters, by where they were
@@ -308,15 +309,37 @@ class Directions:
 
         factors: as `noise.add_noise_compensated` has them, by parameter group.
         """
+        pairs = list(zip(self.params if params is None else params, residuals, strict=True))
         if self.params and self.params[0].is_cuda:  # one tensor a group, not one a parameter
             fill = partial(torch.full, (), dtype=torch.float32, device=self.params[0].device)
             factors = [f if isinstance(f, Tensor) else fill(fill_value=f) for f in factors or [1.0] * self.groups]
-        for param, lost in zip(self.params if params is None else params, residuals, strict=True):
+            pairs = self._compensate_few(pairs, by, factors)
+        for param, lost in pairs:
             slot = self.slots[id(param)]
             factor = factors[slot.group] if factors else 1.0
             if isinstance(factor, Tensor) or not by.is_zero(slot.group) or factor != 1:
                 seeds, coefs = by.on(slot.group, param.device)
                 noise.add_noise_compensated(param.data, lost, seeds, coefs, slot.id, self.distribution, factor)
+
+    def _compensate_few(
+        self,
+        pairs: list[tuple[torch.nn.Parameter, Tensor]],
+        by: Displacement | HeldDisplacement,
+        factors: Sequence[Any],
+    ) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """Small parameters take theirs by one launch: each sums all directions in turn. Returns the others."""
+        few = [(p, r) for p, r in pairs if p.numel() <= FEW and p.is_contiguous() and r.is_contiguous() and p.numel()]
+        if not few or not len(by.seeds_Q):
+            return pairs
+        key = tuple(t.data_ptr() for pair in few for t in pair)
+        if key not in self._compensated:
+            items = [noise.Item(p.data, r, self.slots[id(p)].id, self.slots[id(p)].group) for p, r in few]
+            self._compensated[key] = noise.ManyCompensated(items, self.distribution)  # a graph may hold its tables
+        seeds_1Q, coefs_G1Q = by.together(few[0][0].device, self.groups)
+        factors_G = torch.stack([factor.float() for factor in factors])
+        self._compensated[key].add(seeds_1Q[0].contiguous(), coefs_G1Q[:, 0].contiguous(), factors_G)
+        together = {id(p) for p, _ in few}
+        return [pair for pair in pairs if id(pair[0]) not in together]
 
     def _many(self, params: Sequence[torch.nn.Parameter]) -> noise.Many:
         """These parameters as one launch; made anew where one of them has moved in memory."""

@@ -282,3 +282,29 @@ class Many:
             w = out_Pn.new_zeros(out_Pn.shape[1]) if item.w is None else item.w.detach().reshape(-1)
             for out_n, seeds_Q, coefs_Q in zip(out_Pn, seeds_PQ, coefs_GPQ[item.group], strict=True):
                 backend.add_noise(out_n, w, seeds_Q, coefs_Q, item.pid, self.direction)
+
+
+class ManyCompensated:
+    """`add_noise_compensated` for many small tensors at once, to the same bits: one launch on CUDA.
+
+    items: out a weight, w what rounding took from it; both contiguous, and where they are as long as this object is used.
+    """
+
+    def __init__(self, items: Sequence[Item], direction: str) -> None:
+        self.items, self.direction = list(items), direction
+        self._plan: Any = None
+
+    def add(self, seeds_Q: Tensor, coefs_GQ: Tensor, factors_G: Tensor) -> None:
+        """seeds_Q: (Q,) int64; coefs_GQ, factors_G: by parameter group, float32; all contiguous, on the items' device."""
+        if not self.items:
+            return
+        backend = backend_for(self.items[0].out.device)
+        if hasattr(backend, "ManyPlan"):
+            if self._plan is None:
+                self._plan = backend.ManyPlan(self.items, self.direction)
+            self._plan.add_compensated(seeds_Q, coefs_GQ, factors_G)
+            return
+        for item in self.items:
+            lost: Any = item.w
+            factor = float(factors_G[item.group])
+            add_noise_compensated(item.out, lost, seeds_Q, coefs_GQ[item.group], item.pid, self.direction, factor)

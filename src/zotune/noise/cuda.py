@@ -119,13 +119,22 @@ def _steps_kernel(
     tl.store(w + at_TE, w_TE, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pid"])
-def _compensated_kernel(
-    w, lost, n, seeds, coefs, factor_at, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr
+@triton.jit
+def _compensated(
+    w,
+    lost,
+    n,
+    seeds,
+    coefs,
+    factor,
+    Q: tl.constexpr,
+    pid,
+    step_T,
+    GAUSSIAN: tl.constexpr,
+    E: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """w + lost ← factor·(w + lost) + Σ_q coefs[q]·z(seeds[q]): w rounded, lost what that took."""
-    factor = tl.load(factor_at)
-    step_T = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    """A tile of w + lost ← factor·(w + lost) + Σ_q coefs[q]·z(seeds[q]): w rounded, lost what that took."""
     at_TE = step_T[:, None] * E + tl.arange(0, E)[None, :]
     inside = at_TE < n
     w_TE = tl.load(w + at_TE, mask=inside, other=0.0)
@@ -143,6 +152,31 @@ def _compensated_kernel(
     tl.store(w + at_TE, new_TE, mask=inside)
     rest_TE = (total_TE - new_TE.to(wide)).to(w_TE.dtype)
     tl.store(lost + at_TE, tl.where(moves, rest_TE, lost_TE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pid"])
+def _compensated_kernel(
+    w, lost, n, seeds, coefs, factor_at, Q: tl.constexpr, pid, GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr
+):
+    step_T = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    _compensated(w, lost, n, seeds, coefs, tl.load(factor_at), Q, pid, step_T, GAUSSIAN, E, T)
+
+
+@triton.jit
+def _many_compensated_kernel(
+    tile_item, tile_first, ws, losts, sizes, pids, groups, seeds, coefs, factors,
+    Q: tl.constexpr, DTYPE: tl.constexpr, GAUSSIAN: tl.constexpr, E: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Tile t: elements tile_first[t]·E, … of item tile_item[t]. coefs (G, Q) and factors (G,) by its group."""
+    item = tl.load(tile_item + tl.program_id(0))
+    step_T = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, T)
+    w = tl.load(ws + item).to(tl.pointer_type(DTYPE))
+    lost = tl.load(losts + item).to(tl.pointer_type(DTYPE))
+    group = tl.load(groups + item)
+    _compensated(
+        w, lost, tl.load(sizes + item), seeds, coefs + group * Q, tl.load(factors + group), Q, tl.load(pids + item),
+        step_T, GAUSSIAN, E, T,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -382,6 +416,14 @@ class ManyPlan:
             torch.tensor([signed(item.pid) for item in items], dtype=torch.int32, device=device),
             torch.tensor([item.group for item in items], dtype=torch.int32, device=device),
         )
+
+    def add_compensated(self, seeds_Q: Tensor, coefs_GQ: Tensor, factors_G: Tensor) -> None:
+        """Of items whose w is what rounding took."""
+        for dtype, _, (tile_item, tile_first, outs, losts, sizes, pids, groups) in self.launches:
+            _many_compensated_kernel[(len(tile_item),)](
+                tile_item, tile_first, outs, losts, sizes, pids, groups, seeds_Q, coefs_GQ, factors_G, Q=len(seeds_Q),
+                DTYPE=TL_DTYPE[dtype], **self.tile,
+            )  # fmt: skip
 
     def draw(self, seeds_PQ: Tensor, coefs_GPQ: Tensor) -> None:
         parts, queries = seeds_PQ.shape

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; a second process is refused at once."""
+        """Hold the folder; a second process is refused at once. One that was made for it, and got nothing, is gone again."""
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             sync(self.path.parent)
@@ -115,6 +116,10 @@ class RunFolder:
         try:
             yield
         finally:
+            with suppress(OSError):
+                if made and [p.name for p in self.path.iterdir()] == [".lock"]:
+                    (self / ".lock").unlink()
+                    self.path.rmdir()
             lock.release()
 
     @contextmanager
