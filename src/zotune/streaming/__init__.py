@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import InputError
+from zotune.errors import InputError, StorageError
 from zotune.streaming.files import Place, Reader, places
 from zotune.streaming.packed import to_device
 from zotune.streaming.plans import GIB, SLOTS, Plan, aligned, bytes_of, plan
@@ -245,10 +245,17 @@ class StreamedWeights:
                 slot.ready = self._in.record_event()
 
     def _landed(self, slot: Slot) -> None:
-        """What was asked of the reader for this slot is on its way over the bus."""
-        if slot.coming is not None:
-            coming, slot.coming = slot.coming, None
+        """What was asked of the reader for this slot is on its way over the bus. Raises StorageError where it cannot be read."""
+        if slot.coming is None:
+            return
+        coming, slot.coming = slot.coming, None
+        try:
             slot.ready = coming.result()
+        except OSError as error:
+            if slot.block is not None:
+                slot.block.slot = None
+            slot.block = None
+            raise StorageError(f"--max-host-memory: layers cannot be read: {error}; what was saved is whole") from None
 
     def _go(self, block: Block) -> None:
         """Its slot is somebody else's from now on."""
