@@ -1,11 +1,13 @@
-"""N workers by torchrun, and one process that does the same."""
+"""N workers by torchrun, what they saw, and one process that does the same."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -23,6 +25,22 @@ def torchrun(
     return subprocess.run(
         [*launcher, *map(str, command)], env=environment(), text=True, capture_output=True, timeout=300
     )
+
+
+def told_by_two(script: str, folder: Path, says: str = "") -> list[dict[str, Any]]:
+    """What each of two workers saw that run a script beside this file, of its RANK.json in the folder. says: on stderr, too."""
+    done = torchrun(2, HERE / script, folder)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_said_once(told: list[dict[str, Any]], name: str, code: int, message: str) -> None:
+    """That two workers end a run by one code, and the first alone says why."""
+    first, second = told[0][name], told[1][name]
+    assert message in first["message"]
+    assert [first["code"], second["code"]] == [code, code]
+    assert second["kind"] == "Elsewhere"  # which says nothing
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -5,16 +5,16 @@ torchrun --nproc-per-node N reward_runs.py FOLDER      FOLDER has model and prom
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from runs import Said
+import runs
 
 import zotune
-from zotune.workers.group import exit_code
 
 PLAIN: dict[str, dict[str, Any]] = {
     "drawn": {"micro_batch": 1, "temperature": 1.0, "lr": "auto"},
@@ -44,15 +44,7 @@ def fails(prompts: Any, **_: Any) -> list[float]:
     return [float(i) for i, _ in enumerate(prompts)]
 
 
-def run(folder: Path, name: str, rank: int, mine: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """mine: what the second worker alone is told."""
-    said = Said()
-    given = options_of(folder, **(changes | (mine if rank == 1 else {})))
-    try:
-        result = zotune.reward(output=str(folder / name), listener=said, **given)
-    except Exception as error:
-        return {"code": exit_code(error), "kind": type(error).__name__, "message": str(error), "said": said.lines}
-    return {"code": 0, "result": result, "said": said.lines}
+run = functools.partial(runs.run, call=zotune.reward, options=options_of)
 
 
 def main(folder: Path) -> dict[str, Any]:

@@ -91,13 +91,23 @@ class Said(Listener):
         self.lines.append(line)
 
 
-def run(folder: Path, name: str, rank: int, mine: dict[str, Any], when: Any = None, **changes: Any) -> dict[str, Any]:
-    """mine: what the second worker alone is told."""
+def run(
+    folder: Path,
+    name: str,
+    rank: int,
+    mine: dict[str, Any],
+    when: Any = None,
+    *,
+    call: Any = zotune.train,
+    options: Any = options_of,
+    **changes: Any,
+) -> dict[str, Any]:
+    """mine: what the second worker alone is told. call: zotune.train or zotune.reward, with its options."""
     said = Said()
-    given = options_of(folder, **(changes | (mine if rank == 1 else {})))
+    given = options(folder, **(changes | (mine if rank == 1 else {})))
     try:
         with when if when is not None and rank == 1 else contextlib.nullcontext():
-            result = zotune.train(output=str(folder / name), listener=said, **given)
+            result = call(output=str(folder / name), listener=said, **given)
     except Exception as error:
         return {"code": exit_code(error), "kind": type(error).__name__, "message": str(error), "said": said.lines}
     return {"code": 0, "steps": result["steps"], "said": said.lines}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reward_runs
 import tiny
-from launch import HERE, torchrun
+from launch import HERE, assert_said_once, told_by_two
 
 import zotune
 
@@ -32,9 +32,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def told(folder) -> list[dict[str, Any]]:
     """What each of two workers saw of each run."""
-    done = torchrun(2, HERE / "reward_runs.py", folder)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return told_by_two("reward_runs.py", folder)
 
 
 def timeless(folder: Path) -> dict[str, Any]:
@@ -79,11 +77,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said_once_before_anything_is_written(folder, told, name):
-    code, message = WRONG[name]
-    first, second = told[0][name], told[1][name]
-    assert message in first["message"]
-    assert [first["code"], second["code"]] == [code, code]
-    assert second["kind"] == "Elsewhere"  # which says nothing
+    assert_said_once(told, name, *WRONG[name])
     assert not (folder / f"wrong-{name}" / "config.yaml").exists()
 
 

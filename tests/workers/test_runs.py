@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import runs
 import tiny
-from launch import HERE, torchrun
+from launch import HERE, assert_said_once, told_by_two
 
 import zotune
 from zotune.record.trajectory import read_file
@@ -33,9 +32,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def told(folder) -> list[dict[str, Any]]:
     """What each of two workers saw of each run."""
-    done = torchrun(2, HERE / "runs.py", folder)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return told_by_two("runs.py", folder)
 
 
 def of_one_process(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -84,11 +81,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_said_once_before_anything_is_written(folder, told, name):
-    code, message = WRONG[name]
-    first, second = told[0][name], told[1][name]
-    assert message in first["message"]
-    assert [first["code"], second["code"]] == [code, code]
-    assert second["kind"] == "Elsewhere"  # which says nothing
+    assert_said_once(told, name, *WRONG[name])
     assert not (folder / f"wrong-{name.replace(' ', '-')}" / "config.yaml").exists()
 
 

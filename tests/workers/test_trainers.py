@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import trainers
-from launch import HERE, torchrun
+from launch import told_by_two
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainers")
-    done = torchrun(2, HERE / "trainers.py", folder)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes: a step has the rows of all, 2 of each" in done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    says = "2 processes: a step has the rows of all, 2 of each"
+    return told_by_two("trainers.py", tmp_path_factory.mktemp("trainers"), says)
 
 
 @pytest.mark.parametrize("name", trainers.KINDS)

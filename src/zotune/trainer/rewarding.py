@@ -169,9 +169,16 @@ class RewardTrainer(ZOTrainer):
         factor = self.args.factor(optimizer.steps, self.state.max_steps)
         for group in optimizer.param_groups:
             group["eps"] = self.sigma * factor
-        loss = optimizer.step(self.rewards_of, batch=inputs)
+        loss = optimizer.step(self.rewards_of, batch=self._numbered(inputs))
         self.tell()
         return self.tally.add(torch.as_tensor(loss, dtype=torch.float32, device=self.args.device))
+
+    def _numbered(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch with its rows' numbers in the step, which draws depend on: behind those of the processes before this one."""
+        if self._workers is None:
+            return inputs
+        before = sum(self._workers.counts(len(inputs["prompts"]))[: self._workers.rank])
+        return {**inputs, "rows": inputs["rows"] + before}
 
     def rewards_of(self, batch: Mapping[str, Any]) -> Tensor:
         """(n,) float64: the reward of each answer, missing ones at their prompt's mean; NaN where logits were no numbers.
@@ -229,11 +236,16 @@ class RewardTrainer(ZOTrainer):
                 f"step {step}: in {PATIENCE} steps in a row all members scored alike, which tells nothing; try a larger sigma"
                 f"{drawn}, prompts that are neither too easy nor too hard, or a reward with more values"
             )
-        if self.args.log_completions and step % max(1, int(self.args.logging_steps)) == 0:
+        if (
+            self.args.log_completions
+            and self.is_world_process_zero()
+            and step % max(1, int(self.args.logging_steps)) == 0
+        ):
             self.show(step, written, scores)
 
     def say(self, line: str) -> None:
-        logger.warning("%s", line)
+        if self._workers is None or self._workers.first:
+            logger.warning("%s", line)
 
     def show(self, step: int, written: Sequence[Written], scores: Scores) -> None:
         """Some answers with their rewards."""
@@ -266,7 +278,9 @@ class RewardTrainer(ZOTrainer):
         prompts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if prompts is None:
             raise InputError("eval_dataset: none was given")
-        found, _, _ = self.scored(prompts)
+        # of several processes the first alone asks the functions, so that all take the same for the best
+        score = lambda: self.scored(prompts)[0]  # noqa: E731
+        found = score() if self._workers is None else self._workers.from_first(score)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -275,7 +289,7 @@ class RewardTrainer(ZOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """With the tokenizer, but into checkpoints."""
         super().save_model(output_dir, _internal_call)
-        if not _internal_call:
+        if not _internal_call and self.args.should_save:
             self.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
