@@ -1,4 +1,4 @@
-"""What holds for every page: links lead somewhere, lines and paragraphs are short. In seconds, without a network.
+"""What holds for every page: links lead somewhere, lines (but of tables) and paragraphs are short. In seconds, without a network.
 
 python docs/check.py           says what does not hold, a line each
 python docs/check.py --fix     rewraps lines and cuts paragraphs at the ends of their sentences; no word is changed
@@ -135,12 +135,12 @@ def faults(page: Path) -> Iterator[tuple[int, str]]:
                 for target in LINK.findall(re.sub(r"`[^`]*`", "``", line)):
                     if said := broken(page, target):
                         yield block.first + offset, said
-        if block.kind != "text" or not written_by_hand:
+        if block.kind not in ("text", "code") or not written_by_hand:
             continue
         for offset, line in enumerate(block.lines):
             if len(line) > WIDTH:
                 yield block.first + offset, f"{len(line)} characters; {WIDTH} at most"
-        if block.words > WORDS:
+        if block.kind == "text" and block.words > WORDS:
             yield block.first, f"a paragraph of {block.words} words; {WORDS} at most"
 
 

@@ -48,6 +48,8 @@ def test_links_lead_somewhere_and_lines_and_paragraphs_are_short():
     [
         ("a " * 101, "a paragraph of 101 words"),
         ("x" * 133, "133 characters"),
+        ("```\n" + "x" * 133 + "\n```", "133 characters"),
+        ("a\n\n    " + "x" * 129, "133 characters"),
         ("- " + "b " * 101, "a paragraph of 102 words"),
         ("[x](nowhere.md)", "nowhere.md: no such file"),
         ("# One\n\n[x](#two)", "no such heading"),
@@ -63,7 +65,7 @@ def test_what_does_not_hold_is_named(text, said, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["| " + "x" * 200 + " |", "```\n" + "x" * 200 + "\n```", "a\n\n    " + "x" * 200, "# One two\n\n[x](#one-two)",
+    ["| " + "x" * 200 + " |", "```\n" + "x " * 60 + "\n" + "x " * 60 + "\n```", "# One two\n\n[x](#one-two)",
      "[x](https://example.org/a) `[x](nowhere.md)`"],
 )  # fmt: skip
 def test_tables_code_and_what_leads_elsewhere_may_be_as_they_are(text, tmp_path):
