@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import gc
+import json
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -213,6 +216,33 @@ def report_of(script: str, args: Any) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "rows": [],
     }
+
+
+def rows_of(script: str, args: Any) -> Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None]:
+    """What runs a case and tells its row: printed, and written to `args.output` with those before it. A case that fails is a row
+    with `error`, and the rest goes on; so it is with one that would begin behind `args.minutes`."""
+    report, began = report_of(script, args), time.monotonic()
+
+    def told(row: dict[str, Any]) -> None:
+        report["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=1))
+
+    def tried(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+        if time.monotonic() - began > 60 * args.minutes:
+            told(row | {"error": "no time left"})
+            return
+        try:
+            told(row | run())
+        except Exception as error:
+            traceback.print_exc()
+            told(row | {"error": f"{type(error).__name__}: {error}"[:500]})
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+    return tried
 
 
 def _word(value: Any) -> str:

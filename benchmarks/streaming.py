@@ -19,7 +19,6 @@ import gc
 import json
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from steps import MODELS, batch_of, opt, report_of, sync
+from steps import MODELS, batch_of, opt, rows_of, sync
 from torch import nn
 
 from zotune.engines.streamed import plan_of
@@ -79,27 +78,7 @@ def main() -> None:
     parser.add_argument("--host-memory", type=float, help="GiB, with --files [8]", default=8.0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    report, began = report_of("streaming.py", args), time.monotonic()
-
-    def told(row: dict[str, Any]) -> None:
-        report["rows"].append(row)
-        print(json.dumps(row), flush=True)
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1))
-
-    def tried(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-        if time.monotonic() - began > 60 * args.minutes:
-            told(row | {"error": "no time left"})
-            return
-        try:
-            told(row | run())
-        except Exception as error:
-            traceback.print_exc()
-            told(row | {"error": f"{type(error).__name__}: {error}"[:500]})
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-
+    tried = rows_of("streaming.py", args)
     for name in args.models:
         tried({"model": name}, partial(of_model, name, args, tried))
 
