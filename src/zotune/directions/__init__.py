@@ -278,7 +278,7 @@ class Directions:
         """θ ← θ + displacement, in place, one pass over each parameter (of these); on CUDA small ones share a launch."""
         params = self.params if params is None else params
         some = [p for p in params if not by.is_zero(self.slots[id(p)].group)]
-        few = [p for p in some if p.is_cuda and p.numel() <= FEW and p.is_contiguous()]
+        few = _sharing([p for p in some if p.is_cuda])
         if few:
             seeds_1Q, coefs_G1Q = by.together(few[0].device, self.groups)
             self._many(few).draw(seeds_1Q.contiguous(), coefs_G1Q.contiguous())
@@ -328,7 +328,8 @@ class Directions:
         factors: Sequence[Any],
     ) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """Small parameters take theirs by one launch: each sums all directions in turn. Returns the others."""
-        few = [(p, r) for p, r in pairs if p.numel() <= FEW and p.is_contiguous() and r.is_contiguous() and p.numel()]
+        together = {id(p) for p in _sharing([p for p, lost in pairs if lost.is_contiguous()])}
+        few = [pair for pair in pairs if id(pair[0]) in together]
         if not few or not len(by.seeds_Q):
             return pairs
         key = tuple(t.data_ptr() for pair in few for t in pair)
@@ -338,7 +339,6 @@ class Directions:
         seeds_1Q, coefs_G1Q = by.together(few[0][0].device, self.groups)
         factors_G = torch.stack([factor.float() for factor in factors])
         self._compensated[key].add(seeds_1Q[0].contiguous(), coefs_G1Q[:, 0].contiguous(), factors_G)
-        together = {id(p) for p, _ in few}
         return [pair for pair in pairs if id(pair[0]) not in together]
 
     def _many(self, params: Sequence[torch.nn.Parameter]) -> noise.Many:
@@ -348,3 +348,9 @@ class Directions:
             items = [noise.Item(p.data, p.data, self.slots[id(p)].id, self.slots[id(p)].group) for p in params]
             self._together = {key: noise.Many(items, self.distribution)}
         return self._together[key]
+
+
+def _sharing(params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Those of them that share a launch: small, in a row in memory, on one device."""
+    few = [p for p in params if p.numel() <= FEW and p.is_contiguous()]
+    return [p for p in few if p.device == few[0].device]

@@ -255,26 +255,33 @@ class Item:
     group: int = 0
 
 
-class Many:
-    """`add_noise` for many small tensors at once: one launch on CUDA.
-
-    out_p ← w + Σ_q coefs_GPQ[group][p][q]·z(seeds_PQ[p][q]) for each item and part p. The items stay where they are
-    in memory as long as this object is used.
-    """
+class _Planned:
+    """Items that stay where they are in memory as long as this object is used, and what a backend has to know of them."""
 
     def __init__(self, items: Sequence[Item], direction: str) -> None:
         self.items, self.direction = list(items), direction
         self._plan: Any = None
+
+    def _plan_of(self, backend: Any) -> Any:
+        """A launch over all of them; None where the backend takes one tensor after the other."""
+        if self._plan is None and hasattr(backend, "ManyPlan"):
+            self._plan = backend.ManyPlan(self.items, self.direction)
+        return self._plan
+
+
+class Many(_Planned):
+    """`add_noise` for many small tensors at once: one launch on CUDA.
+
+    out_p ← w + Σ_q coefs_GPQ[group][p][q]·z(seeds_PQ[p][q]) for each item and part p.
+    """
 
     def draw(self, seeds_PQ: Tensor, coefs_GPQ: Tensor) -> None:
         """seeds_PQ: (P, Q) int64; coefs_GPQ: (G, P, Q) float32; both contiguous, on the items' device."""
         if not self.items:
             return
         backend = backend_for(self.items[0].out.device)
-        if hasattr(backend, "ManyPlan"):
-            if self._plan is None:
-                self._plan = backend.ManyPlan(self.items, self.direction)
-            self._plan.draw(seeds_PQ, coefs_GPQ)
+        if (plan := self._plan_of(backend)) is not None:
+            plan.draw(seeds_PQ, coefs_GPQ)
             return
         parts = len(seeds_PQ)
         for item in self.items:
@@ -284,25 +291,18 @@ class Many:
                 backend.add_noise(out_n, w, seeds_Q, coefs_Q, item.pid, self.direction)
 
 
-class ManyCompensated:
+class ManyCompensated(_Planned):
     """`add_noise_compensated` for many small tensors at once, to the same bits: one launch on CUDA.
 
-    items: out a weight, w what rounding took from it; both contiguous, and where they are as long as this object is used.
+    Of an item out is a weight and w what rounding took from it, both contiguous.
     """
-
-    def __init__(self, items: Sequence[Item], direction: str) -> None:
-        self.items, self.direction = list(items), direction
-        self._plan: Any = None
 
     def add(self, seeds_Q: Tensor, coefs_GQ: Tensor, factors_G: Tensor) -> None:
         """seeds_Q: (Q,) int64; coefs_GQ, factors_G: by parameter group, float32; all contiguous, on the items' device."""
         if not self.items:
             return
-        backend = backend_for(self.items[0].out.device)
-        if hasattr(backend, "ManyPlan"):
-            if self._plan is None:
-                self._plan = backend.ManyPlan(self.items, self.direction)
-            self._plan.add_compensated(seeds_Q, coefs_GQ, factors_G)
+        if (plan := self._plan_of(backend_for(self.items[0].out.device))) is not None:
+            plan.add_compensated(seeds_Q, coefs_GQ, factors_G)
             return
         for item in self.items:
             lost: Any = item.w
