@@ -199,6 +199,17 @@ def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[st
     return {"BS": many, "BN": wide, "BD": inputs * 2 // max(2, size), "num_stages": stages, "num_warps": warps}
 
 
+def _rest(y_SN: Tensor, of: Map) -> tuple[object, ...]:
+    """What a kernel is told of a map behind its output and its weight; in the place of a bias that it lacks any tensor stands."""
+    bias, each = (y_SN, 0) if of.bias is None else (of.bias, 0 if of.bias.dim() == 1 else of.bias.stride(0))
+    return of.v, of.u, bias, len(of.w), each
+
+
+def _three(told: Sequence[tuple[object, ...]]) -> list[object]:
+    """Of three maps in a row; where there are fewer the last stands for those that no tile is of."""
+    return [one for i in range(3) for one in told[min(i, len(told) - 1)]]
+
+
 def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor) -> list[Tensor]:
     """(S, N) of each of one to three maps of x, all with a bias or none: x·Wᵀ + scale·(x·V)·Uᵀ + bias. See `serves`.
 
@@ -208,11 +219,7 @@ def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor
     if not in_one(maps):
         return _with_terms(x_SD, maps, which_S, scale_S)
     found = [torch.empty(slots, len(m.w), dtype=x_SD.dtype, device=x_SD.device) for m in maps]
-    given: list[object] = []
-    for i in range(3):
-        y, m = found[min(i, len(maps) - 1)], maps[min(i, len(maps) - 1)]
-        bias, each = (y, 0) if m.bias is None else (m.bias, 0 if m.bias.dim() == 1 else m.bias.stride(0))
-        given += [y, m.w, m.v, m.u, bias, len(m.w), each]
+    given = _three([(y, m.w, *_rest(y, m)) for y, m in zip(found, maps, strict=True)])
     tiles = _tiles(slots, [len(m.w) for m in maps], x_SD.element_size())
     _products_kernel[(cdiv(slots, tiles["BS"]), sum(cdiv(len(m.w), tiles["BN"]) for m in maps))](
         x_SD, which_S, scale_S, slots, wide, x_SD.stride(0), *first.w.stride(), *given, R=first.u.shape[2],
@@ -224,11 +231,7 @@ def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor
 def _with_terms(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor) -> list[Tensor]:
     (slots, wide), first = x_SD.shape, maps[0]
     found = [torch.mm(x_SD, m.w.t()) for m in maps]
-    given: list[object] = []
-    for i in range(3):
-        y, m = found[min(i, len(maps) - 1)], maps[min(i, len(maps) - 1)]
-        bias, each = (y, 0) if m.bias is None else (m.bias, 0 if m.bias.dim() == 1 else m.bias.stride(0))
-        given += [y, m.v, m.u, bias, len(m.w), each]
+    given = _three([(y, *_rest(y, m)) for y, m in zip(found, maps, strict=True)])
     across, span = 256 if max(len(m.w) for m in maps) <= 2048 else 1024, min(2048, power_of_2(wide))
     _terms_kernel[(slots, sum(cdiv(len(m.w), across) for m in maps))](
         x_SD, which_S, scale_S, wide, x_SD.stride(0), *given, R=first.u.shape[2], HAS_BIAS=first.bias is not None, BN=across,

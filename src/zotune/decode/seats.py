@@ -1,7 +1,7 @@
 """Which member sits in which slot, and the reads by which a forward's rows see their members' weights.
 
 They are the engine `lowrank`'s: each row is a part, with factors of its own beside one shared product; small parameters are drawn
-once a member. Where each has one token, on CUDA, a launch computes all maps that take one x (`decode/products.py`). What depends on
+once a member. Where each has one token, on CUDA, maps that take one x are computed together (`decode/products.py`). What depends on
 who sits where is in tensors that stay in their places, where a captured step finds the next ones.
 """
 
@@ -95,7 +95,7 @@ class SeatReads(LowRankReads):
         _, coefs_M = self.at.on(group, self._seated_S.device)
         return (coefs_M[self._seated_S] * self._displaced_S / math.sqrt(self.rank)).to(dtype)
 
-    # One token a seat: all maps that take one x by one launch.
+    # One token a seat: all maps that take one x together.
 
     def _linear(self, input: Tensor, weight: Any, bias: Any = None) -> Any:
         self.weights.biases[id(weight)] = bias
