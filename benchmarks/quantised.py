@@ -16,18 +16,14 @@ spread of 0.01, 4 directions, d = L(θ + εz) − L(θ − εz) of each row in b
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from steps import MODELS, batch_of, report_of, sync
+from steps import MODELS, batch_of, rows_of, sync
 from streaming import timed
 from torch import nn
 
@@ -35,6 +31,7 @@ from zotune.models.loading import load_model
 from zotune.models.quantized import quantization, steadied, weight_bytes
 from zotune.models.schemes import get_scheme
 from zotune.step.optimizer import ZeroOrderOptimizer
+from zotune.streaming.packed import unpacked
 from zotune.tasks.scoring import candidate_losses
 
 BASES = {"bfloat16": None, "int8": "int8", "nf4": "nf4"}
@@ -59,27 +56,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--noise-rows", type=int, default=32, help="0: no noise of a shape")
     parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--minutes", type=float, default=25, help="no further case begins after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    report = report_of("quantised.py", args)
-
-    def told(row: dict[str, Any]) -> None:
-        report["rows"].append(row)
-        print(json.dumps(row), flush=True)
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1))
-
-    def tried(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-        try:
-            told(row | run())
-        except Exception as error:
-            traceback.print_exc()
-            told(row | {"error": f"{type(error).__name__}: {error}"[:300]})
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-
+    tried = rows_of("quantised.py", args)
     for base in args.bases:
         tried({"base": base}, partial(of_model if args.noise else of_shape, base, args, tried))
 
@@ -199,13 +180,8 @@ def widen(model: nn.Module) -> None:
             weight = getattr(child, "weight", None)
             if not isinstance(child, nn.Linear) or weight is None or hasattr(child, "base_layer"):
                 continue
-            if getattr(weight, "quant_state", None) is not None:
-                from bitsandbytes.functional import dequantize_4bit
-
-                values = dequantize_4bit(weight.data, weight.quant_state)
-            else:
-                values = weight.dequantize() if hasattr(weight.data, "__tensor_flatten__") else weight.data
-            if values is weight.data:
+            values = unpacked(weight)
+            if values is weight:
                 continue
             whole = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device=values.device)
             whole.weight = nn.Parameter(values.float(), requires_grad=False)

@@ -24,6 +24,7 @@ from zotune.errors import OptionError
 from zotune.record.scalars import float32
 from zotune.record.steps import StepRecord
 from zotune.step.choices import AUTO
+from zotune.streaming.packed import is_packed, unpacked
 from zotune.updates import Linear
 
 if TYPE_CHECKING:
@@ -223,27 +224,14 @@ def scale_of(trained: Sequence[nn.Parameter], model: nn.Module | None = None) ->
     stays = [param for param in trained if not hasattr(param, "streamed")]  # a factor is small
     factor = any(param.dim() > 1 and not param.detach().any() for param in stays)
     if factor and model is not None:
-        trained = [param for param in model.parameters() if type(param.data) is Tensor or _is_packed(param)]
+        trained = [param for param in model.parameters() if type(param.data) is Tensor or is_packed(param)]
     total, count = 0.0, 0
     for param in trained:
         if (block := getattr(param, "streamed", None)) is not None:
             block.arrive()
-        values = _unpacked(param).detach()
+        values = unpacked(param).detach()
         if values.is_floating_point() and (
             squares := float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
         ):
             total, count = total + squares, count + values.numel()
     return float(f"{math.sqrt(total / count):.4g}") if count else 0.0
-
-
-def _is_packed(param: nn.Parameter) -> bool:
-    return type(param.data).__module__.startswith("torchao.")
-
-
-def _unpacked(param: nn.Parameter) -> Tensor:
-    """The values that a weight of torchao or bitsandbytes stands for; any other as it is."""
-    if (state := getattr(param, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(param.data, state)
-    return param.dequantize() if _is_packed(param) else param

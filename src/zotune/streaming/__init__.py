@@ -166,8 +166,9 @@ class StreamedWeights:
             fit += 1
         more, count = len(self.blocks) - fit, len(self.blocks)
         staying = [block for i, block in enumerate(self.blocks) if (i + 1) * more // count > i * more // count]
+        lie = iter(places([tensor for block in staying for tensor in block.host]))
         for block in staying:
-            found = places(block.host)
+            found = [next(lie) for _ in block.host]
             if None in found:
                 raise InputError(
                     f"--max-host-memory: weights of {block.name} are not as a file has them: they were loaded in another dtype "

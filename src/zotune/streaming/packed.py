@@ -1,4 +1,7 @@
-"""Weights of 4 bits as a block has them: bitsandbytes' packed bytes are the parameter, their scales stand beside it."""
+"""Packed weights: what they stand for, and those of 4 bits as a block has them.
+
+bitsandbytes' packed bytes are the parameter, their scales stand beside it; torchao's weights are tensors of a kind of their own.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,17 @@ def to_device(param: nn.Parameter, device: torch.device) -> None:
         state.to(device)
     if not hasattr(param, "streamed"):
         param.data = param.data.to(device)
+
+
+def is_packed(param: nn.Parameter) -> bool:
+    """Whether it is one of torchao's: several tensors behind the face of one."""
+    return type(param.data).__module__.startswith("torchao.")
+
+
+def unpacked(param: nn.Parameter) -> Tensor:
+    """The values that a weight of torchao or bitsandbytes stands for; any other as it is."""
+    if (state := getattr(param, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(param.data, state)
+    return param.dequantize() if is_packed(param) else param
