@@ -278,8 +278,11 @@ class RewardTrainer(ZOTrainer):
         prompts: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if prompts is None:
             raise InputError("eval_dataset: none was given")
+
         # of several processes the first alone asks the functions, so that all take the same for the best
-        score = lambda: self.scored(prompts)[0]  # noqa: E731
+        def score() -> Any:
+            return self.scored(prompts)[0]
+
         found = score() if self._workers is None else self._workers.from_first(score)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
