@@ -74,6 +74,20 @@ def test_a_field_that_all_rows_lack_is_said_once(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_to_try_is_said_once():
+    """Who asked for the field may have said it already."""
+    bad = BadRows()
+    for line in (2, 3, 4):
+        with bad.caught():
+            raise InputError(f"a.csv:{line}: no field 'prompt' (has 'id', 'text'); name one by --columns")
+    with pytest.raises(InputError) as error:
+        bad.refuse()
+    assert str(error.value) == (
+        "a.csv:2: no field 'prompt' (has 'id', 'text'), nor have 2 other rows; name one by --columns; "
+        "--skip-bad-rows leaves such rows out"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("a.jsonl", '{"a": 1}\n[2]\n{"a": 3}\n'), ("a.csv", "a\n1\n2,2\n3\n")],

@@ -91,10 +91,10 @@ class BadRows:
         if len(self.said) == 1:
             raise InputError(f"{self.said[0]}; --skip-bad-rows leaves such rows out")
         if len({line.partition(": ")[2] for line in self.said}) == 1 and ": no field" in self.said[0]:
-            raise InputError(
-                f"{self.said[0]}, nor have {len(self.said) - 1} other rows; name one of theirs, or read it under another name by "
-                "--columns; --skip-bad-rows leaves such rows out"
-            )
+            what, _, advice = self.said[0].partition("; ")  # who asked may have said what to do, once
+            advice = advice or "name one of theirs, or read it under another name by --columns"
+            others = f"nor have {len(self.said) - 1} other rows"
+            raise InputError(f"{what}, {others}; {advice}; --skip-bad-rows leaves such rows out")
         shown = self.said[: self.SHOWN]
         more = f", the first {len(shown)} above" if len(self.said) > len(shown) else ""
         raise InputError("\n".join([*shown, f"{len(self.said)} bad rows{more}; --skip-bad-rows leaves them out"]))
