@@ -49,6 +49,25 @@ def predictions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
+def test_a_page_says_that_there_were_no_rows_to_test_on(place, tmp_path):
+    """The rows to choose by are scored then, and are no others."""
+    from zotune.reports.page import make_page
+
+    data = {"train": tiny.text_rows(12), "validation": tiny.text_rows(4, 1)}
+    zotune.train(
+        model=place / "model",
+        data=data,
+        output=tmp_path / "a",
+        steps=1,
+        template=tiny.TEMPLATE,
+        label_words=json.loads(tiny.WORDS),
+    )
+    page = make_page([tmp_path / "a"], tmp_path / "page.html").read_text()
+    assert "12 to train on, 4 to choose by, none to test on" in page
+    whole = make_page([place / "lora"], tmp_path / "other.html").read_text()
+    assert re.search(r"\d+ to train on, \d+ to choose by, 40 to test on", whole)
+
+
 def test_wilsons_interval_is_where_the_figure_is_just_as_far_as_95_percent_allow():
     for n, k in ((10, 0), (10, 10), (50, 37), (1000, 812)):
         low, high = interval([1.0] * k + [0.0] * (n - k))

@@ -43,6 +43,7 @@ def curves(runs: Sequence[Facts], names: Sequence[str]) -> Iterator[tuple[str, A
             if curve.held and (chosen := run.result.get("chosen_step")) in steps:
                 axis.plot([chosen], [values[steps.index(chosen)]], "o", ms=10, mfc="none", color=colour)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(curve.title)
         if len(runs) > 1:
             legend(figure, [axis])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,21 @@ def _facts(run: Facts) -> list[tuple[str, Any]]:
     return _of_rewards(run) if run.rewarded else _of_task(run)
 
 
+def _rows(result: Mapping[str, Any]) -> str:
+    """How many for what; where there is no test split, those to choose by are scored, and are no others."""
+    some = [what for what in ROWS if what != "test" or result.get("test_split") in (None, "test")]
+    counts = [f"{result.get(f'{what}_rows', '–')} to {ROWS[what]}" for what in some]
+    return ", ".join(counts + ["none to test on"] * (len(some) < len(ROWS)))
+
+
 def _of_rewards(run: Facts) -> list[tuple[str, Any]]:
     r, c = run.result, run.config
-    counts = [f"{r.get(f'{what}_rows', '–')} to {why}" for what, why in ROWS.items()]
     functions = [f"{name} {a:.3g} → {b:.3g}" for name, (a, b) in r.get("rewards", {}).items()]
     drawn = f"temperature {c.get('temperature')}" if c.get("temperature") else "the likeliest token"
     alike = r.get("steps_that_told_nothing")
     return [
         ("model", r.get("model")),
-        ("prompts", f"{r.get('task')}: {', '.join(counts)}"),
+        ("prompts", f"{r.get('task')}: {_rows(r)}"),
         ("rewards, before → after", ", ".join(functions)),
         ("method", f"{r.get('method')}, {r.get('members')} members, sigma {r.get('sigma'):.3g}, lr {r.get('lr'):.3g}"),
         ("trained", f"{r.get('trainable_parameters', 0):,} parameters (scheme {r.get('scheme')}), {r.get('dtype')}"),
@@ -108,13 +114,12 @@ def _of_rewards(run: Facts) -> list[tuple[str, Any]]:
 def _of_task(run: Facts) -> list[tuple[str, Any]]:
     r, c = run.result, run.config
     peak, adam = r.get("peak_memory_bytes"), r.get("adam_memory_bytes")
-    counts = [f"{r.get(f'{what}_rows', '–')} to {why}" for what, why in ROWS.items()]
     best = r.get("validation_best")
     return [
         ("model", r.get("model")),
         ("task", r.get("task")),
         ("template", c.get("template")),
-        ("rows", ", ".join(counts)),
+        ("rows", _rows(r)),
         ("method", _method(run)),
         ("trained", f"{r.get('trainable_parameters', 0):,} parameters (scheme {r.get('scheme')}), {r.get('dtype')}"),
         (
