@@ -58,7 +58,8 @@ def bare(tmp_path_factory):
 
 SKIPPED = {  # whole modules, and one backend of the last
     *(f"bench/test_{name}.py" for name in ("chosen", "pace", "positions", "report", "runner", "search", "shared")),
-    "test_compare.py", "engines/test_between.py", "engines/test_adapters.py", "engines/test_kernels.py", "test_fused.py",
+    "test_compare.py", "engines/test_between.py", "engines/test_adapters.py", "engines/test_kernels.py",
+    "engines/test_pipelines.py", "test_fused.py",
     *(f"decode/test_{name}.py" for name in ("decode_kernels", "products", "launches")),
     "models/test_quantized.py", "noise/test_known_answers.py",
 }  # fmt: skip

@@ -167,11 +167,12 @@ def _terms_kernel(
 
 MOST_RANK = 4  # each further one reads x again
 # What the kernels of whole products are faster for, by their times and the library's on an H200 (docs/log.md, 2026-12-01): elements
-# of all maps of one x, and slots where two of them meet in a gate.
-LARGEST = 1 << 21
-MOST_GATED = 64
+# of all maps of one x, slots, and slots where two of them meet in a gate.
+LARGEST, MOST_SLOTS, MOST_GATED = 1 << 21, 256, 64
 PROCESSORS = 132
-TILES = (64, 64), (32, 64), (16, 64), (16, 32)  # slots and outputs of a program, from many of them to few
+# Slots and outputs of a program, from many of them to few. Not 64 slots: such products are asynchronous on Hopper, and Triton 3.7
+# loads the next rows of an x that something else reads too over those that a product under way still reads.
+TILES = (32, 64), (16, 64), (16, 32)
 
 
 def serves(x_SD: Tensor, *maps: Map) -> bool:
@@ -184,9 +185,9 @@ def serves(x_SD: Tensor, *maps: Map) -> bool:
     return small and alike and laid and len({m.w.stride() for m in maps}) == 1
 
 
-def in_one(maps: Sequence[Map]) -> bool:
+def in_one(maps: Sequence[Map], slots: int) -> bool:
     """Whether one launch for all of these maps is faster than the library's products and a launch for their terms."""
-    return len(maps) > 1 and sum(m.w.numel() for m in maps) <= LARGEST
+    return len(maps) > 1 and slots <= MOST_SLOTS and sum(m.w.numel() for m in maps) <= LARGEST
 
 
 def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[str, int]:
@@ -195,7 +196,7 @@ def _tiles(slots: int, outs: Sequence[int], size: int, maps: int = 1) -> dict[st
         if cdiv(slots, many) * sum(cdiv(out, wide) for out in outs) >= PROCESSORS:
             break
     # few rows wait for memory alone, and ask for much of it at once; many have registers for little
-    inputs, stages, warps = (128, 6 - maps, 4) if many == 16 else (128, 3, 8) if many == 32 else (64, 3, 8)
+    inputs, stages, warps = (128, 6 - maps, 4) if many == 16 else (128, 3, 8)
     return {"BS": many, "BN": wide, "BD": inputs * 2 // max(2, size), "num_stages": stages, "num_warps": warps}
 
 
@@ -216,7 +217,7 @@ def products(x_SD: Tensor, maps: Sequence[Map], which_S: Tensor, scale_S: Tensor
     Sums and inner products are float32's; what is given back is rounded once, behind a product of the library's twice.
     """
     (slots, wide), first = x_SD.shape, maps[0]
-    if not in_one(maps):
+    if not in_one(maps, slots):
         return _with_terms(x_SD, maps, which_S, scale_S)
     found = [torch.empty(slots, len(m.w), dtype=x_SD.dtype, device=x_SD.device) for m in maps]
     given = _three([(y, m.w, *_rest(y, m)) for y, m in zip(found, maps, strict=True)])
