@@ -50,7 +50,7 @@ def of_a_step(layers: int, members: bool, monkeypatch) -> Counter[str]:
         weights.draw(MEMBERS)
     loop, some = Loop(reader, 3, 40, Settings(4), weights), REQUESTS[5:8] if members else REQUESTS[:3]
     with torch.no_grad():
-        loop.prefill(loop.board.seat([0, 1, 2], [0, 1, 2], some, [4] * 3, None), some)
+        loop.prefill(loop.board.seat([0, 1, 2], [0, 1, 2], some, [4] * 3, None), some, max(len(r.prompt) for r in some))
         loop.steps()
         launches.names.clear()
         with launches:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zotune.decode import Request, Settings, decoder_for
 from zotune.decode import loop as loops
+from zotune.decode.prompts import Prompts
 from zotune.decode.slots import KEPT
 from zotune.directions import Directions
 
@@ -19,7 +20,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations, self.slots, self.replays = [], 0, 0
+        self.operations, self.of, self.replays = [], (), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -47,20 +48,21 @@ def on_a_card(monkeypatch, decoder) -> list[Tape]:
 
     def capture(run, pool=None):
         tape = Tape()
-        before = {name: t.clone() for name, t in state_of(run.__self__).items()}
+        of = run.__self__
+        before = {name: t.clone() for name, t in state_of(of).items()}
         with tape:
             run()
-        for name, t in state_of(run.__self__).items():
+        for name, t in state_of(of).items():
             t.copy_(before[name])  # a capture does nothing yet
-        tape.slots = len(run.__self__.slots)
+        tape.of = ("prompts", *of.ids_nT.shape) if isinstance(of, Prompts) else ("step", len(of.slots))
         tapes.append(tape)
         return tape
 
-    def state_of(loop):
-        found = {f"board.{k}": v for k, v in vars(loop.board).items() if k.endswith(("_S", "_SK"))}
-        for i, layer in enumerate(loop.cache.layers):
+    def state_of(of):
+        found = {f"board.{k}": v for k, v in vars(of.board).items() if k.endswith(("_S", "_SK"))}
+        for i, layer in enumerate(of.logits.args[0].layers if isinstance(of, Prompts) else of.cache.layers):
             found |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
-        return found | {"at": loop.slots.at_S}
+        return found | {"at": of.slots.at_S}
 
     monkeypatch.setattr(loops, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
@@ -83,8 +85,10 @@ def test_replayed_steps_write_what_steps_do(name, monkeypatch):
         for param in model.parameters():
             param.data.mul_(-0.9)
     assert captured.name == "slots"
-    assert sum(tape.replays for tape in tapes) > 2 * settings.max_new_tokens
-    assert len({tape.slots for tape in tapes}) == len(tapes)  # a step of so many slots is captured once
+    replays = {kind: sum(tape.replays for tape in tapes if tape.of[0] == kind) for kind in ("step", "prompts")}
+    assert replays["step"] > 2 * settings.max_new_tokens
+    assert replays["prompts"] > 2
+    assert len({tape.of for tape in tapes}) == len(tapes)  # each of a kind and a shape is captured once
 
 
 def test_loops_of_other_weights_are_made_anew_and_few_are_kept(monkeypatch):
@@ -116,7 +120,8 @@ def test_a_step_that_cannot_be_captured_is_taken_without(monkeypatch, caplog):
     settings = Settings(max_new_tokens=12)
     wanted = plain.generate(REQUESTS, MEMBERS, settings=settings, seed=0, step=0)
     assert decoder.generate(REQUESTS, MEMBERS, settings=settings, seed=0, step=0) == wanted
-    assert caplog.text.count("not captured as CUDA graphs (operation not permitted when stream is capturing)") == 1
+    for what in "steps", "prompts":
+        assert caplog.text.count(f"decode: {what} are not captured as CUDA graphs (operation not permitted when") == 1
 
 
 def test_answers_do_not_depend_on_how_many_slots_there_are():

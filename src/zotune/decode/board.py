@@ -33,7 +33,8 @@ class Board:
         self.written_SK = torch.zeros(count, settings.max_new_tokens, dtype=torch.int64, device=device)
         self.seeds_SK = torch.zeros_like(self.written_SK)
         self.ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
-        self._draws: Draws | None = None  # of a step, which finds it where it was
+        self._noise_SV: Tensor | None = None
+        self._draws: dict[int, Draws] = {}  # by rows: a step, or prompts read by a graph, find them where they were
         self.seen = seen
 
     def seat(
@@ -87,10 +88,12 @@ class Board:
         self.slots.at_S[slots_n] = torch.where(on_n, self.start_S[slots_n] + count_n - 1, 0)
 
     def _gumbel(self, slots_n: Tensor, at_n: Tensor, logits_nV: Tensor) -> Tensor:
-        if slots_n is not self.slots.all_S:
-            return Draws(logits_nV).draw(self.seeds_SK[slots_n, at_n])
-        self._draws = self._draws or Draws(logits_nV)
-        return self._draws.draw(self.seeds_SK[slots_n, at_n])
+        rows = len(slots_n)
+        if self._noise_SV is None:
+            self._noise_SV = torch.empty(len(self.slots), logits_nV.shape[1], device=logits_nV.device)
+        if rows not in self._draws:
+            self._draws[rows] = Draws(self._noise_SV[:rows])
+        return self._draws[rows].draw(self.seeds_SK[slots_n, at_n])
 
     def read(self, alive: Sequence[bool]) -> dict[int, Answer]:
         """The answers, by request, of slots that are no longer alive; these are empty then."""

@@ -32,11 +32,11 @@ def draw_seeds(seed: int, step: int, rows_R: Sequence[int], positions: int, devi
 
 
 class Draws:
-    """The noise of rows of logits like these, in a buffer that is used again."""
+    """The noise of rows of logits. gumbel_SV: float32, a buffer of theirs that is used again."""
 
-    def __init__(self, logits_SV: Tensor) -> None:
-        self.gumbel_SV = torch.empty(logits_SV.shape, device=logits_SV.device)
-        self._ones = torch.ones(1, len(logits_SV), 1, device=logits_SV.device)
+    def __init__(self, gumbel_SV: Tensor) -> None:
+        self.gumbel_SV = gumbel_SV
+        self._ones = torch.ones(1, len(gumbel_SV), 1, device=gumbel_SV.device)
         self._many = noise.Many([noise.Item(self.gumbel_SV, None, 0)], "gaussian")
 
     def draw(self, seeds_S: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from zotune.decode.asking import Request, Settings
 from zotune.decode.attending import Attention, NotServed
 from zotune.decode.board import Board
 from zotune.decode.cache import SlotCache, Slots, Windows
+from zotune.decode.prompts import Prompts
 from zotune.decode.seats import MemberWeights, SeatReads
+from zotune.engines.causal import as_without_capture
 from zotune.engines.modules import FusedModules
 from zotune.engines.parts import kernels_for
 from zotune.models.kinds import without_adapter
@@ -26,6 +29,7 @@ from zotune.step.graphs import capture
 logger = logging.getLogger(__name__)
 
 
+SHAPES = 32  # of prompts, that are kept
 LOOK = 8  # steps by graphs before the host looks at what came of them, and waits for it
 
 
@@ -54,6 +58,7 @@ class Loop:
         self._dealt = True
         self._graph: Any = None
         self._warm = False  # a step has been taken
+        self._prompts: dict[tuple[int, int], Prompts] = {}  # by rows and tokens
 
     def clear(self, seen: dict[int | None, list[Tensor]] | None = None) -> None:
         """Nobody's answers, and the members' weights as they are drawn now. seen: is given the logits of each request's tokens."""
@@ -62,29 +67,37 @@ class Loop:
         self._members = [-1] * len(self.slots)
         self._dealt = False
 
-    def prefill(self, slots_n: Tensor, requests: Sequence[Request], multiple: int = 1) -> None:
-        """The prompts read, and the first token of each answer. multiple: of tokens, to which they are padded, if there is room.
+    def prefill(self, slots_n: Tensor, requests: Sequence[Request], tokens: int) -> None:
+        """The prompts read, each padded to so many tokens, and the first token of each answer.
 
-        Padding is behind a prompt, whose last token sees none of it; what it leaves in a slot is written over before anybody looks.
+        On CUDA prompts of one shape are read by a graph from the second time on.
         """
-        device, slots = slots_n.device, self.slots
-        lengths = [len(request.prompt) for request in requests]
-        tokens = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, slots.room))
-        pad = (self.board.settings.pad,)
-        ids_nT = torch.tensor([[*r.prompt, *pad * (tokens - len(r.prompt))] for r in requests])
-        last_n = torch.tensor(lengths, device=device) - 1
-        at_nT = torch.arange(tokens, device=device).minimum(last_n[:, None])  # a table of positions may have no more
-        members = [request.member for request in requests]
-        mode = None if self.weights is None else self.weights.reads(members)
-        slots.reading = slots_n
-        try:
-            logits_nV = self.reader.last_logits(mode, self.cache, ids_nT.to(device), at_nT, last_n)
-        finally:
-            slots.reading = None
-        self.board.write(slots_n, logits_nV)
-        for slot, member in zip(slots_n.tolist(), members, strict=True):
-            self._members[slot] = member
+        prompts = self._prompts_of(len(requests), tokens)
+        prompts.load(slots_n, requests)
+        by_graph = self.reader.graphs and prompts.warm and self.board.seen is None
+        if by_graph and prompts.graph is None:
+            with as_without_capture():
+                prompts.graph = self.reader.captured(prompts.read, "prompts")
+        if by_graph and prompts.graph is not None:
+            prompts.graph.replay()
+        else:
+            prompts.read()
+            prompts.warm = not self.reader.learns
+        for slot, request in zip(slots_n.tolist(), requests, strict=True):
+            self._members[slot] = request.member
         self._dealt = False
+
+    def _prompts_of(self, rows: int, tokens: int) -> Prompts:
+        prompts = self._prompts.pop((rows, tokens), None)
+        if prompts is None:
+            # a step's seats are dealt anew behind each reading, so their rows' memory serves here too
+            mode = self.weights.reads([-1] * rows, self._mode) if self.weights is not None else None
+            logits = partial(self.reader.last_logits, self.cache)
+            prompts = Prompts(self.slots, self.board, mode, (rows, tokens), logits)
+        self._prompts[rows, tokens] = prompts
+        while len(self._prompts) > SHAPES:
+            del self._prompts[next(iter(self._prompts))]
+        return prompts
 
     def steps(self) -> None:
         """As many steps as are taken before the host looks at what came of them."""
@@ -106,8 +119,8 @@ class Loop:
 
     def _next(self) -> None:
         """A step, by the graph of one from the second on."""
-        if self._warm and self._graph is None and self.reader.captures and self.board.seen is None:
-            self._graph = self.reader.captured(self._step)
+        if self._warm and self._graph is None and self.board.seen is None:
+            self._graph = self.reader.captured(self._step, "steps")
         if self._graph is None:
             known = self.reader.attention.serves is not None  # else the step after is another one
             self._step()
@@ -146,7 +159,7 @@ class Reader:
         self.attention = Attention(layers, first)
         self.learns = kernels_for(first) is not None  # whether modules that kernels serve are still looked for
         self.graphs = self.device.type == "cuda"
-        self.captures = True  # until a step could not be
+        self.uncaptured: set[str] = set()  # what could not be
         self._fused = FusedModules([*model.parameters()])
         self._pool: Any = None
 
@@ -162,7 +175,7 @@ class Reader:
         return logits
 
     def last_logits(
-        self, mode: SeatReads | None, cache: SlotCache, ids_nT: Tensor, at_nT: Tensor, last_n: Tensor
+        self, cache: SlotCache, mode: SeatReads | None, ids_nT: Tensor, at_nT: Tensor, last_n: Tensor
     ) -> Tensor:
         """(n, V): after each row's last token, which alone the output head sees, where the model says which that is."""
         head: Any = without_adapter(self.model).get_output_embeddings()
@@ -175,13 +188,17 @@ class Reader:
         finally:
             handle.remove()
 
-    def captured(self, step: Callable[[], None]) -> Any:
-        """The step as a CUDA graph, or None where it cannot be one; then none of the later ones can."""
+    def captured(self, run: Callable[[], None], what: str) -> Any:
+        """What runs as a CUDA graph, or None where it cannot be one; then none of the later ones can."""
+        if what in self.uncaptured:
+            return None
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            return capture(step, self._pool)
+            return capture(run, self._pool)
         except Exception as error:  # anything a model does may be what a graph cannot hold
-            self.captures = False
+            self.uncaptured.add(what)
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning("decode steps are not captured as CUDA graphs (%s); they run one kernel at a time", first)
+            logger.warning(
+                "decode: %s are not captured as CUDA graphs (%s); they run one kernel at a time", what, first
+            )
             return None

@@ -97,7 +97,7 @@ class _Choice(LogitsProcessor):
         self.finite.append(scores.amax(-1).isfinite())  # NaN goes through a maximum
         if self.settings.temperature == 0:
             return scores
-        self._draws = self._draws or Draws(scores)
+        self._draws = self._draws or Draws(torch.empty(scores.shape, device=scores.device))
         gumbel_BV = self._draws.draw(self.seeds_BK[:, input_ids.shape[1] - self.first])
         chosen_B = choose(scores, self.settings, gumbel_BV)
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen_B[:, None], 0)

@@ -51,9 +51,12 @@ class MemberWeights:
         """(M + 1, …) of each small parameter."""
         return self._stacks.of
 
-    def reads(self, members: Sequence[int]) -> SeatReads:
-        """The mode for a row of each of these, −1 for the unperturbed model."""
-        reads = SeatReads(self, len(members))
+    def reads(self, members: Sequence[int], beside: SeatReads | None = None) -> SeatReads:
+        """The mode for a row of each of these, −1 for the unperturbed model.
+
+        beside: of as many rows or more, whose memory it shares.
+        """
+        reads = SeatReads(self, len(members), beside)
         reads.deal(members)
         return reads
 
@@ -61,9 +64,13 @@ class MemberWeights:
 class SeatReads(LowRankReads):
     """The mode of so many rows, whose members may be dealt anew between forwards."""
 
-    def __init__(self, weights: MemberWeights, seats: int) -> None:
+    def __init__(self, weights: MemberWeights, seats: int, beside: SeatReads | None = None) -> None:
         ones = (1,) * seats
-        small = {key: stack.new_empty(seats, *stack.shape[1:]) for key, stack in weights.small.items()}
+        small = (
+            {key: stack.new_empty(seats, *stack.shape[1:]) for key, stack in weights.small.items()}
+            if beside is None
+            else {key: stack[:seats] for key, stack in beside.stacks.items()}
+        )
         super().__init__(weights.engine, weights.at, Parts(ones, ones, ones), small, weights.factors)
         self.weights = weights
         device = weights.engine.directions.params[0].device
@@ -162,7 +169,7 @@ class SeatReads(LowRankReads):
         if group != slots[id(weights[1])].group or maps[0].w.shape != maps[1].w.shape:
             return None
         x_SD = x.view(len(x), -1)
-        if not products.serves(x_SD, *maps) or not products.in_one(maps) or len(x_SD) > products.MOST_GATED:
+        if not products.serves(x_SD, *maps) or not products.in_one(maps, len(x_SD)) or len(x_SD) > products.MOST_GATED:
             return None
         scale_S = self._scale(group, torch.float32, x.device)
         return products.gated_product(x_SD, maps, gate, self._seated_S, scale_S).view(*x.shape[:-1], -1)

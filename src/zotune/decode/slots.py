@@ -242,13 +242,15 @@ class _Work:
 
     def _begin(self, loop: Loop, queue: deque[int], free: list[int]) -> None:
         """The next requests into the free slots, as many prompts at a time as a forward may have tokens."""
-        device = self.decoder.reader.device
+        device, multiple = self.decoder.reader.device, BUCKET if self.decoder.on_card else 1
         while queue and free:
-            each = max(1, most_tokens(device) // len(self.requests[queue[0]].prompt))
+            longest = len(self.requests[queue[0]].prompt)
+            tokens = max(longest, min(-(-longest // multiple) * multiple, loop.slots.room))
+            each = max(1, most_tokens(device) // tokens)
             numbers = [queue.popleft() for _ in range(min(len(queue), len(free), each))]
             some = [self.requests[i] for i in numbers]
             draws = self.settings.max_new_tokens if self.settings.temperature else 0
             seeds_nK = draw_seeds(*self.drawn_by, [request.row for request in some], draws, device)
             slots_n = loop.board.seat(free[: len(some)], numbers, some, [self.limits[i] for i in numbers], seeds_nK)
             free = free[len(some) :]
-            loop.prefill(slots_n, some, BUCKET if self.decoder.on_card else 1)
+            loop.prefill(slots_n, some, tokens)
