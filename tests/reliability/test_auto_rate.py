@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 import yaml
 from faults import KilledAtStep
 from processes import assert_same, outcome, zotune
@@ -16,6 +18,7 @@ from zotune.cli.app import run
 from zotune.errors import InputError
 from zotune.options import TrainConfig, resolve
 from zotune.options.defaults import BY_DEVICE, by_default
+from zotune.prepare.prepared import _rounding
 from zotune.record.trajectory import read_file
 
 AUTO = {"lr": "auto", "method": "leave-one-out", "queries": 4, "groups": "batch", "eps": "1e-3"}
@@ -180,11 +183,41 @@ def test_a_resumed_run_goes_on_with_what_it_began_with_on_whatever_device(tmp_pa
     assert by_default({"output": str(tmp_path), "device": "cuda"}) == BY_DEVICE["cuda"]
 
 
+def rounding(dtype=torch.bfloat16, memory=80 << 30, device="cuda", placed=None, monkeypatch=None, **given):
+    model = torch.nn.Linear(1 << 10, 1 << 10, dtype=dtype)  # 2 MiB in 16 bits
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    ready = SimpleNamespace(
+        config=config(device=device, **given), device=torch.device(device), model=model, placed=placed
+    )
+    return _rounding(ready)
+
+
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        ({}, "compensated"), ({"dtype": torch.float32}, "nearest"), ({"memory": 9 << 20}, "compensated"),
+        ({"memory": 8 << 20}, "nearest"), ({"device": "cpu"}, "nearest"), ({"method": "leave-one-out"}, "nearest"),
+        ({"weight_decay": 0.1}, "nearest"), ({"placed": "streams"}, "nearest"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_default_run_keeps_what_rounding_takes_of_16_bits_where_there_is_room(case, wanted, monkeypatch):
+    assert rounding(monkeypatch=monkeypatch, **case) == wanted
+
+
+def test_a_resumed_default_run_rounds_as_it_began(tmp_path):
+    """A record from before there was a choice has the one there was."""
+    for rounds in "compensated", "nearest":
+        begun = config(device="cuda", output=str(tmp_path)).model_dump() | {"rounding": rounds}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun))
+        assert config(output=str(tmp_path), resume="true").rounding == rounds
+
+
 def test_the_table_of_defaults_is_said_in_a_line(material, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(BY_DEVICE, "cpu", {"method": "leave-one-out", "queries": 2, "groups": "batch", "lr": "auto"})
     argv = ["train", *tiny.flags(*material, lr=None), "--output", str(tmp_path / "run")]
     assert run(argv) == 0
     said = capsys.readouterr()
-    assert "--method leave-one-out --queries 2 --groups batch --lr auto" in said.err + said.out
+    assert "--method leave-one-out --queries 2 --groups batch --lr auto --rounding nearest" in said.err + said.out
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {k: kept[k] for k in ("method", "queries", "groups", "lr")} == BY_DEVICE["cpu"]

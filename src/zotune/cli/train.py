@@ -19,7 +19,7 @@ from zotune.models.quantized import weight_bytes
 from zotune.models.schemes import trainable_parameters
 from zotune.options import TrainConfig
 from zotune.options.defaults import flags_of
-from zotune.prepare.prepared import prepare, resolved
+from zotune.prepare.prepared import prepare, resolved, taken_by_default
 from zotune.run import train as run
 from zotune.run.arguments import check_reporters
 from zotune.run.folder import RunFolder
@@ -92,7 +92,8 @@ def dry_run(config: TrainConfig) -> None:
     folder = RunFolder(config.output)
     folder.check({}, resume=True, overwrite=False)
     ready = prepare(config)
-    ready.config = config = resolved(ready)
+    given, ready.config = config, resolved(ready)
+    config = ready.config
     console = Console()
     console.print(Text("configuration", style="bold"))
     console.print(
@@ -121,8 +122,8 @@ def dry_run(config: TrainConfig) -> None:
     if one_class := ready.one_class(ready.test):
         table.add_row("always one class", f"{one_class:.1f} %")
     table.add_row("trainable", f"{trainable_parameters(ready.model):,} parameters")
-    if config.by_default:
-        table.add_row("for want of options", flags_of(config.by_default))
+    if taken := taken_by_default(ready, given):
+        table.add_row("for want of options", flags_of(taken))
     table.add_row("engine", engine)
     table.add_row(
         "forward passes",

@@ -244,6 +244,11 @@ class Budget(Options):
 
 
 class TrainConfig(Budget, RunOptions, DataOptions):
+    rounding: Literal["nearest", "compensated"] | None = Field(  # type: ignore[assignment]
+        None,
+        description="of updates of 16-bit weights; compensated keeps what rounding took, in as much memory as what trains "
+        "[default: nearest; compensated where nothing of a step is given and the card has room for it]",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         None,  # as it is seen never: see _falls
         validate_default=True,

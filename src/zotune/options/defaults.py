@@ -19,6 +19,7 @@ BY_DEVICE: dict[str, dict[str, Any]] = {
     "cpu": {},  # the method's own, as everywhere else: at equal passes nothing was shown to be better (docs/log.md, 2026-12-01)
 }
 PLAIN = "zo-sgd"  # the method of all others
+ROOM = 0.5  # of a card's memory: what weights, and as much again as what trains of them, may take where rounding is compensated
 FOR_ANY_METHOD = {"weight_decay", "rounding", "forward_tokens"}  # options of a step that leave the choice to the table
 SLOPES = ("answer", "candidates")  # losses with a gradient
 
@@ -35,6 +36,16 @@ def by_default(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("scheme", "full") != "full" or given.get("loss", "answer") not in SLOPES:
         return {}
     return dict(BY_DEVICE[_device(given.get("device"))])
+
+
+def rounding_by_default(weights: int, narrow: int, memory: int) -> str:
+    """Of a run that takes the table's options. In bytes, weights: of the model; narrow: of those that train in 16 bits; memory: the
+    card's.
+
+    >>> rounding_by_default(270 << 20, 270 << 20, 16 << 30), rounding_by_default(14 << 30, 14 << 30, 24 << 30)
+    ('compensated', 'nearest')
+    """
+    return "compensated" if narrow and weights + narrow <= ROOM * memory else "nearest"
 
 
 def flags_of(taken: Mapping[str, Any]) -> str:
@@ -55,7 +66,7 @@ def _begun(output: Any) -> dict[str, Any]:
     methods = {PLAIN, *(taken.get("method", PLAIN) for taken in BY_DEVICE.values())}
     if not isinstance(old, Mapping) or old.get("method") not in methods:
         return {}
-    return {name: old[name] for name in (*names, "lr_schedule") if old.get(name) is not None}
+    return {name: old[name] for name in (*names, "lr_schedule", "rounding") if old.get(name) is not None}
 
 
 def _device(named: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import transformers
 
 from zotune.engines.following import most_tokens
@@ -16,6 +17,7 @@ from zotune.models import schemes
 from zotune.models.quantized import base_dtype, refuse_rough
 from zotune.models.schemes import get_scheme
 from zotune.options import TrainConfig
+from zotune.options.defaults import rounding_by_default
 from zotune.prepare.identity import identity
 from zotune.prepare.listener import Listener
 from zotune.prepare.model import encoder_for, load
@@ -159,10 +161,31 @@ def resolved(ready: Prepared) -> TrainConfig:
             "direction": config.direction or method.direction or "gaussian",
             "queries": config.directions_a_row if "queries" in found.options else config.queries,
             "dtype": config.dtype or str(base_dtype(model)).removeprefix("torch."),
+            "rounding": config.rounding or _rounding(ready),
             "eval_every": config.evaluated(len(ready.validation)),
             **told,
         }
     )
+
+
+def _rounding(ready: Prepared) -> str:
+    if (
+        ready.device.type != "cuda"
+        or not ready.config.by_default
+        or ready.config.weight_decay
+        or ready.placed is not None
+    ):
+        return "nearest"
+    params = [*ready.model.parameters()]
+    narrow = sum(p.nbytes for p in params if p.requires_grad and p.itemsize < 4)
+    memory = torch.cuda.get_device_properties(ready.device).total_memory
+    return rounding_by_default(sum(p.nbytes for p in params), narrow, memory)
+
+
+def taken_by_default(ready: Prepared, given: TrainConfig) -> dict[str, Any]:
+    """What a run takes for want of options, with what depends on its model. given: before they were resolved."""
+    taken = given.by_default
+    return taken | {"rounding": ready.config.rounding} if taken and given.rounding is None else taken
 
 
 def tokens_together(ready: Prepared) -> int:

@@ -13,7 +13,7 @@ from zotune.options import TrainConfig
 from zotune.options.defaults import flags_of
 from zotune.prepare.identity import refuse_others
 from zotune.prepare.listener import Listener
-from zotune.prepare.prepared import Prepared, prepare, resolved, tokens_together
+from zotune.prepare.prepared import Prepared, prepare, resolved, taken_by_default, tokens_together
 from zotune.record.trajectory import TrajectoryWriter
 from zotune.run.arguments import optimizer_for
 from zotune.run.card import trajectory_card
@@ -37,6 +37,7 @@ RESOLVED = (
     "direction",
     "queries",
     "estimator",
+    "rounding",
     "forward_tokens",
     "template",
     "label_words",
@@ -94,13 +95,14 @@ def _ready(config: TrainConfig, folder: RunFolder, listener: Listener, workers: 
         listener.say(ready.unread)
     if ready.placed is not None:
         listener.say(f"layers stream: {ready.placed.line}")
-    if config.by_default and not config.resume:
-        listener.say(f"for want of other options: {flags_of(config.by_default)}")
     if fresh := untrained(ready.model):
         listener.say(f"the model has no trained head: {some(fresh)} are drawn by the seed")
     if config.resume and workers.first:
         _check_resumed(folder, ready, listener)
-    ready.config = config = resolved(ready)
+    given, ready.config = config, resolved(ready)
+    config = ready.config
+    if given.by_default and not config.resume:
+        listener.say(f"for want of other options: {flags_of(taken_by_default(ready, given))}")
     if config.forward_tokens is None:
         ready.config = config.model_copy(update={"forward_tokens": tokens_together(ready)})
     return ready
